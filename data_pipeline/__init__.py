@@ -1,0 +1,1 @@
+"""Datasets to tar shards to place batches."""

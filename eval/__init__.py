@@ -1,0 +1,1 @@
+"""Benchmarks in, recalls and pictures out."""

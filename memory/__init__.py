@@ -1,0 +1,1 @@
+"""The memory queue and the losses over all ranks."""

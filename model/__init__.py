@@ -1,0 +1,1 @@
+"""Backbone, aggregators and facets."""
