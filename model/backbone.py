@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import nn
 
 from configs.schema import PATCH
 
@@ -112,7 +111,7 @@ def load_backbone_weights(vit: VisionTransformer, path: Path) -> None:
     vit.load_state_dict(converted)
 
 
-def freeze_all_but_last(vit: nn.Module, n: int) -> int:
+def freeze_all_but_last(vit: VisionTransformer, n: int) -> int:
     """Leaves the last `n` blocks and the final norm trainable and returns the number of frozen blocks.
 
     `n` equal to the depth trains the patch, position and class embeddings too; `n` 0 freezes all.
