@@ -1,0 +1,115 @@
+"""The epoch plan: which places and which views every global step sees, as a pure function of (index, seed, epoch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch of S global steps: P places each, K views of each place."""
+
+    places_SP: Int64
+    views_SPK: Int64
+
+    @property
+    def num_steps(self) -> int:
+        """S, global steps in the epoch."""
+        return len(self.places_SP)
+
+    def rank_slice(self, step: int, rank: int, world_size: int) -> tuple[Int64, Int64]:
+        """Rank's share of a step: places [P/W] and views [P/W, K]; P must be divisible by W."""
+        share = self.places_SP.shape[1] // world_size
+        part = slice(rank * share, (rank + 1) * share)
+        return self.places_SP[step, part], self.views_SPK[step, part]
+
+
+def plan_epoch(
+    place_city: Int64,
+    num_views: Int64,
+    *,
+    seed: int,
+    epoch: int,
+    places_per_batch: int,
+    images_per_place: int,
+    composition: str,
+    repeat: dict[int, int] | None = None,
+) -> EpochPlan:
+    """The plan of one epoch over places 0..n-1, given each place's city number and number of views (int64 [n]).
+
+    composition "mixed" draws a batch from all cities; "city" fills batches from one city each, and only what is left
+    over of the cities is mixed. Each place comes once an epoch (`repeat[city]` times for the cities named there), K of
+    its views without replacement; the last incomplete batch is dropped, another one each epoch. Nothing about ranks,
+    workers or resume enters, and only raw 64-bit draws do, whose stream numpy guarantees over versions.
+    Raises ValueError where there are fewer places than a batch takes or a place has fewer than K views.
+    """
+    repeat = repeat or {}
+    if len(num_views) < places_per_batch:
+        raise ValueError(
+            f"{len(num_views)} places are fewer than data.places_per_batch {places_per_batch}; "
+            f"use at most {len(num_views)}"
+        )
+    if num_views.min() < images_per_place:
+        place = int(num_views.argmin())
+        raise ValueError(
+            f"place {place} has {num_views[place]} views, fewer than data.images_per_place {images_per_place}; "
+            f"use at most {num_views[place]} or shard with --min-images-per-place {images_per_place}"
+        )
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+    if composition == "mixed":
+        if repeat:
+            raise ValueError("data.repeat needs data.composition city")
+        stream = _shuffled(np.arange(len(num_views), dtype=np.int64), bits)
+    else:
+        stream = _city_stream(place_city, places_per_batch, repeat, bits)
+    num_steps = len(stream) // places_per_batch
+    places_SP = stream[: num_steps * places_per_batch].reshape(num_steps, places_per_batch)
+    places_SP = places_SP[_shuffled(np.arange(num_steps), bits)]
+    return EpochPlan(places_SP, _draw_views(num_views[places_SP], images_per_place, bits))
+
+
+def _shuffled(items: Int64, bits: np.random.Philox) -> Int64:
+    return items[np.argsort(bits.random_raw(len(items)), kind="stable")]
+
+
+def _city_stream(place_city: Int64, batch: int, repeat: dict[int, int], bits: np.random.Philox) -> Int64:
+    """All places so that whole batches come first, each of one city, then the cities' left-overs."""
+    whole, rest = [], []
+    by_city = np.argsort(place_city, kind="stable")
+    cities, starts = np.unique(place_city[by_city], return_index=True)
+    members = dict(zip(cities.tolist(), np.split(by_city, starts[1:]), strict=True))
+    for city in _shuffled(cities, bits).tolist():
+        rounds = repeat.get(city, 1)
+        if rounds > 1 and len(members[city]) < batch:
+            raise ValueError(
+                f"data.repeat: city number {city} has {len(members[city])} places, fewer than "
+                f"data.places_per_batch {batch}; only larger cities can be repeated"
+            )
+        stream = members[city][:0]
+        for _ in range(rounds):
+            fresh = _shuffled(members[city], bits)
+            # Places of the batch that is still open go to the end of the next round: no batch holds a place twice.
+            again = np.isin(fresh, stream[len(stream) // batch * batch :])
+            stream = np.concatenate([stream, fresh[~again], fresh[again]])
+        cut = len(stream) // batch * batch
+        whole.append(stream[:cut])
+        rest.append(stream[cut:])
+    return np.concatenate(whole + rest)
+
+
+def _draw_views(num_views_SP: Int64, k: int, bits: np.random.Philox) -> Int64:
+    """K distinct views of each place, every K-subset as likely (Floyd's sampling, vectorised over places)."""
+    uniform = bits.random_raw(num_views_SP.size * k).reshape(*num_views_SP.shape, k)
+    views_SPK = np.empty((*num_views_SP.shape, k), dtype=np.int64)
+    for j in range(k):
+        last = num_views_SP - k + j
+        # The top 53 bits as a fraction; the product stays below last + 1 for any number of views below 2**52.
+        drawn = ((uniform[..., j] >> np.uint64(11)) * 2.0**-53 * (last + 1)).astype(np.int64)
+        taken = (views_SPK[..., :j] == drawn[..., None]).any(axis=-1)
+        views_SPK[..., j] = np.where(taken, last, drawn)
+    return views_SPK

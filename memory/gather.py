@@ -1,0 +1,37 @@
+"""All-gather over ranks, in rank order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def all_gather(local: torch.Tensor) -> torch.Tensor:
+    """`local` of all ranks, concatenated along the first dimension in rank order, without gradient."""
+    out = local.new_empty(dist.get_world_size() * local.shape[0], *local.shape[1:])
+    dist.all_gather_into_tensor(out, local.contiguous())
+    return out
+
+
+class _AllGatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local_BD: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return all_gather(local_BD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        (grad_ND,) = grads
+        grad_BD = grad_ND.new_empty(grad_ND.shape[0] // dist.get_world_size(), *grad_ND.shape[1:])
+        dist.reduce_scatter_tensor(grad_BD, grad_ND.contiguous())
+        return grad_BD
+
+
+def all_gather_with_grad(local_BD: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks in rank order [W*B, D]; the backward pass sums each row's gradient over ranks.
+
+    All ranks hold the same number of rows.
+    """
+    gathered: torch.Tensor = _AllGatherWithGrad.apply(local_BD)
+    return gathered

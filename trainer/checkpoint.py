@@ -1,0 +1,197 @@
+"""Checkpoints: whole or not at all.
+
+`checkpoints/step-<n>/` holds the engine's state, `model.safetensors`, the queue, the position in the epoch plan and the
+recipe, and, written last, a manifest with the size and digest of each file. It is written under a temporary name and
+renamed; `latest` and `best` are one-line files replaced by rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from configs.load import recipe_text
+from configs.schema import Recipe
+from memory.queue import MemoryQueue
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the text says which and why."""
+
+
+@dataclass
+class Progress:
+    """Where a training stands; everything here is in `state.json`."""
+
+    step: int = 0  # position in the plan: global steps begun so far, over all epochs
+    skipped_steps: int = 0  # of these, steps without an update because of a non-finite loss
+    bad_images: int = 0
+    best_recall: float = -1.0
+    mlflow_run_id: str | None = None
+    before: list[dict[str, Any]] = field(default_factory=list)  # results of the untrained model
+
+
+def save_checkpoint(folder: Path, engine: Any, queue: MemoryQueue, progress: Progress, recipe: Recipe) -> Path:
+    """Writes `folder/step-<n>` from all ranks and points `latest` at it. Every rank must call this."""
+    main = dist.get_rank() == 0
+    final = folder / f"step-{progress.step:08d}"
+    partial = folder / f".{final.name}.partial"
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
+    dist.barrier()
+    if main:
+        weights = {name: p.detach().float().cpu().contiguous() for name, p in engine.module.state_dict().items()}
+        save_file(weights, partial / "model.safetensors")
+        save_file({name: b.cpu().contiguous() for name, b in queue.state_dict().items()}, partial / "queue.safetensors")
+        (partial / "state.json").write_text(json.dumps(asdict(progress), indent=1))
+        (partial / "recipe.yaml").write_text(recipe_text(recipe))
+        files = {str(f.relative_to(partial)): f for f in sorted(partial.rglob("*")) if f.is_file()}
+        digests = {name: {"bytes": f.stat().st_size, "sha256": _sync_and_digest(f)} for name, f in files.items()}
+        manifest = {"format": FORMAT, "step": progress.step, "world_size": dist.get_world_size(), "files": digests}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _sync_and_digest(partial / MANIFEST)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        point(folder / "latest", final)
+    dist.barrier()
+    return final
+
+
+def _sync_and_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    """sha256 of a stream in constant memory, for Python 3.10."""
+    sha = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        sha.update(block)
+    return sha.hexdigest()
+
+
+def point(link: Path, checkpoint: Path) -> None:
+    """Makes the one-line file `link` name `checkpoint`, atomically."""
+    partial = link.with_suffix(".partial")
+    partial.write_text(checkpoint.name + "\n")
+    partial.replace(link)
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """What differs between a checkpoint and its manifest; empty if it is whole."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except FileNotFoundError:
+        return [f"{checkpoint} has no {MANIFEST}: it is no checkpoint, or was cut off while it was written"]
+    except ValueError:
+        return [f"{checkpoint / MANIFEST} is not valid JSON"]
+    if manifest.get("format") != FORMAT:
+        return [f"{checkpoint} has format {manifest.get('format')}; this version reads {FORMAT}"]
+    found = []
+    for name, expected in manifest["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            found.append(f"{file} is missing")
+        elif file.stat().st_size != expected["bytes"]:
+            found.append(f"{file} has {file.stat().st_size} bytes, expected {expected['bytes']}")
+        elif _sync_and_digest(file) != expected["sha256"]:
+            found.append(f"{file} differs from its digest")
+    return found
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The step folder that `path` means: itself, or the best, else the newest, of a run's output folder.
+
+    Raises CheckpointError if there is none or it is damaged.
+    """
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    for link in ("best", "latest"):
+        if (folder / link).is_file():
+            folder = folder / (folder / link).read_text().strip()
+            break
+    damage = faults(folder)
+    if damage:
+        raise CheckpointError(damage[0])
+    return folder
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in `folder` that verifies, and what was wrong with the newer ones."""
+    notes = []
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        damage = faults(candidate)
+        if not damage:
+            return candidate, notes
+        notes.append(damage[0])
+    return None, notes
+
+
+def load_checkpoint(checkpoint: Path, engine: Any, queue: MemoryQueue, recipe: Recipe) -> Progress:
+    """Restores engine and queue on every rank and returns the position."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    if manifest["world_size"] != dist.get_world_size():
+        raise CheckpointError(
+            f"{checkpoint} was written by {manifest['world_size']} ranks and this run has {dist.get_world_size()}; "
+            f"resume with {manifest['world_size']}"
+        )
+    for key, ours, theirs in _differences(recipe, checkpoint):
+        raise CheckpointError(f"{checkpoint} was trained with {key} {theirs}, this recipe has {ours}; they must agree")
+    path, _ = engine.load_checkpoint(str(checkpoint), tag="engine")
+    if path is None:
+        raise CheckpointError(f"{checkpoint}: DeepSpeed found no engine state")
+    queue.load_state_dict(load_file(checkpoint / "queue.safetensors"))
+    return Progress(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def _differences(recipe: Recipe, checkpoint: Path) -> list[tuple[str, Any, Any]]:
+    """Keys that decide what the stored state means, where recipe and checkpoint differ."""
+    import yaml
+
+    stored = Recipe.model_validate(yaml.safe_load((checkpoint / "recipe.yaml").read_text())).as_flat()
+    fixed = (
+        "seed",
+        "data.places_per_batch",
+        "data.images_per_place",
+        "data.composition",
+        "data.repeat",
+        "model.backbone",
+        "model.aggregator",
+        "model.finetune_last_n_blocks",
+        "memory.size",
+        "engine.zero_stage",
+        "engine.precision",
+    )
+    return [
+        (key, value, stored[key]) for key, value in recipe.as_flat().items() if key in fixed and value != stored[key]
+    ]
+
+
+def load_model_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Puts a checkpoint's weights into a model built from its recipe."""
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Removes all but the newest `keep_last` checkpoints and the best one, and left-over partial ones."""
+    best = (folder / "best").read_text().strip() if (folder / "best").is_file() else None
+    kept = {c.name for c in sorted(folder.glob("step-*"))[-keep_last:]} | {best}
+    for old in [*folder.glob("step-*"), *folder.glob(".step-*.partial")]:
+        if old.name not in kept:
+            shutil.rmtree(old)
