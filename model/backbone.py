@@ -72,7 +72,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise WeightsError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise WeightsError(f"weights file {path} cannot be read: {_reason(error)}") from error
     except Exception as error:  # torch raises pickle.UnpicklingError for content that is not plain tensors
         if type(error).__name__ != "UnpicklingError":
             raise
@@ -82,6 +82,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsError(f"weights file {path} is not a state_dict: expected a flat mapping of keys to tensors")
     return state
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else "the file is empty or cut off"
 
 
 def load_backbone_weights(vit: VisionTransformer, path: Path) -> None:
@@ -109,6 +113,16 @@ def load_backbone_weights(vit: VisionTransformer, path: Path) -> None:
     if differences:
         raise WeightsError(f"weights file {path} does not fit the model; keys {'; '.join(differences)}")
     vit.load_state_dict(converted)
+
+
+def infer_backbone(path: Path) -> str:
+    """The backbone name that a weights file is for, from its width and its register tokens."""
+    state = read_weights(path)
+    width = state["cls_token"].shape[-1] if "cls_token" in state else 0
+    sizes = {192: "tiny14", 384: "vits14", 768: "vitb14", 1024: "vitl14", 1536: "vitg14"}
+    if width not in sizes:
+        raise WeightsError(f"weights file {path} is no DINOv2 backbone: expected a cls_token of 384 to 1536 channels")
+    return sizes[width] + ("_reg" if "register_tokens" in state or "reg_token" in state else "")
 
 
 def freeze_all_but_last(vit: VisionTransformer, n: int) -> int:

@@ -38,15 +38,19 @@ class Progress:
     step: int = 0  # position in the plan: global steps begun so far, over all epochs
     skipped_steps: int = 0  # of these, steps without an update because of a non-finite loss
     bad_images: int = 0
-    best_recall: float = -1.0
     mlflow_run_id: str | None = None
     before: list[dict[str, Any]] = field(default_factory=list)  # results of the untrained model
+
+
+def step_name(step: int) -> str:
+    """Name of the checkpoint folder of a step."""
+    return f"step-{step:08d}"
 
 
 def save_checkpoint(folder: Path, engine: Any, queue: MemoryQueue, progress: Progress, recipe: Recipe) -> Path:
     """Writes `folder/step-<n>` from all ranks and points `latest` at it. Every rank must call this."""
     main = dist.get_rank() == 0
-    final = folder / f"step-{progress.step:08d}"
+    final = folder / step_name(progress.step)
     partial = folder / f".{final.name}.partial"
     if main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -74,24 +78,31 @@ def save_checkpoint(folder: Path, engine: Any, queue: MemoryQueue, progress: Pro
 
 
 def _sync_and_digest(file: Path) -> str:
+    """sha256 of a file whose bytes have reached the disk."""
+    sha = hashlib.sha256()
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream: Any) -> str:
-    """sha256 of a stream in constant memory, for Python 3.10."""
-    sha = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        sha.update(block)
+        while block := stream.read(1 << 22):
+            sha.update(block)
     return sha.hexdigest()
 
 
-def point(link: Path, checkpoint: Path) -> None:
-    """Makes the one-line file `link` name `checkpoint`, atomically."""
+def point(link: Path, checkpoint: Path, recall: float | None = None) -> None:
+    """Makes the one-line file `link` name `checkpoint` (and the recall it is kept for), atomically."""
     partial = link.with_suffix(".partial")
-    partial.write_text(checkpoint.name + "\n")
+    partial.write_text(checkpoint.name + ("\n" if recall is None else f" {recall}\n"))
     partial.replace(link)
+
+
+def pointed(link: Path) -> Path | None:
+    """The checkpoint that a `latest` or `best` file names."""
+    return link.parent / link.read_text().split()[0] if link.is_file() else None
+
+
+def best_recall(folder: Path) -> float:
+    """The recall that `best` is kept for; -1 where there is none yet."""
+    link = folder / "best"
+    return float(link.read_text().split()[1]) if link.is_file() else -1.0
 
 
 def faults(checkpoint: Path) -> list[str]:
@@ -117,24 +128,21 @@ def faults(checkpoint: Path) -> list[str]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The step folder that `path` means: itself, or the best, else the newest, of a run's output folder.
+    """The step folder that `path` means: itself, what a `latest` or `best` file names, or a run's best, else newest.
 
     Raises CheckpointError if there is none or it is damaged.
     """
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    for link in ("best", "latest"):
-        if (folder / link).is_file():
-            folder = folder / (folder / link).read_text().strip()
-            break
-    damage = faults(folder)
+    target = pointed(path) or pointed(folder / "best") or pointed(folder / "latest") or folder
+    damage = faults(target)
     if damage:
         raise CheckpointError(damage[0])
-    return folder
+    return target
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in `folder` that verifies, and what was wrong with the newer ones."""
-    notes = []
+    notes: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         damage = faults(candidate)
         if not damage:
@@ -190,8 +198,6 @@ def load_model_weights(model: torch.nn.Module, checkpoint: Path) -> None:
 
 def prune(folder: Path, keep_last: int) -> None:
     """Removes all but the newest `keep_last` checkpoints and the best one, and left-over partial ones."""
-    best = (folder / "best").read_text().strip() if (folder / "best").is_file() else None
-    kept = {c.name for c in sorted(folder.glob("step-*"))[-keep_last:]} | {best}
-    for old in [*folder.glob("step-*"), *folder.glob(".step-*.partial")]:
-        if old.name not in kept:
-            shutil.rmtree(old)
+    kept = {*sorted(folder.glob("step-*"))[-keep_last:], pointed(folder / "best")}
+    for old in {*folder.glob("step-*"), *folder.glob(".step-*.partial")} - kept:
+        shutil.rmtree(old)

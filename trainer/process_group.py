@@ -49,3 +49,9 @@ def start_process_group(timeout_s: int) -> Rank:
         "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), device_id=device if cuda else None
     )
     return Rank(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop_process_group() -> None:
+    """Leaves the group once every rank is done."""
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""Recipes load, document every key, and refuse what cannot run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from configs.load import RECIPES, RecipeError, load_recipe, recipe_text
+from configs.schema import Recipe, Section
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(recipe_text(recipe))
+    assert load_recipe(copy) == recipe
+    assert load_recipe(Path(path.stem)) == recipe
+
+
+def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
+    nested = [f.annotation for f in model.model_fields.values()]
+    return [model] + [s for n in nested if isinstance(n, type) and issubclass(n, Section) for s in sections(n)]
+
+
+def test_every_key_has_a_line_of_documentation() -> None:
+    for section in sections(Recipe):
+        for name, field in section.model_fields.items():
+            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+            assert is_section or field.description, f"{section.__name__}.{name}"
+        assert section.__doc__
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"data": {"shrads": "x"}}, "unknown key data.shrads; nearest: data.shards"),
+        ({"memmory": {}}, "unknown key memmory; nearest: memory"),
+        ({"model": {"backbone": "vits15"}}, "model.backbone: 'vits15' is not one of .* nearest: vits14"),
+        ({"data": {"image_size": 225}}, "data.image_size: 225 is not a multiple of the patch size 14; .* 224 or 238"),
+        ({"data": {"places_per_batch": 0}}, "data.places_per_batch: input should be greater than or equal to 1, got 0"),
+        ({"data": {"images_per_place": 1}}, "data.images_per_place"),
+        ({"engine": {"precision": "bf16", "zero_stage": 0}}, "use zero_stage 1 or 2"),
+        ({"eval": {"rerank": {"tpo_k": 3}}}, "nearest: eval.rerank.top_k"),
+        ({"name": "a b"}, "not a plain name"),
+        (["a"], "expected a mapping"),
+    ],
+)
+def test_bad_recipes_name_key_and_nearest(content: object, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match=words) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_yaml_runs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "evil.yaml"
+    path.write_text("name: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(path)
+
+
+def test_missing_recipe_names_the_shipped_ones() -> None:
+    with pytest.raises(RecipeError, match="mini_vits"):
+        load_recipe(Path("nowhere.yaml"))

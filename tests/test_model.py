@@ -1,0 +1,165 @@
+"""The network: weights in and refused, frozen blocks, facets from the same forward pass."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from configs.schema import ModelConfig
+from model.backbone import TIMM_NAMES, WeightsError, build_backbone, infer_backbone
+from model.network import PlaceModel, build_model
+
+
+@pytest.fixture(scope="module")
+def model() -> PlaceModel:
+    return build_model(ModelConfig(backbone="tiny14", weights="random", finetune_last_n_blocks=2)).eval()
+
+
+def images(n: int = 3, side: int = 56) -> torch.Tensor:
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def as_facebook(vit: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A timm state in facebookresearch/dinov2's key layout."""
+    state = {}
+    for key, value in vit.state_dict().items():
+        state[key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3") if "swiglu" in key else key] = value
+    if "reg_token" in state:
+        state["register_tokens"] = state.pop("reg_token")
+        state["pos_embed"] = torch.cat([torch.zeros_like(state["cls_token"]), state["pos_embed"]], dim=1)
+    state["mask_token"] = torch.zeros(1, state["cls_token"].shape[-1])
+    return {key: value.clone().contiguous() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("name", ["vits14", "vits14_reg"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_facebook_layout_loads(name: str, suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    source = build_backbone(name, "random")
+    with torch.no_grad():
+        for p in source.parameters():
+            p.normal_(std=0.02)
+    path = tmp_path / f"weights{suffix}"
+    state = as_facebook(source)
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    assert infer_backbone(path) == name
+    loaded = build_backbone(name, str(path))
+    for key, value in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_weights_of_another_size_are_refused_with_the_keys(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.safetensors"
+    save_file(as_facebook(build_backbone("tiny14", "random")), path)
+    with pytest.raises(WeightsError, match=r"cls_token is \(1, 1, 192\), expected \(1, 1, 384\)") as caught:
+        build_backbone("vits14", str(path))
+    assert "missing" in str(caught.value)
+    assert "blocks.10" in str(caught.value)
+
+
+def test_pickled_code_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pth"
+    torch.save({"cls_token": Path("x")}, path)
+    with pytest.raises(WeightsError, match="refused"):
+        build_backbone("vits14", str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_damaged_files_are_named(content: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=path.name):
+        build_backbone("vits14", str(path))
+
+
+@pytest.mark.parametrize("name", sorted(TIMM_NAMES))
+def test_every_size_can_be_built(name: str) -> None:
+    with torch.device("meta"):
+        vit = timm.create_model(TIMM_NAMES[name], img_size=518, num_classes=0, dynamic_img_size=True)
+    assert len(vit.blocks) == {"s": 12, "b": 12, "l": 24, "g": 40}[name[3]]
+    assert (vit.reg_token is not None) == name.endswith("reg")
+
+
+@pytest.mark.parametrize("side", [56, 70, 112])
+@pytest.mark.parametrize("aggregator", ["cls", "gem"])
+def test_descriptors_are_unit_float32_at_any_side(side: int, aggregator: str) -> None:
+    model = build_model(
+        ModelConfig(backbone="tiny14", weights="random", aggregator=aggregator, finetune_last_n_blocks=6)
+    )
+    descriptor = model(images(2, side))
+    assert descriptor.dtype == torch.float32
+    torch.testing.assert_close(descriptor.norm(dim=1), torch.ones(2), rtol=0, atol=1e-6)
+
+
+def test_forward_equals_timm(model: PlaceModel) -> None:
+    with torch.inference_mode():
+        expected = F.normalize(model.backbone.forward_features(images())[:, 0], dim=-1)
+        torch.testing.assert_close(model(images()), expected, rtol=0, atol=1e-6)
+
+
+def test_frozen_blocks_get_no_gradient_and_no_graph(model: PlaceModel) -> None:
+    model.zero_grad()
+    entered = []
+    handle = model.backbone.blocks[4].register_forward_pre_hook(lambda _m, x: entered.append(x[0].requires_grad))
+    model(images()).sum().backward()
+    handle.remove()
+    assert entered == [False]
+    with_gradient = {
+        name.split(".")[2] for name, p in model.named_parameters() if p.grad is not None and "blocks" in name
+    }
+    assert with_gradient == {"4", "5"}
+    assert model.backbone.patch_embed.proj.weight.grad is None
+    assert model.backbone.norm.weight.grad is not None
+
+
+def test_too_many_blocks_is_an_error() -> None:
+    with pytest.raises(ValueError, match="has 6 blocks"):
+        build_model(ModelConfig(backbone="tiny14", weights="random", finetune_last_n_blocks=7))
+
+
+def test_same_seed_same_weights_and_no_trace_on_the_global_generator() -> None:
+    config = ModelConfig(backbone="tiny14", weights="random", finetune_last_n_blocks=1)
+    before = torch.random.get_rng_state()
+    a, b, c = (build_model(config, seed=s).state_dict() for s in (3, 3, 4))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+@pytest.mark.parametrize("layer", [0, 3, -1])
+def test_facets_are_those_of_the_attention(model: PlaceModel, layer: int) -> None:
+    """Values, keys, queries and the CLS row, written out from the block's own input."""
+    vit, x = model.backbone, images()
+    seen = {}
+    block = vit.blocks[layer]
+    handle = block.register_forward_hook(lambda _m, i, o: seen.update(input=i[0], output=o))
+    with torch.inference_mode():
+        out = {
+            f: model.read_out(x, layer=layer, facet=f, saliency_layer=layer) for f in ("query", "key", "value", "token")
+        }
+        handle.remove()
+        qkv = block.attn.qkv(block.norm1(seen["input"]))
+        q, k, v = qkv.chunk(3, dim=-1)
+        expected = {"query": q, "key": k, "value": v, "token": seen["output"]}
+        for facet, tokens in expected.items():
+            torch.testing.assert_close(out[facet].local_BNC, F.normalize(tokens[:, 1:], dim=-1), rtol=0, atol=1e-6)
+        heads = block.attn.num_heads
+        q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
+        logits = q @ k.transpose(-1, -2) / (q.shape[-1] ** 0.5)
+        torch.testing.assert_close(out["value"].saliency_BN, logits[:, :, 0, 1:].mean(dim=1), rtol=1e-5, atol=1e-5)
+        assert torch.equal(out["value"].descriptor_BD, model(x))
+
+
+def test_hooks_are_gone_after_a_read_out(model: PlaceModel) -> None:
+    with torch.inference_mode():
+        model.read_out(images(1))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_bad_layer_is_named(model: PlaceModel) -> None:
+    with pytest.raises(ValueError, match="layer 6: the backbone has 6 blocks"):
+        model.read_out(images(1), layer=6)

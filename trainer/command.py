@@ -1,0 +1,52 @@
+"""`rerankvpr train` and `python -m trainer`: a recipe and flags in, a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from configs.load import RECIPES, load_recipe
+from configs.schema import Recipe
+from trainer.errors import one_line_errors
+
+USAGE = "rerankvpr train RECIPE"
+
+
+def parse(argv: list[str]) -> tuple[Recipe, bool]:
+    """The recipe that the arguments mean, flags applied over its file, and whether to resume."""
+    resume = "--resume" in argv
+    rest = [arg for arg in argv if arg != "--resume"]
+    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    description = (
+        f"Trains RECIPE, a YAML file or one of the shipped recipes ({shipped}), and evaluates it before and after. "
+        "Every key of a recipe is a flag; defaults below are the recipe's. --resume goes on from the newest valid "
+        "checkpoint of --output."
+    )
+    asks_help = bool({"-h", "--help"} & set(rest))
+    if not rest or rest[0].startswith("-"):
+        if asks_help:
+            tyro.cli(Recipe, args=["--help"], prog=USAGE, description=description)
+        raise ValueError(f"train needs a recipe first: {USAGE} [--section.key value]; shipped: {shipped}")
+    recipe = load_recipe(Path(rest[0]))
+    return tyro.cli(Recipe, args=rest[1:], default=recipe, prog=USAGE, description=description), resume
+
+
+def main(argv: list[str]) -> int:
+    """Runs one rank of a training."""
+    with one_line_errors():
+        recipe, resume = parse(argv)
+    from rich.console import Console
+
+    from data_pipeline.loader import TooManyBadImagesError
+    from trainer.loop import TrainingError, train
+    from trainer.process_group import start_process_group, stop_process_group
+
+    console = Console()
+    with one_line_errors(TooManyBadImagesError, TrainingError):
+        rank = start_process_group(recipe.engine.timeout_s)
+        summary = train(recipe, rank, console, resume=resume)
+        if rank.is_main:
+            console.print(f"trained {summary.steps} steps; newest checkpoint {summary.checkpoint}", soft_wrap=True)
+        stop_process_group()
+    return 0

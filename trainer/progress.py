@@ -1,0 +1,47 @@
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 10.0
+
+Update = Callable[..., None]
+
+
+@contextmanager
+def progress_bar(console: Console, label: str, total: int | None = None, *, active: bool = True) -> Iterator[Update]:
+    """Yields `update(done, total=None, note="")`, which shows that `done` of `total` items are finished."""
+    if not active:
+        yield lambda *_args, **_kwargs: None
+    elif console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(label, total=total, note="")
+
+            def show(done: int, total: int | None = None, note: str = "") -> None:
+                bar.update(task, completed=done, **({} if total is None else {"total": total}), note=note)
+
+            yield show
+    else:
+        shown = time.monotonic()
+
+        def line(done: int, total: int | None = total, note: str = "") -> None:
+            nonlocal shown
+            if time.monotonic() - shown > LINE_EVERY_S or done == total:
+                shown = time.monotonic()
+                console.print(f"{label}: {done}{f'/{total}' if total else ''}  {note}".rstrip(), highlight=False)
+
+        yield line
