@@ -49,6 +49,72 @@ def main(argv: list[str]) -> int:
     results = json.loads((recipe.output / "results.json").read_text())
     console.print(_table(results))
     console.print(f"pictures and checkpoints: {recipe.output}", highlight=False)
-    console.print(f"all curves and pictures:  {_tool(open_command(recipe.tracking.uri))}", highlight=False, soft_wrap=True)
+    console.print(
+        f"all curves and pictures:  {_tool(open_command(recipe.tracking.uri))}", highlight=False, soft_wrap=True
+    )
     console.print(f"{time.monotonic() - began:.0f} s", highlight=False)
     return 0
+
+
+def _render(console: Console, recipe: Recipe, seed: int) -> None:
+    from data_pipeline.town import render_town, town_is_current
+
+    folder = recipe.eval.data_root / "town"
+    if town_is_current(folder, seed=seed):
+        console.print(f"[bold]town[/]    {folder} holds this town: used again", highlight=False)
+        return
+    with progress_bar(console, "town") as update:
+        render_town(folder, seed=seed, on_progress=update)
+    console.print(f"[bold]town[/]    {folder}: rendered", highlight=False)
+
+
+def _shard(console: Console, recipe: Recipe) -> None:
+    from launch.data_commands import ShardCommand, describe_shards, write_shard_set
+
+    command = ShardCommand(source=recipe.eval.data_root / "town" / "train", out=recipe.data.shards, shard_mb=4)
+    describe_shards(console, write_shard_set(console, command))
+
+
+def _is_done(recipe: Recipe) -> bool:
+    """Whether the output folder holds this very recipe, trained to its end and whole."""
+    stored, results = recipe.output / "recipe.yaml", recipe.output / "results.json"
+    if not (stored.is_file() and results.is_file() and stored.read_text() == recipe_text(recipe)):
+        return False
+    found, _ = newest_valid(recipe.output / "checkpoints")
+    return found is not None and json.loads(results.read_text()).get("model", "").endswith(found.name)
+
+
+def _table(results: dict[str, Any]) -> Table:
+    """Untrained, trained, trained and re-ranked, side by side with their cost."""
+    (before,), (after,) = results["before"], results["results"]
+    table = Table(
+        title=f"{after['name']} ({after['protocol']}), {after['num_queries']} queries in {after['num_database']}"
+    )
+    ks = list(after["recall"])
+    costs = ("features, s/image", "retrieval, s/query", "re-ranking, s/query")
+    for column in ("", *(f"R@{k}" for k in ks), *costs):
+        table.add_column(column, justify="right" if column else "left")
+
+    def row(label: str, result: dict[str, Any], recall: dict[str, float], *, reranked: bool) -> None:
+        timings = result["timings"]
+        times = [timings["extraction_s_per_image"], timings["retrieval_s_per_query"]]
+        cells = [f"{recall[k]:.1f}" for k in ks] + [f"{t:.4f}" for t in times]
+        table.add_row(label, *cells, f"{timings['rerank_s_per_query']:.4f}" if reranked else "-")
+
+    row("untrained", before, before["recall"], reranked=False)
+    row("trained", after, after["recall"], reranked=False)
+    row("trained + re-ranked", after, after["recall_reranked"], reranked=True)
+    return table
+
+
+def _tool(command: str) -> str:
+    """A command of this environment, with the folder of its programs where that is not on the path."""
+    import shutil
+    import sys
+
+    program, _, rest = command.partition(" ")
+    if not rest or shutil.which(program):
+        return command
+    bin_folder = Path(sys.executable).parent
+    shown = bin_folder.relative_to(Path.cwd()) if bin_folder.is_relative_to(Path.cwd()) else bin_folder
+    return f"{shown / program} {rest}"

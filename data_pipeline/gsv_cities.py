@@ -1,0 +1,183 @@
+"""GSV-Cities' native layout: a CSV of images a city, and the photographs they name."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+from numpy.typing import NDArray
+
+COLUMNS = ("place_id", "year", "month", "northdeg", "city_id", "lat", "lon", "panoid")
+
+_INTEGER = r"^[0-9]{1,18}$"
+_DEGREES = r"^-?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
+_PATTERNS = {
+    "place_id": (_INTEGER, "a whole number"),
+    "year": (r"^[0-9]{1,4}$", "a year"),
+    "month": (r"^[0-9]{1,2}$", "a month, 1 to 12"),
+    "northdeg": (r"^[0-9]{1,9}$", "a whole number of degrees"),
+    "lat": (_DEGREES, "degrees"),
+    "lon": (_DEGREES, "degrees"),
+    "panoid": (r"^[^/\\\x00]+$", "a name without slashes"),
+}
+# A tar header holds 100 bytes of name; WebDataset ends a sample's key at the first dot.
+_CITY = re.compile(r"[\w-]+")
+_CITY_BYTES = 64
+
+
+@dataclass(frozen=True)
+class PlaceListing:
+    """Places in (city, place) order and the images of each, in the order of the CSV rows.
+
+    `images` has a row an image: city, place (the city's own number), year, month, northdeg, lat and lon (text, as in
+    the CSV), panoid, file and csv (relative to `source`), row (line of the CSV; the header is line 1). Place p owns
+    rows `place_starts[p]` to `place_starts[p + 1]`.
+    """
+
+    source: Path
+    images: pa.Table
+    place_starts: NDArray[np.int64]
+    min_images_per_place: int
+    places_left_out: int
+    images_left_out: int
+
+    @property
+    def num_places(self) -> int:
+        """Places in all cities."""
+        return len(self.place_starts) - 1
+
+    @property
+    def num_images(self) -> int:
+        """Images of all places."""
+        return len(self.images)
+
+    @property
+    def cities(self) -> list[str]:
+        """Names of the cities, in order."""
+        return sorted(pc.unique(self.images["city"]).to_pylist())
+
+
+def read_gsv_cities(source: Path, *, min_images_per_place: int = 4, cities: list[str] | None = None) -> PlaceListing:
+    """The places of the data set at `source`, from its CSVs alone: no photograph is opened or looked for.
+
+    A row's image is Images/<city>/<city>_<place:07d>_<year:04d>_<month:02d>_<northdeg:03d>_<lat>_<lon>_<panoid>.jpg,
+    where city is its city_id, and lat and lon are as the CSV writes them. Places with fewer than
+    `min_images_per_place` images are left out and counted; `cities` keeps only those city_ids. Raises
+    FileNotFoundError for a missing folder, ValueError for a CSV that cannot be used, naming file, row and column.
+    """
+    if min_images_per_place < 1:
+        raise ValueError(f"min_images_per_place is {min_images_per_place}; use 1 or more (GSV-Cities' own is 4)")
+    folder = source / "Dataframes"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source}: no folder Dataframes; GSV-Cities' layout is Dataframes/<City>.csv, Images/")
+    paths = sorted(path for path in folder.glob("*.csv") if not path.name.startswith("."))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no CSV; GSV-Cities' layout has one Dataframes/<City>.csv for each city")
+    images = pa.concat_tables([_read_csv(path, f"Dataframes/{path.name}") for path in paths])
+    if cities is not None:
+        known = sorted(pc.unique(images["city"]).to_pylist())
+        for city in cities:
+            if city not in known:
+                raise ValueError(f"{folder}: no city {city}; there are {', '.join(known)}")
+        images = images.filter(pc.is_in(images["city"], pa.array(cities, pa.string())))
+    images = images.sort_by([(name, "ascending") for name in ("city", "place", "csv", "row")])
+
+    starts = _group_starts(images)
+    counts = np.diff(starts)
+    keep = counts >= min_images_per_place
+    if not keep.any():
+        raise ValueError(
+            f"{source}: none of {len(counts)} places has {min_images_per_place} images (the largest has "
+            f"{counts.max(initial=0)}); lower min_images_per_place"
+        )
+    return PlaceListing(
+        source=source,
+        images=images.filter(pa.array(np.repeat(keep, counts))).combine_chunks(),
+        place_starts=np.concatenate([[0], np.cumsum(counts[keep])]).astype(np.int64),
+        min_images_per_place=min_images_per_place,
+        places_left_out=int((~keep).sum()),
+        images_left_out=int(counts[~keep].sum()),
+    )
+
+
+def _read_csv(path: Path, name: str) -> pa.Table:
+    data = path.read_bytes()
+    lines = data.splitlines()
+    if not lines:
+        raise ValueError(f"{path}: empty; expected a CSV with the columns {', '.join(COLUMNS)}")
+    header = next(csv.reader([lines[0].decode("utf-8-sig", errors="replace")]), [])
+    for column in COLUMNS:
+        if column not in header:
+            raise ValueError(f"{path}: no column {column}; expected {', '.join(COLUMNS)}; found {', '.join(header)}")
+    try:
+        table = pa.csv.read_csv(
+            io.BytesIO(data),
+            read_options=pa.csv.ReadOptions(use_threads=False),
+            convert_options=pa.csv.ConvertOptions(
+                include_columns=list(COLUMNS), column_types=dict.fromkeys(COLUMNS, pa.string())
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a readable CSV ({str(error).splitlines()[0]})") from error
+    # Blank lines are no rows, and are counted so that a row's number is its line in the file.
+    rows = [number for number, line in enumerate(lines, 1) if line][1:]
+    if not rows:
+        raise ValueError(f"{path}: a header without rows; expected a row an image")
+    if len(rows) != len(table):
+        raise ValueError(f"{path}: {len(rows)} lines hold {len(table)} rows; expected one line a row")
+    for column, (pattern, expected) in _PATTERNS.items():
+        _check(table[column], pc.match_substring_regex(table[column], pattern), rows, path, column, expected)
+    for city in pc.unique(table["city_id"]).to_pylist():
+        if not _CITY.fullmatch(city) or len(city.encode()) > _CITY_BYTES:
+            expected = f"at most {_CITY_BYTES} letters, digits, '_' and '-' (no dot: a sample's key ends at the first)"
+            _check(table["city_id"], pc.not_equal(table["city_id"], city), rows, path, "city_id", expected)
+
+    numbers = {column: table[column].cast(pa.int64()) for column in ("place_id", "year", "month", "northdeg")}
+    _check(table["month"], pc.is_in(numbers["month"], pa.array(range(1, 13))), rows, path, "month", "1 to 12")
+    widths = {"place_id": 7, "year": 4, "month": 2, "northdeg": 3}
+    padded = [
+        pc.utf8_lpad(numbers[column].cast(pa.string()), width=width, padding="0") for column, width in widths.items()
+    ]
+    city = table["city_id"]
+    stem = pc.binary_join_element_wise(city, *padded, table["lat"], table["lon"], table["panoid"], "_")
+    return pa.table(
+        {
+            "city": city,
+            "place": numbers["place_id"],
+            "year": numbers["year"],
+            "month": numbers["month"],
+            "northdeg": numbers["northdeg"],
+            "lat": table["lat"],
+            "lon": table["lon"],
+            "panoid": table["panoid"],
+            "file": pc.binary_join_element_wise("Images/", city, "/", stem, ".jpg", ""),
+            "csv": pa.repeat(name, len(table)),
+            "row": pa.array(rows, pa.int64()),
+        }
+    )
+
+
+def _check(
+    values: pa.ChunkedArray, valid: pa.ChunkedArray, rows: list[int], path: Path, column: str, expected: str
+) -> None:
+    """Raises ValueError for the first value that is not valid."""
+    wrong = pc.index(valid, pa.scalar(False)).as_py()
+    if wrong >= 0:
+        raise ValueError(f"{path} row {rows[wrong]}: {column} is {values[wrong].as_py()!r}; expected {expected}")
+
+
+def _group_starts(images: pa.Table) -> NDArray[np.int64]:
+    """Where each place starts in rows sorted by (city, place), and the number of rows at the end."""
+    if len(images) == 0:
+        return np.zeros(1, dtype=np.int64)
+    city = images["city"].combine_chunks().dictionary_encode().indices.to_numpy()
+    place = images["place"].to_numpy()
+    first = (np.diff(city) != 0) | (np.diff(place) != 0)
+    return np.concatenate([[0], np.flatnonzero(first) + 1, [len(images)]]).astype(np.int64)

@@ -1,0 +1,153 @@
+"""Checking a shard set: every byte of every tar against the index, and what is wrong by name."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import mmap
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.index import INDEX, INDEX_DIGEST, ShardFile, ShardIndex, file_sha256, read_index
+from data_pipeline.tars import BLOCK, header, image_member, json_member, padding, place_json, sample_key
+
+_HASHED_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a file of the set, relative to its folder, and with which of its members, if one is known."""
+
+    file: str
+    member: str
+    what: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, [self.file, self.member, self.what]))
+
+
+def verify_shards(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> list[Fault]:
+    """All that is wrong with the shard set at `folder`: none, if each byte is as it was written.
+
+    Tars are held against the sha256 in the index, and every header, photograph, JSON and padding against the rows; the
+    index against `index.parquet.sha256`. `on_progress(bytes done, bytes in all)`. Raises FileNotFoundError where there
+    is no shard set.
+    """
+    faults = _index_faults(folder)
+    try:
+        index = read_index(folder)
+    except ValueError as error:
+        return [*faults, Fault(INDEX, "", str(error).removeprefix(f"{folder / INDEX}: "))]
+
+    total, done = sum(shard.size for shard in index.metadata.shards), 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if on_progress is not None:
+            on_progress(done, total)
+
+    for number, shard in enumerate(index.metadata.shards):
+        faults += _shard_faults(index, number, shard, advance)
+    known = {shard.name for shard in index.metadata.shards}
+    extra = sorted(f"shards/{path.name}" for path in (folder / "shards").glob("*.tar"))
+    return faults + [Fault(name, "", "not in the index; remove it") for name in extra if name not in known]
+
+
+def _index_faults(folder: Path) -> list[Fault]:
+    path, digest = folder / INDEX, folder / INDEX_DIGEST
+    if not path.is_file():
+        return []
+    if not digest.is_file():
+        return [Fault(INDEX_DIGEST, "", f"missing; without it damage to {INDEX} may go unseen")]
+    if digest.read_bytes() != f"{file_sha256(path)}  {INDEX}\n".encode():
+        return [Fault(INDEX, "", f"damaged: its sha256 is not the one in {INDEX_DIGEST}")]
+    return []
+
+
+def _shard_faults(index: ShardIndex, number: int, shard: ShardFile, advance: Callable[[int], None]) -> list[Fault]:
+    path = index.folder / shard.name
+    rows = index.table.take(np.flatnonzero(index.shard == number)).to_pylist()
+    if not path.is_file():
+        advance(shard.size)
+        return [Fault(shard.name, "", f"missing, and with it {len(rows)} images")]
+    size = path.stat().st_size
+    if size != shard.size:
+        advance(shard.size)
+        lost = [row for row in rows if row["offset"] + row["size"] > size]
+        what = f"{size} bytes long, not {shard.size}"
+        if lost:
+            what += f": {len(lost)} images are cut off, from {_image_name(lost[0])} on"
+        return [Fault(shard.name, "", what)]
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        digest = hashlib.sha256()
+        for start in range(0, size, _HASHED_AT_ONCE):
+            digest.update(tar[start : start + _HASHED_AT_ONCE])
+            advance(min(_HASHED_AT_ONCE, size - start))
+        faults = [Fault(shard.name, member, what) for member, what in _member_faults(tar, rows)]
+    if not faults and digest.hexdigest() != shard.sha256:
+        faults = [Fault(shard.name, "", "its sha256 is not the one in the index")]
+    return faults
+
+
+def _member_faults(tar: mmap.mmap, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Member and fault, for all that is not as the rows of the tar say."""
+    places = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["place_id"])]
+    position = 0
+    for place, following in itertools.zip_longest(places, places[1:]):
+        for row in place:
+            name, size = _image_name(row), row["size"]
+            if row["offset"] != position + BLOCK:
+                yield name, f"the index has it at byte {row['offset']}, the tar at {position + BLOCK}"
+                return
+            if tar[position : position + BLOCK] != header(name, size):
+                yield name, "its tar header is damaged"
+            position += BLOCK
+            if zlib.crc32(tar[position : position + size]) != row["crc32"]:
+                yield name, "its bytes differ from the index's crc32"
+            position += size
+            if tar[position : position + len(padding(size))] != padding(size):
+                yield name, "the padding after it is damaged"
+            position += len(padding(size))
+        end = following[0]["offset"] - BLOCK if following else len(tar)
+        yield from _json_faults(tar[position:end], place)
+        position = end
+
+
+def _json_faults(data: bytes, place: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Faults of the JSON member that `data` begins with; nothing but zeros may follow it."""
+    name = json_member(_key(place[0]))
+    text = data[BLOCK:].split(b"\0", 1)[0]
+    if data[:BLOCK] != header(name, len(text)):
+        yield name, "its tar header, or its length, is damaged"
+    try:
+        files = [view["file"] for view in json.loads(text)["views"]]
+        sound = text == place_json(place, files) and all(map(_names, files, place))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        yield name, "its text is damaged, or differs from the index"
+    if any(data[BLOCK + len(text) :]):
+        yield name, "the padding after it is damaged"
+
+
+def _names(file: str, row: dict[str, Any]) -> bool:
+    """Whether a source file's name says what the index row says."""
+    start = f"{_key(row)}_{row['year']:04d}_{row['month']:02d}_{row['northdeg']:03d}_"
+    end = f"_{row['panoid']}.jpg"
+    degrees = file[len(start) : -len(end)].split("_")
+    return file.startswith(start) and file.endswith(end) and [float(d) for d in degrees] == [row["lat"], row["lon"]]
+
+
+def _key(row: dict[str, Any]) -> str:
+    return sample_key(row["city"], row["city_place_id"])
+
+
+def _image_name(row: dict[str, Any]) -> str:
+    return image_member(_key(row), row["view"])

@@ -1,0 +1,60 @@
+"""A small data set in GSV-Cities' native layout: real JPEGs of seeded noise, odd sizes and all kinds."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+COLUMNS = ["place_id", "year", "month", "northdeg", "city_id", "lat", "lon", "panoid"]
+
+THREE_CITIES = {
+    "Oslo": {3: 4, 12: 5, 700: 4, 8: 2},
+    "Alta": {0: 6, 3: 4, 4: 3, 12345678: 4},
+    "San-Juan_2": {5: 4, 6: 11},
+}
+
+
+def jpeg(rng: np.random.Generator) -> bytes:
+    """A JPEG of a random size, sometimes grey, sometimes progressive."""
+    width, height = (int(side) for side in rng.integers(9, 70, size=2))
+    coarse = Image.fromarray(rng.integers(0, 256, size=(5, 6, 3), dtype=np.uint8))
+    image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+    if rng.random() < 0.2:
+        image = image.convert("L")
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=int(rng.integers(60, 96)), progressive=bool(rng.random() < 0.3))
+    return data.getvalue()
+
+
+def write_gsv_cities(
+    folder: Path, cities: Mapping[str, Mapping[int, int]] = THREE_CITIES, seed: int = 0
+) -> dict[tuple[str, int], list[Path]]:
+    """Write cities of {place: number of images} to `folder`; the images of each (city, place) in order of CSV rows.
+
+    Rows are shuffled over places, line ends are Windows', a column nobody asked for comes first, and coordinates are
+    written as no float prints itself: all of that is met in the wild.
+    """
+    rng = np.random.default_rng(seed)
+    (folder / "Dataframes").mkdir(parents=True)
+    files: dict[tuple[str, int], list[Path]] = {}
+    for city, places in cities.items():
+        (folder / "Images" / city).mkdir(parents=True)
+        with (folder / "Dataframes" / f"{city}.csv").open("w", newline="") as out:
+            table = csv.DictWriter(out, ["comment", *COLUMNS], lineterminator="\r\n")
+            table.writeheader()
+            for place in rng.permutation(np.repeat(list(places), list(places.values()))).tolist():
+                of_place = files.setdefault((city, place), [])
+                lat, lon = f"{rng.uniform(-90, 90):.5f}0", f"{rng.uniform(-180, 180):.1f}"
+                year, month, degrees = (int(rng.integers(*span)) for span in ((2007, 2023), (1, 13), (0, 360)))
+                pano = f"pano_{place}-{len(of_place)}"
+                values = [place, year, month, degrees, city, lat, lon, pano]
+                table.writerow({"comment": "", **dict(zip(COLUMNS, values, strict=True))})
+                name = f"{city}_{place:07d}_{year:04d}_{month:02d}_{degrees:03d}_{lat}_{lon}_{pano}.jpg"
+                of_place.append(folder / "Images" / city / name)
+                of_place[-1].write_bytes(jpeg(rng))
+    return files
