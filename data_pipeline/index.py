@@ -137,7 +137,7 @@ def write_index(folder: Path, table: pa.Table, metadata: ShardSetMetadata) -> No
 def write_table(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
     """Write a table of SCHEMA with metadata, and wait until it is on the disk."""
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(metadata, separators=(",", ":"))})
-    pq.write_table(table.cast(schema), path, compression="zstd", write_page_checksum=True)
+    pq.write_table(table.cast(schema).combine_chunks(), path, compression="zstd", write_page_checksum=True)
     sync(path)
 
 
@@ -146,12 +146,13 @@ def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
+            said = dict(table.schema.metadata or {})
     except FileNotFoundError:
         raise
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"{path}: damaged, or no Parquet file ({str(error).splitlines()[0]})") from error
     try:
-        metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        metadata = json.loads(said[METADATA_KEY])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: a Parquet file, but not the index of a shard set") from error
     version = metadata.get("format_version")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +31,10 @@ from data_pipeline.index import (
     write_index,
     write_table,
 )
-from data_pipeline.photos import Photo, read_photos
 from data_pipeline.tars import END_OF_TAR, pack_place
+
+if TYPE_CHECKING:
+    from data_pipeline.photos import Photo
 
 SHARD_BYTES = 256 * 2**20
 _COPIED = ("year", "month", "northdeg", "panoid")
@@ -154,6 +156,9 @@ class _Run:
 
     def write(self, name: str, start: int, stop: int) -> None:
         """Write the tar of places [start, stop) and the file of its rows, both under temporary names at first."""
+        # Importing torchvision takes seconds, which a set that is complete, or a user's mistake, need not wait for.
+        from data_pipeline.photos import read_photos
+
         tar = self.out / name
         temporary = tar.with_name(f"{tar.name}.tmp")
         rows: list[dict[str, Any]] = []
@@ -263,7 +268,8 @@ def _check_bad(bad: list[BadImage], total: int, max_bad: float) -> None:
     if len(bad) > max_bad * total:
         first = "; ".join(map(str, bad[:_NAMED])) + ("; ..." if len(bad) > _NAMED else "")
         raise ValueError(
-            f"{len(bad)} of {total} images cannot be read, more than the share {max_bad:g} that max_bad allows: {first}"
+            f"stopped at {len(bad)} unreadable photographs of {total}, more than max_bad {max_bad:g} allows; "
+            f"repair them or allow more: {first}"
         )
 
 

@@ -20,7 +20,7 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class ShardCommand:
-    """Writes a folder in GSV-Cities' native layout as tar shards with an index. Run again, it goes on where it stopped."""
+    """Writes a folder in GSV-Cities' native layout as tar shards with an index; run again, it goes on."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """Folder with Images/<City>/ and Dataframes/<City>.csv."""
