@@ -57,15 +57,14 @@ def main(argv: list[str]) -> int:
 
 
 def _render(console: Console, recipe: Recipe, seed: int) -> None:
-    from data_pipeline.town import render_town, town_is_current
+    from data_pipeline.town import Town, render_town, town_is_current
 
-    folder = recipe.eval.data_root / "town"
-    if town_is_current(folder, seed=seed):
-        console.print(f"[bold]town[/]    {folder} holds this town: used again", highlight=False)
-        return
-    with progress_bar(console, "town") as update:
-        render_town(folder, seed=seed, on_progress=update)
-    console.print(f"[bold]town[/]    {folder}: rendered", highlight=False)
+    folder, town = recipe.eval.data_root / "town", Town(seed=seed)
+    if not (reused := town_is_current(folder, town)):
+        with progress_bar(console, "town", town.images) as update:
+            render_town(folder, town, on_progress=update)
+    what = f"{town.places} places to train on, {town.held_out_places} held out, {town.images:,} images"
+    console.print(f"[bold]town[/]    {folder}: {what}; {'used again' if reused else 'rendered'}", highlight=False)
 
 
 def _shard(console: Console, recipe: Recipe) -> None:
