@@ -82,7 +82,9 @@ class MemoryConfig(Section):
     """The memory queue of past descriptors."""
 
     size: NonNegative = Field(16384, description="M, descriptors kept over all ranks; 0 switches the queue off.")
-    start_epoch: NonNegative = Field(5, description="Epoch (from 0) from which the queue is filled and used.")
+    start_epoch: Annotated[float, Field(ge=0)] = Field(
+        5, description="Epoch (from 0; a fraction is a part of one) from which the queue is filled and used."
+    )
     decay_lambda: Annotated[float, Field(ge=0)] = Field(
         0.1, description="Age weight exp(-lambda * steps) of a memory negative; larger forgets faster, 0 is no decay."
     )

@@ -43,7 +43,9 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
         checkpoint = find_checkpoint(Path(given))
         recipe = load_recipe(checkpoint / "recipe.yaml")
         default = EvalCommand(eval=recipe.eval)
-    command = tyro.cli(EvalCommand, args=argv, default=default, prog="rerankvpr eval")
+    command = tyro.cli(
+        EvalCommand, args=argv, default=default, prog="rerankvpr eval", config=(tyro.conf.FlagConversionOff,)
+    )
     if not command.eval.benchmarks:
         raise ValueError("eval needs --benchmarks, such as town or gardens_point/day_right/night_right/100-199")
     if command.weights:

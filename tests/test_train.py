@@ -47,17 +47,18 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optim": {"lr": 1e-3, "warmup_steps": 2},
         "trainer": {"epochs": 3, "checkpoint_every_steps": 2, "validate_every_epochs": 1},
         "eval": {"benchmarks": ["town"], "data_root": str(folder), "image_size": 28, "pictures": 2},
-        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        "tracking": {"uri": "sqlite:///mlflow.db"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
 
-def start(*command: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(folder: Path, *command: str) -> subprocess.Popen[str]:
+    """`python -m ...` in a folder of its own, where MLflow puts its artifacts."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", *command],
-        cwd=ROOT,
+        cwd=folder,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -85,7 +86,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 def two_ranks(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
     recipe = str(workplace / "recipe.yaml")
     launcher = ("rerankvpr", "launch", "--nproc-per-node", "2", "--")
-    return start(*launcher, "train", recipe, "--output", str(workplace / output), *flags)
+    return start(workplace, *launcher, "train", recipe, "--output", str(workplace / output), *flags)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,7 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
 def test_one_rank_gives_the_losses_of_two(workplace: Path, straight: Path) -> None:
     """The same recipe in one process, by torchrun on the trainer's module, at another ZeRO stage."""
     process = start(
+        workplace,
         *("torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "trainer"),
         *(str(workplace / "recipe.yaml"), "--output", str(workplace / "single")),
         *("--engine.zero-stage", "2", "--tracking.enabled", "False", "--eval.benchmarks"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -23,13 +24,12 @@ def parse(argv: list[str]) -> tuple[Recipe, bool]:
         "Every key of a recipe is a flag; defaults below are the recipe's. --resume goes on from the newest valid "
         "checkpoint of --output."
     )
-    asks_help = bool({"-h", "--help"} & set(rest))
+    flags = partial(tyro.cli, Recipe, prog=USAGE, description=description, config=(tyro.conf.FlagConversionOff,))
     if not rest or rest[0].startswith("-"):
-        if asks_help:
-            tyro.cli(Recipe, args=["--help"], prog=USAGE, description=description)
+        if {"-h", "--help"} & set(rest):
+            flags(args=["--help"])
         raise ValueError(f"train needs a recipe first: {USAGE} [--section.key value]; shipped: {shipped}")
-    recipe = load_recipe(Path(rest[0]))
-    return tyro.cli(Recipe, args=rest[1:], default=recipe, prog=USAGE, description=description), resume
+    return flags(args=rest[1:], default=load_recipe(Path(rest[0]))), resume
 
 
 def main(argv: list[str]) -> int:

@@ -183,7 +183,7 @@ class Training:
         epoch = progress.step // self.plans.num_steps
         # Skipped steps update nothing, so they age nothing either.
         optimizer_step = progress.step - progress.skipped_steps
-        uses_queue = recipe.memory.size > 0 and epoch >= recipe.memory.start_epoch
+        uses_queue = recipe.memory.size > 0 and progress.step >= recipe.memory.start_epoch * self.plans.num_steps
         images = batch.images_B3HW.to(self.rank.device, non_blocking=True)
         place_ids = batch.place_ids_B.to(self.rank.device)
         if recipe.data.augmentation == "randaugment":
@@ -260,6 +260,7 @@ class Training:
             self._keep_if_best(self._evaluate(f"epoch {epoch}", rerank=False))
 
     def _save(self) -> Path:
+        self.tracker.flush()  # a killed run goes on from here, and its curves with it
         path = save_checkpoint(self.checkpoints, self.engine, self.queue, self.progress, self.recipe)
         if self.rank.is_main:
             prune(self.checkpoints, self.recipe.trainer.keep_last)

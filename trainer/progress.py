@@ -28,7 +28,7 @@ def progress_bar(console: Console, label: str, total: int | None = None, *, acti
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=console) as bar:
+        with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(label, total=total, note="")
 
             def show(done: int, total: int | None = None, note: str = "") -> None:
