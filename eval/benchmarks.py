@@ -46,7 +46,7 @@ def load_benchmarks(specs: list[str], data_root: Path) -> list[Benchmark]:
             raise ValueError(f"unknown benchmark {name!r}; {_nearest(name, list(BENCHMARKS))}")
         folder = data_root / name
         if not folder.is_dir():
-            raise FileNotFoundError(f"benchmark {name}: folder {folder} does not exist; set --data-root or its parent")
+            raise FileNotFoundError(f"benchmark {name}: no folder {name} in the data root {data_root}")
         found += BENCHMARKS[name](folder, options)
     return found
 
@@ -92,6 +92,8 @@ def _gardens_point(folder: Path, options: list[str]) -> list[Benchmark]:
             raise ValueError(f"gardens_point: unknown traverse {traverse!r}; {_nearest(traverse, GARDENS_TRAVERSES)}")
     if len(options) not in (0, 2):
         raise ValueError("gardens_point: expected gardens_point[/DATABASE/QUERY][/FIRST-LAST]")
+    if options and options[0] == options[1]:
+        raise ValueError(f"gardens_point: {options[0]} against itself finds every query; name two traverses")
     pairs = [(options[0], options[1])] if options else GARDENS_PAIRS
     is_part = (first, last) != (0, GARDENS_FRAMES - 1)
     frames = f"{first}-{last}"

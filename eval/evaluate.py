@@ -80,7 +80,7 @@ class _Clock:
 
 
 def evaluate(model: PlaceModel, benchmark: Benchmark, config: EvalConfig, on_progress: Report | None = None) -> Result:
-    """Extracts on all ranks, searches exactly, re-ranks if asked to; the same Result on every rank.
+    """Extracts on all ranks, searches exactly, re-ranks if asked to; the same recalls and predictions on every rank.
 
     `on_progress(done, total, note)` is called on each rank. The model is left in the mode it was in.
     """

@@ -63,6 +63,9 @@ def extract(
             masks.append(salient(out.saliency_BN, rerank.saliency_thresh))
         else:
             descriptors.append(model(inputs))
+        if not descriptors[-1].isfinite().all():
+            broken = paths[start + done + int(descriptors[-1].isfinite().all(dim=1).int().argmin())]
+            raise ValueError(f"{broken}: the descriptor is not finite; are the weights?")
         done += len(inputs)
         if on_progress:
             on_progress(done)

@@ -26,7 +26,7 @@ def mutual_matches(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Matches of a query's patches with those of each candidate, each candidate by itself.
 
-    A match is a pair of mutual nearest neighbours by cosine among all patches, more similar than `nn_match_thresh`, both
+    A match is a pair of mutual nearest neighbours by cosine among all patches, above `nn_match_thresh`, both
     patches salient. Features are L2-normalised. Returns for each query patch: whether it is matched (bool [K, N]),
     its nearest patch (int64 [K, N]) and their cosine (float32 [K, N]).
     """

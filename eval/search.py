@@ -8,11 +8,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-# Rows fetched past k: a tie at the k-th place is settled among them, or by scoring every row.
-MARGIN = 16
-# float32 scores of unit vectors from a matrix product differ by less than this from the exact ones (D up to 65,536).
-ROUNDING = 1e-5
-BLOCK = 64
+MARGIN = 16  # rows fetched past k at first
+BLOCK_BYTES = 64 << 20
 
 
 def search_rows(
@@ -20,8 +17,10 @@ def search_rows(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The k best rows of each query by (score desc, row asc): scores float64 [Q, k] and rows int64 [Q, k].
 
-    FAISS finds candidates; their scores are summed again in float64, pair by pair, so that they depend neither on the
-    other rows nor on the block sizes of a matrix product. Where fewer than k rows exist the rest is (-inf, -1).
+    FAISS finds candidates, and more of them until none that it left out can reach the k-th place. Their scores are
+    summed again in float64, pair by pair, so that they depend neither on the other rows nor on the blocks of a matrix
+    product.
+    Where fewer than k rows exist the rest is (-inf, -1).
     """
     num_queries, num_rows = len(queries_QD), len(rows_ND)
     scores_Qk = np.full((num_queries, k), -np.inf)
@@ -30,21 +29,22 @@ def search_rows(
         return scores_Qk, ids_Qk
     index = faiss.IndexFlatIP(rows_ND.shape[1])
     index.add(rows_ND)
-    fetched = min(num_rows, k + MARGIN)
-    rough_QF, candidates_QF = index.search(queries_QD, fetched)
-    for start in range(0, num_queries, BLOCK):
-        block = slice(start, start + BLOCK)
-        exact_BF = np.einsum(
-            "qd,qfd->qf", queries_QD[block].astype(np.float64), rows_ND[candidates_QF[block]].astype(np.float64)
-        )
-        top_scores, top_ids = _best(exact_BF, candidates_QF[block], k)
-        scores_Qk[block, : top_scores.shape[1]], ids_Qk[block, : top_ids.shape[1]] = top_scores, top_ids
-    if fetched < num_rows:
-        # A row that was not fetched may tie with the k-th one: score all rows for such a query.
-        for query in np.flatnonzero(rough_QF[:, k - 1] - rough_QF[:, -1] <= ROUNDING):
-            exact_1N = np.einsum("d,nd->n", queries_QD[query].astype(np.float64), rows_ND.astype(np.float64))[None]
-            top_scores, top_ids = _best(exact_1N, np.arange(num_rows)[None], k)
-            scores_Qk[query], ids_Qk[query] = top_scores[0], top_ids[0]
+    # A float32 dot product is off by at most D * 2^-24 |q| |r| to first order, in whatever order it is summed.
+    norms_Q = np.linalg.norm(queries_QD, axis=1)
+    slack_Q = norms_Q * np.linalg.norm(rows_ND, axis=1).max() * rows_ND.shape[1] * 2.0**-23
+    pending, width = np.arange(num_queries), min(num_rows, k + MARGIN)
+    while len(pending):
+        still_open = []
+        block = max(1, BLOCK_BYTES // (8 * width * rows_ND.shape[1]))
+        for start in range(0, len(pending), block):
+            part = pending[start : start + block]
+            rough_PW, rows_PW = index.search(queries_QD[part], width)
+            exact_PW = np.einsum("qd,qwd->qw", queries_QD[part].astype(np.float64), rows_ND[rows_PW].astype(np.float64))
+            scores_Pk, ids_Pk = _best(exact_PW, rows_PW, k)
+            scores_Qk[part, : scores_Pk.shape[1]], ids_Qk[part, : ids_Pk.shape[1]] = scores_Pk, ids_Pk
+            if width < num_rows:  # could a row that was not fetched reach the k-th place?
+                still_open.append(part[rough_PW[:, -1] + slack_Q[part] >= scores_Pk[:, -1]])
+        pending, width = np.concatenate(still_open) if still_open else pending[:0], min(num_rows, 4 * width)
     return scores_Qk, ids_Qk
 
 
@@ -62,8 +62,8 @@ def search_ranks(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The k best rows over all ranks: scores float32 [Q, k] and global row numbers int64 [Q, k], equal on every rank.
 
-    Every rank gives the same queries and its own rows, numbered from `first_row`; the answer equals `search_rows` on all
-    rows together, in ids and in scores. Where the database has fewer than k rows the rest is (-inf, -1).
+    Every rank gives the same queries and its own rows, numbered from `first_row`; the answer equals `search_rows` on
+    all rows together, in ids and in scores. Where the database has fewer than k rows the rest is (-inf, -1).
     """
     scores_Qk, ids_Qk = search_rows(queries_QD.cpu().numpy(), rows_ND.cpu().numpy(), k)
     ids_Qk[ids_Qk >= 0] += first_row

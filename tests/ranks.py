@@ -1,7 +1,8 @@
-"""Runs a test module's `check_*` functions in real gloo processes, all of them in one group per world size.
+"""Runs the `check_*` functions of test modules in real gloo processes, all of them in one group per world size.
 
 A module writes `def check_xyz() -> None` functions that assert on every rank, and at its end
-`test_on_ranks = on_ranks(__file__)`; pytest then shows one test for each check at world sizes 1, 2 and 4.
+`test_on_ranks = on_ranks(__file__)`; pytest then shows one test for each check at world sizes 1, 2 and 4. Starting
+processes costs far more than the checks, so the first of these tests runs the checks of all modules collected.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -27,61 +29,64 @@ GROUP_TIMEOUT_S = 300
 COLLECTIVE_TIMEOUT_S = 60
 
 
-def check_names(file: str) -> list[str]:
-    """Names of the `check_*` functions of a test file, in source order."""
-    lines = Path(file).read_text().splitlines()
+MODULES: list[str] = []
+
+
+def check_names(module: str) -> list[str]:
+    """Names of the `check_*` functions of a test module, in source order."""
+    lines = (ROOT / f"{module.replace('.', '/')}.py").read_text().splitlines()
     return [line[4 : line.index("(")] for line in lines if line.startswith("def check_")]
 
 
 @functools.cache
-def run_checks(module: str, world_size: int) -> dict[str, list[str]]:
-    """Errors of each check by name, one text a failing rank; kills the whole group after `GROUP_TIMEOUT_S`."""
-    with tempfile.TemporaryDirectory() as folder:
+def run_checks(world_size: int) -> dict[str, list[str]]:
+    """Errors by `module.check`, one text a failing rank; kills the whole group after `GROUP_TIMEOUT_S`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        outputs = [(folder / f"rank{rank}.txt").open("w") for rank in range(world_size)]
         procs = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.ranks", module, folder, str(rank), str(world_size)],
+                [sys.executable, "-m", "tests.ranks", name, str(rank), str(world_size), *MODULES],
                 cwd=ROOT,
                 env=env,
                 start_new_session=True,
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
-                text=True,
             )
-            for rank in range(world_size)
+            for rank, output in enumerate(outputs)
         ]
-        deadline = datetime.datetime.now() + datetime.timedelta(seconds=GROUP_TIMEOUT_S)
-        output = []
-        try:
-            for proc in procs:
-                left = (deadline - datetime.datetime.now()).total_seconds()
-                output.append(proc.communicate(timeout=max(left, 0.1))[0])
-        except subprocess.TimeoutExpired:
-            output.append(f"no end after {GROUP_TIMEOUT_S} s")
-        finally:
-            for proc in procs:
-                if proc.poll() is None:
-                    os.killpg(proc.pid, signal.SIGKILL)
-                    proc.wait()
+        deadline = time.monotonic() + GROUP_TIMEOUT_S
+        while any(proc.poll() is None for proc in procs) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for proc, output in zip(procs, outputs, strict=True):
+            if proc.poll() is None:
+                os.killpg(proc.pid, signal.SIGKILL)
+                proc.wait()
+                output.write(f"killed after {GROUP_TIMEOUT_S} s")
+            output.close()
         errors: dict[str, list[str]] = {}
         for rank in range(world_size):
-            path = Path(folder) / f"rank{rank}.json"
-            done: dict[str, str | None] = json.loads(path.read_text()) if path.exists() else {}
-            for name in check_names(str(ROOT / (module.replace(".", "/") + ".py"))):
-                error = done.get(name, f"did not run; output of the group:\n{'---'.join(output)[-3000:]}")
+            results = folder / f"rank{rank}.json"
+            done: dict[str, str | None] = json.loads(results.read_text()) if results.exists() else {}
+            printed = (folder / f"rank{rank}.txt").read_text()[-3000:]
+            for check in (f"{module}.{name}" for module in MODULES for name in check_names(module)):
+                error = done.get(check, f"did not run; the rank printed:\n{printed}")
                 if error:
-                    errors.setdefault(name, []).append(f"rank {rank} of {world_size}: {error}")
+                    errors.setdefault(check, []).append(f"rank {rank} of {world_size}: {error}")
         return errors
 
 
 def on_ranks(file: str, world_sizes: tuple[int, ...] = WORLD_SIZES) -> Callable[..., None]:
     """A pytest test over all checks of `file` and `world_sizes`."""
     module = f"tests.{Path(file).stem}"
+    if module not in MODULES:
+        MODULES.append(module)
 
     @pytest.mark.parametrize("world_size", world_sizes)
-    @pytest.mark.parametrize("check", check_names(file))
+    @pytest.mark.parametrize("check", check_names(module))
     def test(check: str, world_size: int) -> None:
-        errors = run_checks(module, world_size).get(check, [])
+        errors = run_checks(world_size).get(f"{module}.{check}", [])
         if errors:
             pytest.fail("\n".join(errors), pytrace=False)
 
@@ -89,7 +94,7 @@ def on_ranks(file: str, world_sizes: tuple[int, ...] = WORLD_SIZES) -> Callable[
 
 
 def _main() -> None:
-    module, folder, rank, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    folder, rank, world_size, modules = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
     import torch
     import torch.distributed as dist
 
@@ -97,17 +102,17 @@ def _main() -> None:
     store = dist.FileStore(str(folder / "store"), world_size)
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    tests = importlib.import_module(module)
     results: dict[str, str | None] = {}
-    for name in check_names(str(tests.__file__)):
+    for module, name in [(m, check) for m in modules for check in check_names(m)]:
         torch.manual_seed(0)
+        error = None
         try:
-            getattr(tests, name)()
-            results[name] = None
+            getattr(importlib.import_module(module), name)()
         except BaseException:  # noqa: BLE001 - reported to pytest, and the group ends: its ranks no longer agree
-            results[name] = traceback.format_exc()
+            error = traceback.format_exc()
+        results[f"{module}.{name}"] = error
         (folder / f"rank{rank}.json").write_text(json.dumps(results))
-        failed = torch.tensor(float(results[name] is not None))
+        failed = torch.tensor(float(error is not None))
         dist.all_reduce(failed)
         if failed:
             break

@@ -13,15 +13,16 @@ OTHERS_WAIT_S = 3.0
 
 
 @contextmanager
-def one_line_errors(*extra: type[BaseException]) -> Iterator[None]:
+def one_line_errors(*extra: type[Exception]) -> Iterator[None]:
     """Turns mistakes of the user (and `extra` kinds) into a line on stderr and exit status 2.
 
     Where all ranks make the same mistake, rank 0 speaks and the launcher ends the others while they wait; a mistake
     that only another rank meets is told by that rank.
     """
+    kinds: tuple[type[Exception], ...] = (*USER_ERRORS, *extra)
     try:
         yield
-    except (*USER_ERRORS, *extra) as error:
+    except kinds as error:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if rank:
             time.sleep(OTHERS_WAIT_S)

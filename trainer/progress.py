@@ -32,7 +32,7 @@ def progress_bar(console: Console, label: str, total: int | None = None, *, acti
             task = bar.add_task(label, total=total, note="")
 
             def show(done: int, total: int | None = None, note: str = "") -> None:
-                bar.update(task, completed=done, **({} if total is None else {"total": total}), note=note)
+                bar.update(task, completed=done, total=total, note=note)
 
             yield show
     else:
