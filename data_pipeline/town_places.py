@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import cycle, pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,13 +22,14 @@ HALF_WIDTH = 26.0
 TOP = 18.0
 STREET_DEPTH = 22.0
 PAVEMENT = 3.2
+PLOT = 5.8  # width that the town gives to a house
 PIXELS_PER_METRE = 18
 _FINE = 2 * PIXELS_PER_METRE  # drawn at twice the resolution and averaged, which smooths the edges
 
+# the strong colours of a fishing town, so that what a house looks like by day can still be told by night
 WALLS: tuple[Colour, ...] = (
-    (222, 205, 168), (236, 226, 208), (201, 121, 92), (164, 74, 58), (226, 176, 84), (214, 146, 142),
-    (142, 168, 140), (128, 158, 186), (92, 116, 150), (186, 178, 166), (150, 132, 118), (110, 104, 104),
-    (98, 140, 132), (196, 92, 76), (240, 214, 128), (178, 156, 190),
+    (238, 224, 192), (196, 48, 46), (238, 134, 44), (246, 206, 66), (70, 146, 72), (40, 170, 166), (46, 100, 190),
+    (134, 84, 172), (238, 146, 176), (130, 86, 62),
 )  # fmt: skip
 ROOFS: tuple[Colour, ...] = ((148, 74, 54), (112, 62, 50), (86, 88, 96), (70, 74, 84), (122, 106, 92), (84, 104, 98))
 ACCENTS: tuple[Colour, ...] = (
@@ -56,9 +58,9 @@ class Tree:
 class Place:
     """The textures of a place's facade and street plane, and what stands in front of them."""
 
-    facade: Image.Image  # RGBA, x from -HALF_WIDTH, y from TOP down to 0
+    facade: Image.Image  # RGBa (colours times alpha), x from -HALF_WIDTH, y from TOP down to 0
     snow: Image.Image  # L, how much snow settles on the facade
-    street: Image.Image  # RGB, z from 0 down to -STREET_DEPTH
+    street: Image.Image  # RGBa, z from 0 down to -STREET_DEPTH
     windows: np.ndarray  # [n, 4] boxes that may be lit at night
     lamps: tuple[float, ...]
     trees: tuple[Tree, ...]
@@ -67,19 +69,19 @@ class Place:
 
 @cache
 def grain() -> np.ndarray:
-    """A fixed float32 [1024, 2048] texture of mean 0 and deviation 1: coarse stains and fine grain."""
+    """A fixed float32 [512, 1024] texture of mean 0 and deviation 1: coarse stains and fine grain."""
     rng = np.random.default_rng(7)
-    total = np.zeros((1024, 2048), np.float32)
+    total = np.zeros((512, 1024), np.float32)
     for step, weight in ((64, 1.0), (16, 0.7), (4, 0.6), (1, 0.5)):
-        small = rng.standard_normal((1024 // step, 2048 // step)).astype(np.float32)
-        total += weight * np.asarray(Image.fromarray(small).resize((2048, 1024), Image.Resampling.BICUBIC))
+        small = rng.standard_normal((512 // step, 1024 // step)).astype(np.float32)
+        total += weight * np.asarray(Image.fromarray(small).resize((1024, 512), Image.Resampling.BICUBIC))
     return (total - total.mean()) / total.std()
 
 
 @cache
 def hiss() -> np.ndarray:
-    """A fixed float32 [1024, 1024, 3] texture of white noise of mean 0 and deviation 1."""
-    return np.random.default_rng(8).standard_normal((1024, 1024, 3), np.float32)
+    """A fixed float32 [512, 512, 3] texture of white noise of mean 0 and deviation 1."""
+    return np.random.default_rng(8).standard_normal((512, 512, 3), np.float32)
 
 
 def patch_of(texture: np.ndarray, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -242,7 +244,7 @@ def _shop(board: Elevation, rng: np.random.Generator, x0: float, x1: float, trim
     board.text(SIGNS[rng.integers(len(SIGNS))], (x0 + 0.4, 2.8, x1 - 0.4, 3.3), ink)
     if rng.random() < 0.5:
         edges = np.linspace(x0 + 0.2, x1 - 0.2, 2 * max(2, round((x1 - x0) / 0.9)) + 1)
-        for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(edges)):
             board.polygon([(a, 2.7), (b, 2.7), (b, 2.05), (a, 2.05)], trim if i % 2 else (238, 234, 224))
         board.snow_on([(x0 + 0.2, 2.4), (x1 - 0.2, 2.4), (x1 - 0.2, 2.7), (x0 + 0.2, 2.7)], 200)
 
@@ -253,7 +255,7 @@ def _ground_floor(
     if kind == "shop":
         _shop(board, rng, x0, x1, trim)
     elif kind == "garage":
-        width = min(3.0, x1 - x0 - 1.8)
+        width = min(3.0, x1 - x0 - 2.2)
         left = rng.uniform(x0 + 0.3, x1 - width - 1.6)
         board.rect(left - 0.12, 0, left + width + 0.12, 2.62, (200, 194, 184))
         board.rect(left, 0, left + width, 2.5, trim)
@@ -270,7 +272,7 @@ def _ground_floor(
     else:
         slots = np.linspace(x0, x1, max(2, round((x1 - x0) / 2.1)) + 1)
         at = int(rng.integers(len(slots) - 1))
-        for i, (a, b) in enumerate(zip(slots, slots[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(slots)):
             if i == at:
                 _door(board, (a + b) / 2, trim)
             else:
@@ -312,8 +314,7 @@ def _roof(board: Elevation, x0: float, x1: float, y: float, shape: str, colour: 
     board.ledge(x0 - 0.15, x1 + 0.15, y + 0.1, 0.25, (214, 208, 196))
 
 
-def _house(board: Elevation, rng: np.random.Generator, x0: float, x1: float) -> None:
-    wall = WALLS[rng.integers(len(WALLS))]
+def _house(board: Elevation, rng: np.random.Generator, x0: float, x1: float, wall: Colour) -> None:
     trim = ACCENTS[rng.integers(len(ACCENTS))]
     window = WINDOWS[rng.integers(len(WINDOWS))]
     storeys = int(rng.integers(1, 5))
@@ -362,25 +363,24 @@ def _street(rng: np.random.Generator) -> Image.Image:
     for x in range(int(rng.integers(0, 80)), size[0], 90):
         ink.rectangle((x, middle, x + 45, middle + 3), fill=(206, 206, 200))
     stained = np.asarray(image, np.float32) * (1 + 0.07 * patch_of(grain(), rng, size[1], size[0])[..., None])
-    return Image.fromarray(stained.clip(0, 255).astype(np.uint8))
+    return Image.fromarray(stained.clip(0, 255).astype(np.uint8)).convert("RGBA").convert("RGBa")
 
 
 def build_place(rng: np.random.Generator) -> Place:
     """A place drawn from the building kit; everything about it comes from `rng`."""
     board = Elevation()
     trees: list[Tree] = []
-    x = -HALF_WIDTH - rng.uniform(0, 4)
-    while x < HALF_WIDTH:
-        if rng.random() < 0.12:
-            width = rng.uniform(2.5, 5)
-            _garden(board, rng, x, x + width)
-            trees.append(Tree(x + width / 2, 1.5, rng.uniform(5, 8), int(rng.integers(1 << 30))))
+    walls = cycle(rng.permutation(len(WALLS)))  # neighbours differ
+    plots = round(HALF_WIDTH / PLOT) + 1
+    edges = PLOT * np.arange(-plots, plots + 1) + rng.uniform(-0.3, 0.3, 2 * plots + 1)
+    for x0, x1 in pairwise(edges.tolist()):
+        if rng.random() < 0.08:
+            _garden(board, rng, x0, x1)
+            trees.append(Tree((x0 + x1) / 2, 1.5, rng.uniform(5, 8), int(rng.integers(1 << 30))))
         else:
-            width = rng.uniform(4.8, 9)
-            _house(board, rng, x, x + width)
-        x += width
+            _house(board, rng, x0, x1, shade(WALLS[next(walls)], rng.uniform(0.92, 1.06)))
     for spot in np.arange(-HALF_WIDTH + rng.uniform(0, 9), HALF_WIDTH, rng.uniform(8, 13)):
-        if rng.random() < 0.45:
+        if rng.random() < 0.3:
             trees.append(Tree(float(spot), -2.4, rng.uniform(4, 6.5), int(rng.integers(1 << 30))))
     lamps = tuple(np.arange(-HALF_WIDTH + rng.uniform(0, 14), HALF_WIDTH, 14).tolist())
     facade = board.image.reduce(2)
@@ -389,7 +389,7 @@ def build_place(rng: np.random.Generator) -> Place:
     hills = np.interp(np.linspace(0, 24, 720), np.arange(25), rng.uniform(0.02, 0.16, 25))
     blocks = np.repeat(rng.uniform(0, 0.2, 90) * (rng.random(90) < 0.35), 8)
     return Place(
-        facade=Image.fromarray(pixels.clip(0, 255).astype(np.uint8)),
+        facade=Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGBa"),
         snow=board.snow.reduce(2),
         street=_street(rng),
         windows=np.array(board.windows),

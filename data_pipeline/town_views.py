@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -14,7 +14,6 @@ from data_pipeline.town_places import (
     ACCENTS,
     HALF_WIDTH,
     PIXELS_PER_METRE,
-    STREET_DEPTH,
     TOP,
     Colour,
     Place,
@@ -33,6 +32,7 @@ LAMP_HEIGHT = 5.2
 Light = Literal["cloudy", "sunny", "dusk", "night"]
 Season = Literal["spring", "summer", "autumn", "winter", "snow"]
 Weather = Literal["dry", "rain", "fog"]
+Kind = Literal["any", "fair", "harsh"]
 
 MONTHS: dict[Season, tuple[int, ...]] = {
     "spring": (4, 5), "summer": (6, 7, 8), "autumn": (9, 10, 11), "winter": (2, 3), "snow": (12, 1),
@@ -44,6 +44,7 @@ FOLIAGE: dict[Season, tuple[Colour, ...]] = {
     "winter": (),
     "snow": (),
 }
+WARM = np.array((1.0, 0.76, 0.46), np.float32)
 CLOTHES: tuple[Colour, ...] = (*ACCENTS, (40, 40, 48), (96, 92, 90), (176, 150, 120))
 CARS: tuple[Colour, ...] = (
     (186, 190, 194), (40, 42, 48), (236, 236, 234), (140, 34, 36), (44, 66, 110), (92, 104, 96), (204, 168, 60),
@@ -52,8 +53,8 @@ CARS: tuple[Colour, ...] = (
 LIGHTS: dict[Light, tuple[Colour, Colour, Colour]] = {
     "cloudy": ((222, 224, 230), (176, 186, 198), (212, 216, 220)),
     "sunny": ((268, 256, 232), (74, 128, 200), (184, 212, 232)),
-    "dusk": ((176, 138, 128), (78, 84, 138), (238, 164, 118)),
-    "night": ((74, 78, 112), (12, 16, 38), (42, 46, 72)),
+    "dusk": ((206, 186, 178), (78, 84, 138), (238, 164, 118)),
+    "night": ((146, 148, 170), (12, 16, 38), (42, 46, 72)),
 }
 
 
@@ -75,12 +76,12 @@ class Conditions:
         return f"{self.light}-{self.season}-{self.weather}"
 
 
-def draw_conditions(rng: np.random.Generator, kind: Literal["any", "fair", "harsh"] = "any") -> Conditions:
+def draw_conditions(rng: np.random.Generator, kind: Kind = "any") -> Conditions:
     """Random conditions: `fair` is by day and in leaf, `harsh` anything but that, `any` both."""
-    lights: dict[str, tuple[float, ...]] = {
+    lights: dict[Kind, tuple[float, ...]] = {
         "any": (0.3, 0.3, 0.18, 0.22), "fair": (0.5, 0.5, 0, 0), "harsh": (0.24, 0.16, 0.26, 0.34),
     }  # fmt: skip
-    light: Light = ("cloudy", "sunny", "dusk", "night")[rng.choice(4, p=lights[kind])]  # type: ignore[assignment]
+    light: Light = ("cloudy", "sunny", "dusk", "night")[rng.choice(4, p=lights[kind])]
     seasons: tuple[Season, ...] = ("spring", "summer") if kind == "fair" else ("autumn", "winter", "snow")
     if kind == "any":
         seasons = ("spring", "summer", "summer", "autumn", "winter", "snow")
@@ -95,10 +96,10 @@ def draw_conditions(rng: np.random.Generator, kind: Literal["any", "fair", "hars
         season=season,
         weather=weather,
         month=int(rng.choice(MONTHS[season])),
-        shift=float(rng.uniform(-2.2, 2.2) * spread),
-        distance=float(16 + rng.uniform(-2.0, 2.0) * spread),
-        yaw=float(rng.uniform(-0.16, 0.16) * spread),
-        traffic=1.0 if kind == "fair" else 1.6,
+        shift=float(rng.uniform(-0.7, 0.7) * spread),
+        distance=float(16 + rng.uniform(-0.7, 0.7) * spread),
+        yaw=float(rng.uniform(-0.035, 0.035) * spread),
+        traffic=0.7 if kind == "fair" else 1.0,
     )
 
 
@@ -106,9 +107,9 @@ class Camera:
     """A pinhole at the far side of the street that looks at the facades."""
 
     def __init__(self, rng: np.random.Generator, conditions: Conditions) -> None:
-        self.focal = 262.0 * rng.uniform(0.94, 1.08)
+        self.focal = 262.0 * rng.uniform(0.97, 1.04)
         self.position = np.array([conditions.shift, EYE + rng.uniform(-0.15, 0.25), -conditions.distance])
-        yaw, pitch, roll = conditions.yaw, rng.uniform(0.12, 0.19), rng.normal(0, 0.012)
+        yaw, pitch, roll = conditions.yaw, rng.uniform(0.13, 0.17), rng.normal(0, 0.012)
         cy, sy, cp, sp, cr, sr = (f(a) for a in (yaw, pitch, roll) for f in (np.cos, np.sin))
         turn_yaw = np.array([[cy, 0, -sy], [0, 1, 0], [sy, 0, cy]])
         turn_pitch = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
@@ -257,6 +258,18 @@ def _furnish(scene: Image.Image, rng: np.random.Generator, place: Place, now: Co
         _stick(scene, _person(rng, now.weather == "rain"), camera, spot, rng.uniform(1.6, 1.85))
 
 
+def _lamp_light(place: Place, camera: Camera) -> np.ndarray:
+    """float32 [HEIGHT, WIDTH]: a pool of light around every street lamp and its bright head."""
+    rows, columns = np.mgrid[1:HEIGHT:4, 1:WIDTH:4].astype(np.float32)
+    pools = np.zeros_like(rows)
+    for x in place.lamps:
+        u, v, scale = camera.project(x, LAMP_HEIGHT - 0.4, -2.8)
+        if -150 < u < WIDTH + 150:
+            near = (((columns - u) ** 2 + 0.64 * (rows - v) ** 2) / scale**2).astype(np.float32)
+            pools += 1 / (1 + near / 4) + 2.5 / (1 + near * 30)
+    return np.asarray(Image.fromarray(pools).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
+
+
 def _lit_windows(rng: np.random.Generator, place: Place, share: float) -> Image.Image:
     """Half-size RGB texture of the light that windows give."""
     scale = PIXELS_PER_METRE / 2
@@ -290,13 +303,17 @@ def _sky(rng: np.random.Generator, place: Place, now: Conditions, camera: Camera
     if now.weather != "dry" and now.light != "night":
         zenith = 0.35 * zenith + 0.65 * np.float32(zenith.mean())
         low = 0.35 * low + 0.65 * np.float32(low.mean())
-    up = ((horizon - np.arange(HEIGHT, dtype=np.float32)) / horizon).clip(0, 1)[:, None, None]
-    sky = np.broadcast_to(low + (zenith - low) * up**0.8, (HEIGHT, WIDTH, 3)).copy()
+    rows, columns = HEIGHT // 4, WIDTH // 4
+    up = (1 - 4 * np.arange(rows, dtype=np.float32) / horizon).clip(0, 1)[:, None, None]
+    sky = low + (zenith - low) * up**0.8
     cover = {"sunny": 0.9, "cloudy": -0.2, "dusk": 0.3, "night": 0.8}[now.light] + rng.uniform(-0.3, 0.3)
     puffs = Image.fromarray(patch_of(grain(), rng, HEIGHT, WIDTH)).reduce(12)
-    clouds = (np.asarray(puffs.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)) - cover).clip(0, 1)[..., None] * up
-    glow = 1.0 if now.light == "sunny" else 0.86
-    sky += (low * glow - sky) * clouds * 0.9
+    clouds = np.asarray(puffs.resize((columns, rows), Image.Resampling.BICUBIC)) - cover
+    sky = sky + (low * (1.0 if now.light == "sunny" else 0.86) - sky) * clouds.clip(0, 1)[..., None] * up * 0.9
+    smooth = Image.fromarray((sky * 255).clip(0, 255).astype(np.uint8)).resize(
+        (WIDTH, HEIGHT), Image.Resampling.BILINEAR
+    )
+    sky = np.asarray(smooth, np.float32) / 255
     angles = np.arctan((np.arange(WIDTH) - WIDTH / 2) / camera.focal) + camera.yaw
     heights = place.skyline[(angles / (2 * np.pi) * 720).astype(int) % 720] * camera.focal
     behind = np.arange(HEIGHT)[:, None] > horizon - heights[None]
@@ -323,17 +340,17 @@ def _compose(rng: np.random.Generator, place: Place, now: Conditions) -> np.ndar
     facade_at, kerb_row = (-HALF_WIDTH, TOP), camera.project(now.shift, 0, -1.0)[1]
     horizon = camera.project(camera.position[0] + 1e4 * np.tan(now.yaw), EYE, 1e4)[1]
     visible = place.street.crop((0, 0, place.street.width, round((now.distance - 1) * PIXELS_PER_METRE)))
-    street = camera.warp(visible.convert("RGBA"), (0, 2), (-HALF_WIDTH, 0), PIXELS_PER_METRE)
+    street = camera.warp(visible, (0, 2), (-HALF_WIDTH, 0), PIXELS_PER_METRE).convert("RGBA")
     scene = Image.new("RGBA", (WIDTH, HEIGHT))
     for tree in place.trees:
         if tree.z > 0:
             _stick(scene, _tree(tree.seed, now.season), camera, (tree.x, 0, tree.z), tree.height)
     scene.alpha_composite(street)
-    scene.alpha_composite(camera.warp(place.facade, (0, 1), facade_at, PIXELS_PER_METRE))
+    scene.alpha_composite(camera.warp(place.facade, (0, 1), facade_at, PIXELS_PER_METRE).convert("RGBA"))
     if now.season == "snow":
         settled = np.array(street.getchannel("A"), np.float32) * (0.75 + 0.12 * patch_of(grain(), rng, HEIGHT, WIDTH))
-        scene.paste((236, 240, 248), mask=Image.fromarray(settled.clip(0, 240).astype(np.uint8)))
-        scene.paste((240, 243, 250), mask=camera.warp(place.snow, (0, 1), facade_at, PIXELS_PER_METRE))
+        scene.paste((214, 220, 230), mask=Image.fromarray(settled.clip(0, 240).astype(np.uint8)))
+        scene.paste((222, 227, 236), mask=camera.warp(place.snow, (0, 1), facade_at, PIXELS_PER_METRE))
     bare = np.asarray(scene)
     _furnish(scene, rng, place, now, camera)
 
@@ -351,15 +368,9 @@ def _compose(rng: np.random.Generator, place: Place, now: Conditions) -> np.ndar
         glow = camera.warp(_lit_windows(rng, place, share), (0, 1), facade_at, PIXELS_PER_METRE / 2)
         windows = np.asarray(glow, np.float32) / 255 * (bare == np.asarray(scene)).all(-1, keepdims=True)
         lit = np.maximum(lit, windows * (0.95 if now.light == "night" else 0.7))
-        rows, columns = np.arange(HEIGHT, dtype=np.float32)[:, None], np.arange(WIDTH, dtype=np.float32)[None]
-        pools = np.zeros((HEIGHT, WIDTH), np.float32)
-        for x in place.lamps:
-            u, v, scale = camera.project(x, LAMP_HEIGHT - 0.4, -2.8)
-            if -150 < u < WIDTH + 150:
-                near = ((columns - u) / scale) ** 2 + ((rows - v) / scale * 0.8) ** 2
-                pools += 1 / (1 + near / 4) + 2.5 / (1 + near * 30)
-        strength = 0.85 if now.light == "night" else 0.35
-        lit += (surface + 0.06) * np.array((1.0, 0.76, 0.46), np.float32) * strength * pools[..., None]
+        lit += (
+            (surface + 0.06) * (_lamp_light(place, camera) * (0.85 if now.light == "night" else 0.35))[..., None] * WARM
+        )
     sky = _sky(rng, place, now, camera, horizon)
     image = sky + (lit - sky) * alpha
     if now.weather == "rain":
@@ -370,19 +381,24 @@ def _compose(rng: np.random.Generator, place: Place, now: Conditions) -> np.ndar
         image += 0.05 * soft.clip(0, 3)[..., None]
     if now.weather == "fog":
         haze = sky[: max(1, int(horizon * 0.9))].mean((0, 1)) * 1.05
-        thick = rng.uniform(0.25, 0.55) * np.linspace(1.1, 0.6, HEIGHT, dtype=np.float32)[:, None, None]
+        thick = rng.uniform(0.1, 0.3) * np.linspace(1.1, 0.6, HEIGHT, dtype=np.float32)[:, None, None]
         image += (haze - image) * thick
     if now.season == "snow" and now.weather == "fog":
         _snowfall(rng, image)
     return image
 
 
+@cache
+def _vignette() -> np.ndarray:
+    rows, columns = np.linspace(-1, 1, HEIGHT)[:, None], np.linspace(-1, 1, WIDTH)[None]
+    return (1 - 0.08 * (rows**2 + columns**2)).astype(np.float32)[..., None]
+
+
 def render_view(place: Place, now: Conditions, rng: np.random.Generator) -> bytes:
     """One photograph of the place as JPEG bytes, WIDTH x HEIGHT."""
     image = _compose(rng, place, now)
-    image *= rng.normal(1, 0.05, 3).astype(np.float32) * np.float32(rng.uniform(0.85, 1.18))
-    rows, columns = np.linspace(-1, 1, HEIGHT)[:, None], np.linspace(-1, 1, WIDTH)[None]
-    image *= (1 - 0.16 * (rows**2 + columns**2) / 2).astype(np.float32)[..., None]
+    image *= rng.normal(1, 0.03, 3).astype(np.float32) * np.float32(rng.uniform(0.9, 1.12))
+    image *= _vignette()
     noise = {"night": 0.028, "dusk": 0.018}.get(now.light, 0.008)
     image += noise * patch_of(hiss(), rng, HEIGHT, WIDTH)
     photo = Image.fromarray((image * 255).clip(0, 255).astype(np.uint8))

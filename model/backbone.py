@@ -23,7 +23,7 @@ TIMM_NAMES = {
     "vitg14_reg": "vit_giant_patch14_reg4_dinov2",
 }
 NATIVE_SIDE = 518
-TINY_SIDE = 112
+TINY_SIDE = 84
 
 
 class WeightsError(ValueError):
@@ -42,9 +42,9 @@ def build_backbone(name: str, weights: str) -> VisionTransformer:
         vit = VisionTransformer(
             img_size=TINY_SIDE,
             patch_size=PATCH,
-            embed_dim=192,
-            depth=6,
-            num_heads=3,
+            embed_dim=128,
+            depth=4,
+            num_heads=2,
             init_values=1.0,
             num_classes=0,
             global_pool="token",
@@ -119,7 +119,7 @@ def infer_backbone(path: Path) -> str:
     """The backbone name that a weights file is for, from its width and its register tokens."""
     state = read_weights(path)
     width = state["cls_token"].shape[-1] if "cls_token" in state else 0
-    sizes = {192: "tiny14", 384: "vits14", 768: "vitb14", 1024: "vitl14", 1536: "vitg14"}
+    sizes = {128: "tiny14", 384: "vits14", 768: "vitb14", 1024: "vitl14", 1536: "vitg14"}
     if width not in sizes:
         raise WeightsError(f"weights file {path} is no DINOv2 backbone: expected a cls_token of 384 to 1536 channels")
     return sizes[width] + ("_reg" if "register_tokens" in state or "reg_token" in state else "")
