@@ -50,7 +50,7 @@ class Town:
     places: int = 180
     views: int = 8
     held_out_places: int = 100
-    database_views: int = 1
+    database_views: int = 2
     query_views: int = 2
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ def _render_spot(root: Path, town: Town, spot: _Spot) -> list[dict[str, str]]:
     along = np.radians(bearing + 90)
     counts: dict[Kind, int] = {"any": town.views}
     if spot.city is None:
-        counts = {"fair": town.database_views, "harsh": town.query_views}
+        counts = {"fair": town.database_views, "any": town.query_views}
     rows = []
     for kind in (kind for kind, count in counts.items() for _ in range(count)):
         now = draw_conditions(rng, kind)

@@ -26,20 +26,22 @@ LINES = 60
 
 
 def results_table(results: list[Result]) -> Table:
-    """First stage and re-ranked side by side, with protocol and cost."""
-    table = Table(title="Recall in %: first stage -> re-ranked")
-    for column in ("benchmark", "protocol", "database", "queries"):
-        table.add_column(column)
+    """First stage and re-ranked, a row each, with protocol and cost."""
+    table = Table(title="Recall in %", title_justify="left")
+    table.add_column("benchmark, protocol", overflow="fold")
+    table.add_column("stage")
     for k in results[0].recall:
         table.add_column(f"R@{k}", justify="right")
-    for column in ("features\nms/image", "retrieval\nms/query", "re-ranking\nms/query"):
-        table.add_column(column, justify="right")
+    table.add_column("cost", justify="right")
     for result in results:
-        again = result.recall_reranked
-        recalls = [f"{v:.1f}" + (f" -> {again[k]:.1f}" if again else "") for k, v in result.recall.items()]
-        names = ("extraction_s_per_image", "retrieval_s_per_query", "rerank_s_per_query")
-        times = [f"{1000 * result.timings[name]:.2f}" if name in result.timings else "-" for name in names]
-        table.add_row(result.name, result.protocol, str(result.num_database), str(result.num_queries), *recalls, *times)
+        ms = {name: f"{1000 * seconds:.2f} ms" for name, seconds in result.timings.items()}
+        what = f"{result.name}\n{result.protocol}\n{result.num_queries} queries in {result.num_database}"
+        cost = f"{ms['extraction_s_per_image']}/image\n{ms['retrieval_s_per_query']}/query"
+        table.add_row(what, "retrieved", *(f"{v:.1f}" for v in result.recall.values()), cost)
+        if result.recall_reranked:
+            recalls = (f"{v:.1f}" for v in result.recall_reranked.values())
+            table.add_row("", "re-ranked", *recalls, f"{ms['rerank_s_per_query']}/query")
+        table.add_section()
     return table
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from rich.console import Console
-from rich.table import Table
-
 from trainer.errors import one_line_errors
 
 
@@ -62,15 +59,14 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
 
 
 def _help() -> None:
-    console = Console()
-    console.print("[bold]rerankvpr[/]: distributed training of visual place recognition, with re-ranking\n")
-    table = Table.grid(padding=(0, 2))
+    lines = ["rerankvpr: distributed training of visual place recognition, with re-ranking", ""]
     for verb, (_, arguments, text) in VERBS.items():
-        table.add_row(f"  [bold]rerankvpr {verb}[/] {arguments.replace('[', chr(92) + '[')}", text)
-    console.print(table)
-    console.print(
-        "\n`rerankvpr VERB --help` shows a verb's flags. RERANKVPR_TRACEBACK=1 shows where an error was raised."
-    )
+        lines += [f"  rerankvpr {verb} {arguments}".rstrip(), f"      {text}"]
+    lines += [
+        "",
+        "`rerankvpr VERB --help` shows a verb's flags; RERANKVPR_TRACEBACK=1 shows where an error was raised.",
+    ]
+    print("\n".join(lines))
 
 
 def main(argv: list[str]) -> int:

@@ -86,23 +86,26 @@ def _is_done(recipe: Recipe) -> bool:
 def _table(results: dict[str, Any]) -> Table:
     """Untrained, trained, trained and re-ranked, side by side with their cost."""
     (before,), (after,) = results["before"], results["results"]
-    table = Table(
-        title=f"{after['name']} ({after['protocol']}), {after['num_queries']} queries in {after['num_database']}"
+    counts = f"{after['num_queries']} queries in {after['num_database']} images"
+    table = Table(title=f"{after['name']}: {after['protocol']}, {counts}; recall in %, cost in seconds", min_width=78)
+    table.add_column("")
+    for column in (
+        *(f"R@{k}" for k in after["recall"]),
+        "features\ns/image",
+        "retrieval\ns/query",
+        "re-ranking\ns/query",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    stages = (
+        ("untrained", before, "recall"),
+        ("trained", after, "recall"),
+        ("trained + re-ranked", after, "recall_reranked"),
     )
-    ks = list(after["recall"])
-    costs = ("features, s/image", "retrieval, s/query", "re-ranking, s/query")
-    for column in ("", *(f"R@{k}" for k in ks), *costs):
-        table.add_column(column, justify="right" if column else "left")
-
-    def row(label: str, result: dict[str, Any], recall: dict[str, float], *, reranked: bool) -> None:
+    for label, result, key in stages:
         timings = result["timings"]
-        times = [timings["extraction_s_per_image"], timings["retrieval_s_per_query"]]
-        cells = [f"{recall[k]:.1f}" for k in ks] + [f"{t:.4f}" for t in times]
-        table.add_row(label, *cells, f"{timings['rerank_s_per_query']:.4f}" if reranked else "-")
-
-    row("untrained", before, before["recall"], reranked=False)
-    row("trained", after, after["recall"], reranked=False)
-    row("trained + re-ranked", after, after["recall_reranked"], reranked=True)
+        rerank = f"{timings['rerank_s_per_query']:.5f}" if key == "recall_reranked" else "-"
+        costs = [f"{timings[name]:.5f}" for name in ("extraction_s_per_image", "retrieval_s_per_query")]
+        table.add_row(label, *(f"{v:.1f}" for v in result[key].values()), *costs, rerank)
     return table
 
 

@@ -114,7 +114,7 @@ def test_weights_of_another_size_name_the_keys(tmp_path: Path, capfd: pytest.Cap
     )
     assert process.returncode == 2, process.stderr
     assert "does not fit the model" in process.stderr
-    assert "cls_token is (1, 1, 192), expected (1, 1, 384)" in process.stderr
+    assert "cls_token is (1, 1, 128), expected (1, 1, 384)" in process.stderr
     assert "Traceback" not in process.stderr
 
 

@@ -54,7 +54,7 @@ def test_facebook_layout_loads(name: str, suffix: str, tmp_path: Path) -> None:
 def test_weights_of_another_size_are_refused_with_the_keys(tmp_path: Path) -> None:
     path = tmp_path / "tiny.safetensors"
     save_file(as_facebook(build_backbone("tiny14", "random")), path)
-    with pytest.raises(WeightsError, match=r"cls_token is \(1, 1, 192\), expected \(1, 1, 384\)") as caught:
+    with pytest.raises(WeightsError, match=r"cls_token is \(1, 1, 128\), expected \(1, 1, 384\)") as caught:
         build_backbone("vits14", str(path))
     assert "missing" in str(caught.value)
     assert "blocks.10" in str(caught.value)
@@ -88,7 +88,7 @@ def test_every_size_can_be_built(name: str) -> None:
 @pytest.mark.parametrize("aggregator", ["cls", "gem"])
 def test_descriptors_are_unit_float32_at_any_side(side: int, aggregator: str) -> None:
     model = build_model(
-        ModelConfig(backbone="tiny14", weights="random", aggregator=aggregator, finetune_last_n_blocks=6)
+        ModelConfig(backbone="tiny14", weights="random", aggregator=aggregator, finetune_last_n_blocks=4)
     )
     descriptor = model(images(2, side))
     assert descriptor.dtype == torch.float32
@@ -104,21 +104,21 @@ def test_forward_equals_timm(model: PlaceModel) -> None:
 def test_frozen_blocks_get_no_gradient_and_no_graph(model: PlaceModel) -> None:
     model.zero_grad()
     entered = []
-    handle = model.backbone.blocks[4].register_forward_pre_hook(lambda _m, x: entered.append(x[0].requires_grad))
+    handle = model.backbone.blocks[2].register_forward_pre_hook(lambda _m, x: entered.append(x[0].requires_grad))
     model(images()).sum().backward()
     handle.remove()
     assert entered == [False]
     with_gradient = {
         name.split(".")[2] for name, p in model.named_parameters() if p.grad is not None and "blocks" in name
     }
-    assert with_gradient == {"4", "5"}
+    assert with_gradient == {"2", "3"}
     assert model.backbone.patch_embed.proj.weight.grad is None
     assert model.backbone.norm.weight.grad is not None
 
 
 def test_too_many_blocks_is_an_error() -> None:
-    with pytest.raises(ValueError, match="has 6 blocks"):
-        build_model(ModelConfig(backbone="tiny14", weights="random", finetune_last_n_blocks=7))
+    with pytest.raises(ValueError, match="has 4 blocks"):
+        build_model(ModelConfig(backbone="tiny14", weights="random", finetune_last_n_blocks=5))
 
 
 def test_same_seed_same_weights_and_no_trace_on_the_global_generator() -> None:
@@ -130,7 +130,7 @@ def test_same_seed_same_weights_and_no_trace_on_the_global_generator() -> None:
     assert not all(torch.equal(a[k], c[k]) for k in a)
 
 
-@pytest.mark.parametrize("layer", [0, 3, -1])
+@pytest.mark.parametrize("layer", [0, 2, -1])
 def test_facets_are_those_of_the_attention(model: PlaceModel, layer: int) -> None:
     """Values, keys, queries and the CLS row, written out from the block's own input."""
     vit, x = model.backbone, images()
@@ -161,5 +161,5 @@ def test_hooks_are_gone_after_a_read_out(model: PlaceModel) -> None:
 
 
 def test_bad_layer_is_named(model: PlaceModel) -> None:
-    with pytest.raises(ValueError, match="layer 6: the backbone has 6 blocks"):
-        model.read_out(images(1), layer=6)
+    with pytest.raises(ValueError, match="layer 4: the backbone has 4 blocks"):
+        model.read_out(images(1), layer=4)
