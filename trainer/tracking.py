@@ -35,7 +35,11 @@ class Tracker:
 
     def _open(self, recipe: Recipe) -> None:
         import logging
+        import os
 
+        # A server that is down costs seconds, not the minutes of MLflow's own retries.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         import mlflow
         from mlflow import MlflowClient
 
