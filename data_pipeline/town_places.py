@@ -18,8 +18,8 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
-HALF_WIDTH = 26.0
-TOP = 18.0
+HALF_WIDTH = 16.0
+TOP = 17.0
 STREET_DEPTH = 22.0
 PAVEMENT = 3.2
 PLOT = 5.8  # width that the town gives to a house

@@ -32,7 +32,7 @@ LAMP_HEIGHT = 5.2
 Light = Literal["cloudy", "sunny", "dusk", "night"]
 Season = Literal["spring", "summer", "autumn", "winter", "snow"]
 Weather = Literal["dry", "rain", "fog"]
-Kind = Literal["any", "fair", "harsh"]
+Kind = Literal["any", "fair"]
 
 MONTHS: dict[Season, tuple[int, ...]] = {
     "spring": (4, 5), "summer": (6, 7, 8), "autumn": (9, 10, 11), "winter": (2, 3), "snow": (12, 1),
@@ -77,14 +77,12 @@ class Conditions:
 
 
 def draw_conditions(rng: np.random.Generator, kind: Kind = "any") -> Conditions:
-    """Random conditions: `fair` is by day and in leaf, `harsh` anything but that, `any` both."""
-    lights: dict[Kind, tuple[float, ...]] = {
-        "any": (0.3, 0.3, 0.18, 0.22), "fair": (0.5, 0.5, 0, 0), "harsh": (0.24, 0.16, 0.26, 0.34),
-    }  # fmt: skip
-    light: Light = ("cloudy", "sunny", "dusk", "night")[rng.choice(4, p=lights[kind])]
-    seasons: tuple[Season, ...] = ("spring", "summer") if kind == "fair" else ("autumn", "winter", "snow")
-    if kind == "any":
-        seasons = ("spring", "summer", "summer", "autumn", "winter", "snow")
+    """Random conditions: `fair` is by day, dry and in leaf."""
+    chances = {"any": (0.3, 0.3, 0.18, 0.22), "fair": (0.5, 0.5, 0, 0)}
+    light: Light = ("cloudy", "sunny", "dusk", "night")[rng.choice(4, p=chances[kind])]
+    seasons: tuple[Season, ...] = ("spring", "summer", "summer", "autumn", "winter", "snow")
+    if kind == "fair":
+        seasons = ("spring", "summer")
     season = seasons[rng.integers(len(seasons))]
     weathers: tuple[Weather, ...] = ("dry", "dry", "rain", "fog")
     weather = "dry" if light == "sunny" or kind == "fair" else weathers[rng.integers(4)]
@@ -96,10 +94,10 @@ def draw_conditions(rng: np.random.Generator, kind: Kind = "any") -> Conditions:
         season=season,
         weather=weather,
         month=int(rng.choice(MONTHS[season])),
-        shift=float(rng.uniform(-0.7, 0.7) * spread),
-        distance=float(16 + rng.uniform(-0.7, 0.7) * spread),
-        yaw=float(rng.uniform(-0.035, 0.035) * spread),
-        traffic=0.7 if kind == "fair" else 1.0,
+        shift=float(rng.uniform(-0.55, 0.55) * spread),
+        distance=float(16 + rng.uniform(-0.55, 0.55) * spread),
+        yaw=float(rng.uniform(-0.026, 0.026) * spread),
+        traffic=0.7 if kind == "fair" else 0.9,
     )
 
 
@@ -360,7 +358,7 @@ def _compose(rng: np.random.Generator, place: Place, now: Conditions) -> np.ndar
     lit = surface * light
     if now.light == "sunny":
         shadow = camera.warp(_shadow(rng), (0, 1), facade_at, PIXELS_PER_METRE / 4)
-        lit *= 1 - np.asarray(shadow, np.float32)[..., None] / 255 * np.array((0.5, 0.44, 0.34), np.float32)
+        lit *= 1 - np.asarray(shadow, np.float32)[..., None] / 255 * np.array((0.38, 0.33, 0.25), np.float32)
     else:
         lit *= np.linspace(1.08, 0.88, HEIGHT, dtype=np.float32)[:, None, None]
     if now.light in ("dusk", "night"):

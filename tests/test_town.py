@@ -15,7 +15,7 @@ from data_pipeline.town import CITIES, COLUMNS, POSITIVE_RADIUS, Town, image_nam
 from data_pipeline.town_places import build_place
 from data_pipeline.town_views import HEIGHT, MONTHS, WIDTH, draw_conditions, render_view
 
-SMALL = Town(seed=3, places=7, views=3, held_out_places=4, database_views=1, query_views=2)
+SMALL = Town(seed=3, places=4, views=2, held_out_places=3, database_views=1, query_views=2)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -71,7 +71,7 @@ def test_coordinates_survive_a_float(town: Path) -> None:
 def test_held_out_places_are_apart_and_have_positives(town: Path) -> None:
     test = town / "images" / "test"
     database, queries = (sorted((test / kind).glob("@*@.jpg")) for kind in ("database", "queries"))
-    assert (len(database), len(queries)) == (4, 8)
+    assert (len(database), len(queries)) == (3, 6)
     assert all(len(path.name.split("@")) == 16 for path in database + queries)
     apart = np.linalg.norm(np.array([*map(utm, queries)])[:, None] - np.array([*map(utm, database)])[None], axis=-1)
     assert ((apart < POSITIVE_RADIUS).sum(1) == SMALL.database_views).all()
@@ -155,16 +155,16 @@ def test_processes_are_checked(tmp_path: Path) -> None:
 def test_a_place_in_all_conditions(seed: int) -> None:
     rng = np.random.default_rng(seed)
     place = build_place(rng)
-    for kind in ("any", "fair", "harsh"):
+    for kind in ("any", "fair"):
         now = draw_conditions(rng, kind)
         assert now.month in MONTHS[now.season]
         assert (now.light in ("cloudy", "sunny") and now.weather == "dry") or kind != "fair"
-        assert now.season not in ("spring", "summer") or kind != "harsh"
+        assert now.season in ("spring", "summer") or kind != "fair"
         with Image.open(io.BytesIO(render_view(place, now, rng))) as image:
             assert np.asarray(image).std() > 10, "a street, not a blank"
 
 
 def test_every_place_can_be_drawn() -> None:
-    for seed in range(40):
+    for seed in range(25):
         place = build_place(np.random.default_rng(seed))
         assert len(place.windows) > 10
