@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from configs.schema import EvalConfig
 from eval.benchmarks import Benchmark
-from eval.extract import extract, slice_bounds
+from eval.extract import Features, extract, slice_bounds
 from eval.recall import recall_at
 from eval.rerank import rerank
 from eval.search import gather_slices, search_ranks
@@ -79,28 +81,61 @@ class _Clock:
         return seconds
 
 
-def evaluate(model: PlaceModel, benchmark: Benchmark, config: EvalConfig, on_progress: Report | None = None) -> Result:
+class FeatureStore:
+    """Features of image lists that several benchmarks name, held until the last of them has used them.
+
+    One gallery with many query sets is extracted once; the seconds it took count for each benchmark.
+    """
+
+    def __init__(self, benchmarks: list[Benchmark]) -> None:
+        self.uses = Counter(tuple(paths) for b in benchmarks for paths in (b.database, b.queries))
+        self.held: dict[tuple[Path, ...], tuple[Features, float]] = {}
+
+    def take(self, paths: list[Path], extract_now: Callable[[], tuple[Features, float]]) -> tuple[Features, float]:
+        """Features of `paths` and the seconds that extracting them took."""
+        key = tuple(paths)
+        found = self.held.pop(key, None) or extract_now()
+        self.uses[key] -= 1
+        if self.uses[key] > 0:
+            self.held[key] = found
+        return found
+
+
+def evaluate(
+    model: PlaceModel,
+    benchmark: Benchmark,
+    config: EvalConfig,
+    on_progress: Report | None = None,
+    store: FeatureStore | None = None,
+) -> Result:
     """Extracts on all ranks, searches exactly, re-ranks if asked to; the same recalls and predictions on every rank.
 
-    `on_progress(done, total, note)` is called on each rank. The model is left in the mode it was in.
+    `on_progress(done, total, note)` is called on each rank; `store` keeps features for the benchmarks that follow. The model is left in the mode it was in.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     num_database, num_queries = len(benchmark.database), len(benchmark.queries)
     report = on_progress or (lambda *_: None)
+    store = store or FeatureStore([benchmark])
     was_training = model.training
     model.eval()
 
     clock = _Clock(model.device)
     total = num_database + num_queries
 
-    def extracting(offset: int) -> Callable[[int], None]:
-        return lambda done: report(min(total, offset + done * world), total, "features")
+    def features_of(paths: list[Path], offset: int) -> tuple[Features, float]:
+        def extract_now() -> tuple[Features, float]:
+            def done(images: int) -> None:
+                report(min(total, offset + images * world), total, "features")
 
-    database = extract(model, benchmark.database, config, rank=rank, world_size=world, on_progress=extracting(0))
-    queries = extract(
-        model, benchmark.queries, config, rank=rank, world_size=world, on_progress=extracting(num_database)
-    )
-    timings = {"extraction_s_per_image": clock.lap() / total}
+            features = extract(model, paths, config, rank=rank, world_size=world, on_progress=done)
+            return features, clock.lap()
+
+        return store.take(paths, extract_now)
+
+    database, database_s = features_of(benchmark.database, 0)
+    queries, queries_s = features_of(benchmark.queries, num_database)
+    timings = {"extraction_s_per_image": (database_s + queries_s) / total}
+    clock.lap()
 
     counts = [stop - start for start, stop in (slice_bounds(num_queries, r, world) for r in range(world))]
     queries_QD = gather_slices(queries.descriptors_ID, counts)

@@ -78,7 +78,7 @@ def _value_of(flag: str, argv: list[str]) -> str | None:
 def main(argv: list[str]) -> int:
     """Runs one rank of an evaluation."""
     from eval.benchmarks import load_benchmarks
-    from eval.evaluate import evaluate
+    from eval.evaluate import FeatureStore, evaluate
     from eval.report import draw_pictures, results_table, write_results
     from model.network import build_model
 
@@ -93,10 +93,10 @@ def main(argv: list[str]) -> int:
     else:
         model = build_model(recipe.model, seed=recipe.seed)
     model.to(rank.device).eval()
-    results = []
+    results, store = [], FeatureStore(benchmarks)
     for benchmark in benchmarks:
         with progress_bar(console, benchmark.name, active=rank.is_main) as update:
-            result = evaluate(model, benchmark, config, on_progress=update)
+            result = evaluate(model, benchmark, config, on_progress=update, store=store)
         results.append(result)
         if command.out and rank.is_main and config.pictures:
             draw_pictures(command.out / "pictures" / benchmark.name, benchmark, result, model, config)

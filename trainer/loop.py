@@ -21,7 +21,7 @@ from data_pipeline.index import ShardIndex, read_index
 from data_pipeline.loader import PlaceBatch, PlaceLoader
 from data_pipeline.plan import EpochPlan, plan_epoch
 from eval.benchmarks import load_benchmarks
-from eval.evaluate import Result, evaluate
+from eval.evaluate import FeatureStore, Result, evaluate
 from eval.report import draw_pictures, write_results
 from memory.global_loss import global_loss
 from memory.queue import MemoryQueue
@@ -285,10 +285,10 @@ class Training:
         config = self.recipe.eval
         if not rerank:
             config = config.model_copy(update={"rerank": config.rerank.model_copy(update={"enabled": False})})
-        results = []
+        results, store = [], FeatureStore(self.benchmarks)
         for benchmark in self.benchmarks:
             with progress_bar(self.console, f"{label}: {benchmark.name}", active=self.rank.is_main) as update:
-                result = evaluate(self.model, benchmark, config, on_progress=update)
+                result = evaluate(self.model, benchmark, config, on_progress=update, store=store)
             results.append(result)
             self.say(f"{label}: {result.line()}")
             self.tracker.metrics(
