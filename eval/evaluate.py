@@ -110,7 +110,8 @@ def evaluate(
 ) -> Result:
     """Extracts on all ranks, searches exactly, re-ranks if asked to; the same recalls and predictions on every rank.
 
-    `on_progress(done, total, note)` is called on each rank; `store` keeps features for the benchmarks that follow. The model is left in the mode it was in.
+    `on_progress(done, total, note)` is called on each rank; `store` keeps features for the benchmarks that follow. The
+    model is left in the mode it was in.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     num_database, num_queries = len(benchmark.database), len(benchmark.queries)

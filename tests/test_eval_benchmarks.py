@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from eval.benchmarks import GARDENS_TRAVERSES, load_benchmarks, utm_benchmark
+from eval.benchmarks import GARDENS_TRAVERSES, Benchmark, load_benchmarks, utm_benchmark
+from eval.evaluate import FeatureStore
+from eval.extract import Features
 
 
 def _touch(path: Path) -> Path:
@@ -90,3 +93,22 @@ def test_missing_folder_and_short_traverse_are_named(gardens: Path, tmp_path: Pa
     (gardens / "gardens_point/day_left/Image017.jpg").unlink()
     with pytest.raises(ValueError, match=r"day_left.*199"):
         load_benchmarks(["gardens_point"], gardens)
+
+
+def test_a_gallery_is_extracted_once_and_let_go_after_its_last_use() -> None:
+    gallery, night, rain = [Path("a"), Path("b")], [Path("n")], [Path("r")]
+    none = np.zeros(2, dtype=np.int64)
+    pairs = [Benchmark(name, "p", gallery, queries, none, none[:0]) for name, queries in (("x", night), ("y", rain))]
+    store = FeatureStore(pairs)
+    extracted: list[list[Path]] = []
+
+    def take(paths: list[Path]) -> object:
+        features = Features(0, torch.zeros(len(paths), 3), None, None)
+        return store.take(paths, lambda: (extracted.append(paths), (features, 1.0))[1])
+
+    first = take(gallery)
+    take(night)
+    assert take(gallery) is first
+    take(rain)
+    assert extracted == [gallery, night, rain]
+    assert not store.held
