@@ -30,7 +30,13 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
     from launch.cli import main as run
 
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ class EvalConfig(Section):
     data_root: Path = Field(Path("data"), description="Folder that holds a folder for each benchmark.")
     image_size: int = Field(224, description="Side in pixels of the square that images are resized to; multiple of 14.")
     batch_size: Positive = Field(32, description="Images in a forward pass of a rank.")
-    decode_threads: NonNegative = Field(2, description="Threads a rank reads images with.")
+    decode_threads: Positive = Field(2, description="Threads a rank reads images with.")
     recall_at: list[Positive] = Field(default_factory=lambda: [1, 5, 10], description="The K of recall@K.")
     pictures: NonNegative = Field(8, description="Queries drawn with their candidates, wrong ones first.")
     rerank: RerankConfig = Field(default_factory=RerankConfig)

@@ -85,7 +85,7 @@ def extract(
 def _image_batches(paths: list[Path], config: EvalConfig) -> Iterator[torch.Tensor]:
     """uint8 batches in order, read two batches ahead."""
     batches = [paths[i : i + config.batch_size] for i in range(0, len(paths), config.batch_size)]
-    with ThreadPoolExecutor(max(1, config.decode_threads), thread_name_prefix="read") as pool:
+    with ThreadPoolExecutor(config.decode_threads, thread_name_prefix="read") as pool:
         waiting: deque[list[Future[torch.Tensor]]] = deque()
         try:
             for batch in batches:

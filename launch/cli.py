@@ -2,59 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import sys
-from collections.abc import Callable
 
 from trainer.errors import one_line_errors
 
-
-def _demo(argv: list[str]) -> int:
-    from launch.demo import main
-
-    return main(argv)
-
-
-def _shard(argv: list[str]) -> int:
-    from launch.data_commands import shard
-
-    return shard(argv)
-
-
-def _verify(argv: list[str]) -> int:
-    from launch.data_commands import verify
-
-    return verify(argv)
-
-
-def _train(argv: list[str]) -> int:
-    from trainer.command import main
-
-    return main(argv)
-
-
-def _launch(argv: list[str]) -> int:
-    from launch.torchrun import main
-
-    return main(argv)
-
-
-def _eval(argv: list[str]) -> int:
-    from launch.eval_command import main
-
-    return main(argv)
-
-
-VERBS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
-    "demo": (_demo, "", "Renders a town, trains on it with two ranks, shows what was learned."),
-    "shard": (_shard, "gsv-cities SRC OUT", "Writes a data set as tar shards with an index."),
-    "verify": (_verify, "OUT", "Checks every byte of a shard set against its index."),
-    "train": (_train, "RECIPE [--section.key value] [--resume]", "Trains a recipe; one process is a group of one."),
+# Each verb's function is imported when it is called: help should not wait for torch.
+VERBS = {
+    "demo": ("launch.demo:main", "", "Renders a town, trains on it with two ranks, shows what was learned."),
+    "shard": ("launch.data_commands:shard", "gsv-cities SRC OUT", "Writes a data set as tar shards with an index."),
+    "verify": ("launch.data_commands:verify", "OUT", "Checks every byte of a shard set against its index."),
+    "train": (
+        "trainer.command:main",
+        "RECIPE [--section.key value] [--resume]",
+        "Trains a recipe; one process is a group of one.",
+    ),
     "launch": (
-        _launch,
+        "launch.torchrun:main",
         "--nproc-per-node N [torchrun flags] -- VERB ...",
         "Runs a verb on many processes by torchrun.",
     ),
-    "eval": (_eval, "--checkpoint DIR|--weights FILE --benchmarks NAME...", "Recall before and after re-ranking."),
+    "eval": (
+        "launch.eval_command:main",
+        "--checkpoint DIR|--weights FILE --benchmarks NAME...",
+        "Recall before and after re-ranking.",
+    ),
 }
 
 
@@ -76,10 +49,10 @@ def main(argv: list[str]) -> int:
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
-        import difflib
-
         nearest = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.3) or ["--help"]
         print(f"rerankvpr: unknown verb {verb!r}; nearest: {nearest[0]}", file=sys.stderr)
         return 2
+    module, _, function = VERBS[verb][0].partition(":")
     with one_line_errors():
-        return VERBS[verb][0](rest)
+        status: int = getattr(importlib.import_module(module), function)(rest)
+        return status
