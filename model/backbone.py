@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import timm
@@ -73,9 +74,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise WeightsError(f"weights file {path} cannot be read: {_reason(error)}") from error
-    except Exception as error:  # torch raises pickle.UnpicklingError for content that is not plain tensors
-        if type(error).__name__ != "UnpicklingError":
-            raise
+    except pickle.UnpicklingError as error:
         raise WeightsError(
             f"weights file {path} holds more than tensors, which is refused: save a state_dict"
         ) from error
