@@ -85,20 +85,52 @@ class MemoryConfig(Section):
     start_epoch: Annotated[float, Field(ge=0)] = Field(
         5, description="Epoch (from 0; a fraction is a part of one) from which the queue is filled and used."
     )
-    decay_lambda: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="Age weight exp(-lambda * steps) of a memory negative; larger forgets faster, 0 is no decay."
+    placement: Literal["replicated", "sharded"] = Field(
+        "replicated", description="replicated: each rank keeps all M; sharded: M over ranks, the same loss."
     )
+    in_batch: Literal["live", "detached"] = Field(
+        "live", description="Gradient inside the batch: both sides of a pair, or the anchor's alone (CrossBatchMemory)."
+    )
+    decay: Literal["exponential", "measured"] = Field(
+        "exponential", description="Age weight of a memory negative: exp(-decay_lambda * steps), or measured drift."
+    )
+    decay_lambda: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="Larger forgets faster: half the weight is gone after 0.69 / lambda steps; 0 is no decay."
+    )
+    drift_every: NonNegative = Field(
+        0, description="Steps between measurements of the queue's drift (stored images encoded again); 0 is never."
+    )
+    drift_images: Positive = Field(32, description="Images encoded again in a measurement, over all ranks and ages.")
+    tile_mb: Positive = Field(256, description="Bound in MiB on what a rank's similarities and their gradient hold.")
+
+    @model_validator(mode="after")
+    def _measured_needs_measurements(self) -> MemoryConfig:
+        if self.decay == "measured" and not self.drift_every:
+            raise ValueError("decay measured needs drift_every, the steps between measurements; for example 50")
+        return self
+
+
+Argument = bool | int | float | str
 
 
 class LossConfig(Section):
-    """Multi-Similarity loss and miner, as pytorch-metric-learning defines them."""
+    """Loss and miner, named and defined as in pytorch-metric-learning."""
 
-    alpha: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="Scale of positive pairs (field: 1; the original: 2)."
+    name: str = Field(
+        "MultiSimilarityLoss",
+        description="MultiSimilarityLoss, TripletMarginLoss, ContrastiveLoss or NCALoss, in tiles and with age "
+        "weights; any other of pytorch-metric-learning that takes a reference set, without.",
     )
-    beta: Annotated[float, Field(gt=0)] = Field(50.0, description="Scale of negative pairs.")
-    base: float = Field(0.0, description="Similarity margin (field: 0; the original: 0.5).")
-    epsilon: Annotated[float, Field(ge=0)] = Field(0.1, description="Miner: slack when pairs are compared.")
+    args: dict[str, Argument] = Field(
+        default_factory=dict,
+        description="The loss's own arguments; MultiSimilarityLoss: alpha 1, beta 50, base 0 (original: 2, 50, 0.5).",
+    )
+    miner: str = Field(
+        "MultiSimilarityMiner", description="MultiSimilarityMiner, TripletMarginMiner, none; or another of the library."
+    )
+    miner_args: dict[str, Argument] = Field(
+        default_factory=dict, description="The miner's own arguments; MultiSimilarityMiner: epsilon 0.1."
+    )
 
 
 class OptimConfig(Section):
@@ -128,6 +160,11 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2] = Field(1, description="ZeRO: 0 replicates, 1 shards optimizer, 2 gradients as well.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of the forward and backward pass."
+    )
+    gradient_accumulation: Positive = Field(
+        1,
+        description="Chunks in which a rank encodes its images, for a batch that does not fit: a second forward "
+        "pass, the gradient of the whole batch (GradCache).",
     )
     timeout_s: Annotated[int, Field(ge=10)] = Field(600, description="Seconds after which a silent rank ends the job.")
 

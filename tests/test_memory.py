@@ -1,6 +1,8 @@
-"""The loss and gradient of 1, 2 and 4 ranks equal one process with the whole batch, and pytorch-metric-learning."""
+"""Decay, drift, gradient cache, registry, and input at the edge of what a loss is defined for."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -8,207 +10,270 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_metric_learning.losses import CrossBatchMemory, MultiSimilarityLoss
-from pytorch_metric_learning.miners import MultiSimilarityMiner
-from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from pydantic import ValidationError
 
 from configs.schema import LossConfig, MemoryConfig
-from memory.gather import all_gather, all_gather_with_grad
-from memory.global_loss import global_loss
-from memory.losses import mine_multi_similarity, multi_similarity_loss
+from memory.decay import exponential_log_weight, half_life, measured_log_weight
+from memory.drift import DriftProbe
+from memory.global_loss import GlobalLoss
+from memory.gradient_cache import GradientCache
+from memory.losses import LOSSES
+from memory.miners import MINERS
 from memory.queue import MemoryQueue
+from memory.tiles import Mined, Term, Tile
 from tests.ranks import on_ranks
 
-LOSS = LossConfig(alpha=1.0, beta=50.0, base=0.0, epsilon=0.1)
-PLACES, VIEWS, IN, OUT = 12, 4, 11, 7
-N = PLACES * VIEWS
+NAMES = ("MultiSimilarityLoss", "TripletMarginLoss", "ContrastiveLoss", "NCALoss")
 
 
-def batches(steps: int, dtype: torch.dtype = torch.float64) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Seeded inputs [N, IN] whose images of a place are alike, with place ids that recur between steps."""
-    generator = torch.Generator().manual_seed(1)
-    centres = torch.randn(31, IN, generator=generator, dtype=torch.float64)
-    out = []
-    for _ in range(steps):
-        places = torch.randperm(31, generator=generator)[:PLACES].repeat_interleave(VIEWS)
-        out.append(
-            ((centres[places] + 0.8 * torch.randn(N, IN, generator=generator, dtype=torch.float64)).to(dtype), places)
-        )
-    return out
-
-
-def projection(dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(IN, OUT, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
-
-
-def train(
-    memory: MemoryConfig, steps: int, dtype: torch.dtype = torch.float64
-) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses and parameter gradients of plain SGD on a linear map, the batch split over ranks, gradients averaged."""
+def check_drift_is_the_same_at_any_world_size() -> None:
+    """The probe keeps the images that one process would keep, and measures the cosine of stored and present."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    weight = projection(dtype).requires_grad_()
-    queue = MemoryQueue(memory.size, OUT).to(dtype)
-    losses, gradients = [], []
-    for step, (x, places) in enumerate(batches(steps, dtype)):
-        mine = slice(rank * N // world, (rank + 1) * N // world)
-        out = global_loss(
-            F.normalize(x[mine] @ weight, dim=1), places[mine], queue, step=step, loss=LOSS, memory=memory
-        )
-        (gradient,) = torch.autograd.grad(out.loss, weight)
-        total = out.loss.detach().clone()
-        for tensor in (gradient, total):
-            dist.all_reduce(tensor)
-            tensor /= world
-        queue.enqueue(out.descriptors_ND, out.place_ids_N, step)
-        with torch.no_grad():
-            weight -= 0.05 * gradient
-        losses.append(total.item())
-        gradients.append(gradient)
-    return losses, gradients
+    probe = DriftProbe(every=2, num_images=6, queue_steps=5, image_shape=(3, 2, 2), descriptor_size=3)
+
+    def encode(images: torch.Tensor, turn: float) -> torch.Tensor:
+        plain = F.normalize(images.double().flatten(1)[:, :3], dim=1)
+        return F.normalize(plain + turn * plain.roll(1, 1), dim=1)
+
+    curves = []
+    for step in range(9):
+        images = torch.randint(1, 255, (8, 3, 2, 2), generator=torch.Generator().manual_seed(step)).to(torch.uint8)
+        turn = 0.1 * step
+        if probe.due(step):
+            curves.append(probe.measure(lambda x, turn=turn: encode(x, turn), step))
+        probe.keep(images[rank * 8 // world : (rank + 1) * 8 // world], encode(images, turn), step)
+    assert list(curves[-1]) == ["drift_age_000002", "drift_age_000004", "drift_age_000006"]
+    for name, cosine in curves[-1].items():
+        then = 8 - int(name[-6:])
+        images = torch.randint(1, 255, (8, 3, 2, 2), generator=torch.Generator().manual_seed(then)).to(torch.uint8)
+        kept = images[[0, 4]]  # 6 images over 3 ages
+        expected = (encode(kept, 0.1 * then) * encode(kept, 0.8)).sum(1).mean()
+        assert cosine == pytest.approx(expected.item(), abs=1e-6)
+    assert 1 > curves[-1]["drift_age_000002"] > curves[-1]["drift_age_000006"]
+    other = DriftProbe(every=2, num_images=6, queue_steps=5, image_shape=(3, 2, 2), descriptor_size=3)
+    other.load_state_dict(probe.state_dict())
+    assert other.measure(lambda x: encode(x, 0.9), 9) == probe.measure(lambda x: encode(x, 0.9), 9)
 
 
-def reference(memory: MemoryConfig, steps: int) -> tuple[list[float], list[torch.Tensor]]:
-    """The same in one process by pytorch-metric-learning; with decay, by the formula over its mined pairs."""
-    weight = projection().requires_grad_()
-    bank = torch.zeros(0, OUT, dtype=torch.float64)
-    bank_places = torch.zeros(0, dtype=torch.int64)
-    bank_steps = torch.zeros(0, dtype=torch.int64)
-    losses, gradients = [], []
-    for step, (x, places) in enumerate(batches(steps)):
-        descriptors = F.normalize(x @ weight, dim=1)
-        references, reference_places = torch.cat([descriptors, bank]), torch.cat([places, bank_places])
-        pairs = MultiSimilarityMiner(LOSS.epsilon)(descriptors, places, references.clone(), reference_places)
-        a1, p, a2, n = lmu.remove_self_comparisons(pairs, torch.arange(N), len(references))
-        if memory.decay_lambda == 0:
-            ms = MultiSimilarityLoss(alpha=LOSS.alpha, beta=LOSS.beta, base=LOSS.base)
-            loss = ms(descriptors, places, (a1, p, a2, n), references, reference_places)
-        else:
-            similarity = descriptors @ references.T
-            weights = torch.cat(
-                [torch.ones(N).double(), torch.exp(-memory.decay_lambda * (step - bank_steps).double())]
-            )
-            pull = torch.zeros(N, dtype=torch.float64).index_add(0, a1, torch.exp(-LOSS.alpha * similarity[a1, p]))
-            push = torch.zeros(N, dtype=torch.float64).index_add(
-                0, a2, weights[n] * torch.exp(LOSS.beta * similarity[a2, n])
-            )
-            loss = (torch.log1p(pull) / LOSS.alpha + torch.log1p(push) / LOSS.beta).mean()
-        (gradient,) = torch.autograd.grad(loss, weight)
-        bank = torch.cat([bank, descriptors.detach()])[-memory.size :] if memory.size else bank
-        bank_places = torch.cat([bank_places, places])[-memory.size :] if memory.size else bank_places
-        bank_steps = torch.cat([bank_steps, torch.full((N,), step)])[-memory.size :] if memory.size else bank_steps
-        with torch.no_grad():
-            weight -= 0.05 * gradient
-        losses.append(loss.item())
-        gradients.append(gradient)
-    return losses, gradients
+def check_chunks_give_the_gradient_of_the_whole_batch() -> None:
+    """With the queue on, dropout on, and chunks of unequal size; activations of one chunk are held at a time."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    images = torch.randn(7, 6, dtype=torch.float64)
+    ids = torch.randint(0, 4, (7,))
+    model = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Dropout(0.3), torch.nn.Linear(32, 5)).double()
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    queue = MemoryQueue(11, 5).double()
+    generator = torch.Generator().manual_seed(9)
+    queue.enqueue(
+        F.normalize(torch.randn(11, 5, generator=generator, dtype=torch.float64), dim=1), torch.arange(11) % 4, 0
+    )
+    global_loss = GlobalLoss(LossConfig(), MemoryConfig(size=11))
 
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(model(x), dim=1)
 
-def assert_same(memory: MemoryConfig) -> None:
-    losses, gradients = train(memory, steps=6)
-    expected_losses, expected_gradients = reference(memory, steps=6)
-    # float64 throughout; sums of at most N + M terms in another order differ by a few hundred ulp (2e-16) at most.
-    assert losses == pytest.approx(expected_losses, rel=1e-12)
-    for gradient, expected in zip(gradients, expected_gradients, strict=True):
-        assert expected.abs().max() > 1e-3
-        torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-12)
+    def gradients() -> list[torch.Tensor]:
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return found
 
+    chunks = images.tensor_split(3)
+    torch.manual_seed(100 + rank)
+    whole = global_loss(torch.cat([encode(chunk) for chunk in chunks]), ids, queue, step=3)
+    whole.loss.backward()
+    expected = gradients()
 
-def check_no_queue_equals_library() -> None:
-    assert_same(MemoryConfig(size=0, decay_lambda=0.0))
-
-
-def check_queue_without_decay_equals_library() -> None:
-    assert_same(MemoryConfig(size=101, decay_lambda=0.0))
-
-
-def check_queue_with_decay_equals_formula() -> None:
-    assert_same(MemoryConfig(size=101, decay_lambda=0.3))
-
-
-def check_batch_larger_than_queue() -> None:
-    assert_same(MemoryConfig(size=13, decay_lambda=0.1))
-
-
-def check_float32_within_rounding() -> None:
-    memory = MemoryConfig(size=101, decay_lambda=0.1)
-    losses, _ = train(memory, steps=6, dtype=torch.float32)
-    assert losses == pytest.approx(reference(memory, steps=6)[0], rel=1e-4)  # beta 50 times float32's 6e-8, 6 steps
-
-
-def check_gather_backward_sums_over_ranks() -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    local = torch.full((3, 2), float(rank), requires_grad=True)
-    gathered = all_gather_with_grad(local)
-    assert gathered[:, 0].tolist() == [float(r) for r in range(world) for _ in range(3)]
-    (gathered * (rank + 1)).sum().backward()
-    assert local.grad is not None
-    assert torch.equal(local.grad, torch.full((3, 2), world * (world + 1) / 2))
-    assert all_gather(torch.tensor([rank])).tolist() == list(range(world))
+    held: list[int] = []
+    torch.manual_seed(100 + rank)
+    cache = GradientCache(encode, chunks)
+    out = global_loss(cache.descriptors_BD, ids, queue, step=3)
+    state = torch.get_rng_state()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (held.append(len(x)) if x.ndim else None, x)[1], lambda x: x
+    ):
+        cache.backward(out.loss, lambda part: part.backward())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert max(n for n in held if n not in (6, 32, 5)) <= 3  # rows of saved activations: never the batch's 7
+    assert out.loss.item() == whole.loss.item()
+    for found, right in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-14)
 
 
 test_on_ranks = on_ranks(__file__)
 
 
-def test_equals_cross_batch_memory_values() -> None:
-    """Loss values with decay_lambda 0 are CrossBatchMemory's own, which enqueues first and detaches references."""
-    library = CrossBatchMemory(
-        MultiSimilarityLoss(alpha=LOSS.alpha, beta=LOSS.beta, base=LOSS.base),
-        OUT,
-        memory_size=3 * N,
-        miner=MultiSimilarityMiner(LOSS.epsilon),
-    ).double()
-    expected, weight = [], projection()
-    ours = []
-    queue = MemoryQueue(2 * N, OUT).double()  # the library's queue holds the current batch as well
-    for step, (x, places) in enumerate(batches(7)):
-        descriptors = F.normalize(x @ weight, dim=1)
-        expected.append(library(descriptors, places).item())
-        entries, ids, _ = queue.entries()
-        similarity = descriptors @ torch.cat([descriptors, entries]).T
-        same = places[:, None] == torch.cat([places, ids])
-        positive = same.clone().fill_diagonal_(False)
-
-        kept = mine_multi_similarity(similarity, positive, ~same, LOSS.epsilon)
-        loss = multi_similarity_loss(
-            similarity, *kept, torch.zeros(similarity.shape[1]), alpha=LOSS.alpha, beta=LOSS.beta, base=LOSS.base
-        )
-        ours.append(loss.mean().item())
-        queue.enqueue(descriptors, places, step)
-    assert ours == pytest.approx(expected, rel=1e-12)
-
-
-def test_loss_is_finite_where_plain_exp_overflows() -> None:
-    similarity = torch.tensor([[0.2, 1.0]])
-    mask = torch.tensor([[True, False]])
-    loss = multi_similarity_loss(similarity, mask, ~mask, torch.zeros(2), alpha=1.0, beta=500.0, base=0.0)
-    assert loss.item() == pytest.approx(math.log1p(math.exp(-0.2)) + 1.0, rel=1e-6)
-
-
 @settings(max_examples=60, deadline=None)
-@given(size=st.integers(0, 40), batches=st.lists(st.integers(1, 17), min_size=1, max_size=12))
-def test_queue_is_first_in_first_out(size: int, batches: list[int]) -> None:
-    queue = MemoryQueue(size, 1)
-    stored: list[tuple[int, int, int]] = []
-    for step, n in enumerate(batches):
-        values = torch.arange(n) + 1000 * step
-        queue.enqueue(values[:, None].float(), values, step)
-        stored = (stored + [(v, v, step) for v in values.tolist()])[-size:] if size else []
-    descriptors, ids, steps = queue.entries()
-    held = sorted(zip(descriptors[:, 0].int().tolist(), ids.tolist(), steps.tolist(), strict=True))
-    assert held == sorted(stored)
-    assert len(queue) == len(stored)
+@given(decay=st.floats(0, 5), age=st.integers(0, 10_000))
+def test_exponential_decay(decay: float, age: int) -> None:
+    log_weight = exponential_log_weight(torch.tensor([float(age)], dtype=torch.float64), decay)
+    assert log_weight.exp().item() == pytest.approx(math.exp(-decay * age))
+    if decay > 1e-3:
+        half = half_life(MemoryConfig(decay_lambda=decay), torch.zeros(0, 2))
+        assert math.exp(-decay * half) == pytest.approx(0.5)
 
 
-def test_queue_state_continues_where_it_was() -> None:
-    generator = torch.Generator().manual_seed(3)
-    rows = torch.randn(5, 9, 3, generator=generator)
-    straight, before, after = MemoryQueue(20, 3), MemoryQueue(20, 3), MemoryQueue(20, 3)
-    for step in range(5):
-        straight.enqueue(rows[step], torch.arange(9), step)
-    for step in range(3):
-        before.enqueue(rows[step], torch.arange(9), step)
-    after.load_state_dict(before.state_dict())
-    for step in range(3, 5):
-        after.enqueue(rows[step], torch.arange(9), step)
-    for a, b in zip(straight.entries(), after.entries(), strict=True):
-        assert torch.equal(a, b)
+def test_measured_decay_follows_the_curve() -> None:
+    """c^2 by straight lines from 1 at age 0; a point that rises is taken down; flat beyond the last; 1 before any."""
+    curve = torch.tensor([[10.0, 0.8], [20.0, 0.9], [30.0, 0.5]], dtype=torch.float64)
+    ages = torch.tensor([0.0, 5, 10, 15, 20, 25, 30, 99], dtype=torch.float64)
+    expected = [1, 0.9**2, 0.64, 0.64, 0.64, 0.65**2, 0.25, 0.25]
+    assert measured_log_weight(ages, curve).exp().tolist() == pytest.approx(expected)
+    assert measured_log_weight(ages, curve[:0]).tolist() == [0] * 8
+    measured = MemoryConfig(decay="measured", drift_every=10)
+    assert half_life(measured, curve) == 24  # (0.8 - 0.03 * 4)^2 = 0.46 is the first below one half
+    assert half_life(measured, curve[:1]) == math.inf
+    with pytest.raises(ValidationError, match="needs drift_every"):
+        MemoryConfig(decay="measured")
+
+
+def run(
+    config: LossConfig, rows: torch.Tensor, ids: list[int], memory: MemoryConfig | None = None, age: int = 1
+) -> tuple[float, torch.Tensor, dict[str, float]]:
+    """Loss, gradient and figures of rows as a batch, after half of them were stored `age` steps ago."""
+    memory = memory or MemoryConfig(size=len(rows))
+    rows = rows.clone().requires_grad_()
+    queue = MemoryQueue(memory.size, rows.shape[1])
+    place_ids = torch.tensor(ids)
+    queue.enqueue(rows.detach()[::2], place_ids[::2], 5 - age)
+    out = GlobalLoss(config, memory)(rows, place_ids, queue, step=5)
+    (gradient,) = torch.autograd.grad(out.loss, rows)
+    return out.loss.item(), gradient, {name: value.item() for name, value in out.stats.items()}
+
+
+UNIT = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+
+
+@pytest.mark.parametrize("in_batch", ["live", "detached"])
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+@pytest.mark.parametrize("miner", MINERS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("rows", "ids"),
+    [
+        pytest.param(UNIT, [0, 1, 2, 3, 4, 5], id="no positives in the batch"),
+        pytest.param(UNIT, [7] * 6, id="all one place, no negatives"),
+        pytest.param(UNIT[:1].repeat(6, 1), [0, 0, 0, 1, 1, 1], id="duplicate images"),
+        pytest.param(torch.zeros(6, 4), [0, 0, 1, 1, 2, 2], id="zero vectors"),
+        pytest.param(UNIT[:1], [0], id="one image"),
+    ],
+)
+def test_degenerate_batches_are_finite(
+    single_process: None, rows: torch.Tensor, ids: list[int], name: str, miner: str, placement: str, in_batch: str
+) -> None:
+    memory = MemoryConfig(size=len(rows), placement=placement, in_batch=in_batch)
+    loss, gradient, figures = run(LossConfig(name=name, miner=miner), rows, ids, memory)
+    assert math.isfinite(loss)
+    assert gradient.isfinite().all()
+    assert all(math.isfinite(value) for value in figures.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_descriptor_that_is_not_finite_makes_the_loss_nan(single_process: None, name: str, bad: float) -> None:
+    rows = UNIT.clone()
+    rows[3, 1] = bad
+    loss, _, _ = run(LossConfig(name=name), rows, [0, 0, 1, 1, 2, 2], MemoryConfig(size=0))
+    assert math.isnan(loss)
+
+
+def test_no_overflow_where_plain_exp_has_one(single_process: None) -> None:
+    """beta 500: exp(500) is infinite in float32, the loss 1 + log terms is not; forgotten entries count for nothing."""
+    config = LossConfig(args={"alpha": 1, "beta": 500, "base": 0}, miner="none")
+    rows = torch.eye(4)[[0, 0, 0, 0]]
+    loss, gradient, _ = run(config, rows, [0, 0, 1, 1])
+    assert loss == pytest.approx(1.0 + math.log(1 + 2 * math.exp(-1)), abs=0.01)
+    assert gradient.isfinite().all()
+    fresh, _, _ = run(config, UNIT, [0, 0, 1, 1, 2, 2], MemoryConfig(size=0))
+    stale, _, _ = run(config, UNIT, [0, 0, 1, 1, 3, 3], MemoryConfig(size=6, decay_lambda=1000.0), age=4)
+    assert stale >= fresh * 0.5
+
+
+def test_every_loss_forgets_with_age(single_process: None) -> None:
+    """A memory negative's part of the loss falls with lambda times its age, down to none."""
+    for name in NAMES:
+        weights = []
+        for decay, age in ((0.0, 3), (0.2, 3), (0.2, 9), (50.0, 9)):
+            queue = MemoryQueue(1, 4)
+            queue.enqueue(UNIT[2:3] * 0 + UNIT[:1], torch.tensor([5]), 20 - age)
+            config = LossConfig(name=name, miner="none")
+            out = GlobalLoss(config, MemoryConfig(size=1, decay_lambda=decay))(
+                UNIT[:2], torch.tensor([0, 0]), queue, step=20
+            )
+            weights.append(out.loss.item())
+        assert weights == sorted(weights, reverse=True), name
+        assert weights[0] > weights[1] > weights[2] > weights[3], name
+
+
+def test_figures_of_a_small_case(single_process: None) -> None:
+    rows = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.2], [0.0, 1.0], [0.2, 1.0]]), dim=1)
+    queue = MemoryQueue(8, 2)
+    queue.enqueue(rows[[0, 2]], torch.tensor([5, 0]), 3)
+    out = GlobalLoss(LossConfig(miner="none"), MemoryConfig(size=8, decay_lambda=0.1))(
+        rows, torch.tensor([0, 0, 1, 1]), queue, step=7
+    )
+    figures = {name: value.item() for name, value in out.stats.items()}
+    assert figures["mined_positives"] == pytest.approx((2 + 2 + 1 + 1) / 4)
+    assert figures["mined_negatives"] == pytest.approx((3 + 3 + 4 + 4) / 4)
+    assert figures["negatives_from_memory"] == pytest.approx(6 / 14)
+    assert figures["mined_negative_age"] == pytest.approx(6 * 4 / 14)
+    assert figures["trivial_anchors"] == 0
+    assert figures["queue_fill"] == 2
+    assert figures["queue_effective_size"] == pytest.approx(2 * math.exp(-0.4))
+    assert figures["decay_half_life"] == pytest.approx(math.log(2) / 0.1)
+    similar = rows @ rows.T
+    hardest = [1.0, similar[1, 0], 1.0, similar[3, 2]]  # the stored copies under another place's name
+    assert figures["hardest_negative"] == pytest.approx(float(sum(hardest)) / 4)
+
+
+@dataclass(frozen=True)
+class HardestPair:
+    """A user's loss: the hardest negative's similarity less the hardest positive's, above a margin."""
+
+    margin: float = 0.1
+    arrays = 3
+    weighs_anchors = False
+
+    def __call__(self, tile: Tile, mined: Mined) -> list[Term]:
+        positive_A = tile.positive_AP.masked_fill(mined.positive_AP == 0, torch.inf).amin(1)
+        negative_A = tile.negative_AR.masked_fill(mined.negative_AR == 0, -torch.inf).amax(1)
+        return [Term((negative_A - positive_A + self.margin).relu().sum(), len(positive_A))]
+
+
+def test_one_entry_adds_a_loss_and_a_miner(single_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "HardestPair", HardestPair)
+    monkeypatch.setitem(MINERS, "Everything", MINERS["none"])
+    config = LossConfig(name="HardestPair", args={"margin": 0.3}, miner="Everything")
+    loss, gradient, _ = run(config, UNIT, [0, 0, 1, 1, 2, 2], MemoryConfig(size=0))
+    similar = UNIT @ UNIT.T
+    same = torch.tensor([0, 0, 1, 1, 2, 2])
+    mask = same[:, None] == same
+    expected = (
+        similar.masked_fill(mask, -9).amax(1) - similar.masked_fill(~mask | torch.eye(6).bool(), 9).amin(1) + 0.3
+    ).relu()
+    assert loss == pytest.approx(expected.mean().item(), abs=1e-6)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "MultiSimilarityLos"}, "did you mean MultiSimilarityLoss"),
+        ({"miner": "MultiSimilarityMinr"}, "did you mean MultiSimilarityMiner"),
+        ({"args": {"betta": 1}}, r"takes no argument 'betta' \(did you mean beta\?\); it takes alpha, beta, base"),
+        ({"miner": "TripletMarginMiner", "miner_args": {"type_of_triplets": "any"}}, "all, hard, semihard or easy"),
+        ({"name": "ProxyNCALoss", "args": {"num_classes": 3, "embedding_size": 4}}, "parameters of its own"),
+        ({"name": "FastAPLoss", "args": {"num_bins": 4}, "miner": "none"}, "does not take a reference set"),
+    ],
+)
+def test_a_wrong_name_or_argument_says_what_would_be_right(
+    single_process: None, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        GlobalLoss(LossConfig(**changes), MemoryConfig())
+
+
+def test_a_library_loss_needs_the_whole_queue(single_process: None) -> None:
+    with pytest.raises(ValueError, match=r"set memory\.placement replicated"):
+        GlobalLoss(LossConfig(name="CircleLoss", miner="none"), MemoryConfig(placement="sharded"))

@@ -138,7 +138,7 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
     assert "resumed from" in text
     a, b = last_checkpoint(straight), last_checkpoint(folder)
     assert a.name == b.name
-    for file in ("model.safetensors", "queue.safetensors"):
+    for file in ("model.safetensors", "queue-00000-of-00001.safetensors"):
         one, other = load_file(a / file), load_file(b / file)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), file

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from configs.load import recipe_text
 from configs.schema import Recipe
+from memory.drift import DriftProbe
 from memory.queue import MemoryQueue
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
@@ -47,7 +48,9 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(folder: Path, engine: Any, queue: MemoryQueue, progress: Progress, recipe: Recipe) -> Path:
+def save_checkpoint(
+    folder: Path, engine: Any, queue: MemoryQueue, drift: DriftProbe | None, progress: Progress, recipe: Recipe
+) -> Path:
     """Writes `folder/step-<n>` from all ranks and points `latest` at it. Every rank must call this."""
     main = dist.get_rank() == 0
     final = folder / step_name(progress.step)
@@ -57,11 +60,14 @@ def save_checkpoint(folder: Path, engine: Any, queue: MemoryQueue, progress: Pro
         partial.mkdir(parents=True)
     dist.barrier()
     engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
+    if main or queue.placement == "sharded":
+        _save_buffers(queue, partial / f"queue-{queue.rank:05d}-of-{queue.num_shards:05d}.safetensors")
     dist.barrier()
     if main:
         weights = {name: p.detach().float().cpu().contiguous() for name, p in engine.module.state_dict().items()}
         save_file(weights, partial / "model.safetensors")
-        save_file({name: b.cpu().contiguous() for name, b in queue.state_dict().items()}, partial / "queue.safetensors")
+        if drift:
+            _save_buffers(drift, partial / "drift.safetensors")
         (partial / "state.json").write_text(json.dumps(asdict(progress), indent=1))
         (partial / "recipe.yaml").write_text(recipe_text(recipe))
         files = {str(f.relative_to(partial)): f for f in sorted(partial.rglob("*")) if f.is_file()}
@@ -75,6 +81,10 @@ def save_checkpoint(folder: Path, engine: Any, queue: MemoryQueue, progress: Pro
         point(folder / "latest", final)
     dist.barrier()
     return final
+
+
+def _save_buffers(module: torch.nn.Module, file: Path) -> None:
+    save_file({name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}, file)
 
 
 def _sync_and_digest(file: Path) -> str:
@@ -151,7 +161,9 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
-def load_checkpoint(checkpoint: Path, engine: Any, queue: MemoryQueue, recipe: Recipe) -> Progress:
+def load_checkpoint(
+    checkpoint: Path, engine: Any, queue: MemoryQueue, drift: DriftProbe | None, recipe: Recipe
+) -> Progress:
     """Restores engine and queue on every rank and returns the position."""
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     if manifest["world_size"] != dist.get_world_size():
@@ -164,7 +176,9 @@ def load_checkpoint(checkpoint: Path, engine: Any, queue: MemoryQueue, recipe: R
     path, _ = engine.load_checkpoint(str(checkpoint), tag="engine")
     if path is None:
         raise CheckpointError(f"{checkpoint}: DeepSpeed found no engine state")
-    queue.load_state_dict(load_file(checkpoint / "queue.safetensors"))
+    queue.load_shards(load_file(file) for file in sorted(checkpoint.glob("queue-*.safetensors")))
+    if drift and (checkpoint / "drift.safetensors").exists():
+        drift.load_state_dict(load_file(checkpoint / "drift.safetensors"))
     return Progress(**json.loads((checkpoint / "state.json").read_text()))
 
 

@@ -28,8 +28,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_per_rank: int) -> dict[str, Any]:
     """DeepSpeed's own configuration. Clipping is always explicit: left out, DeepSpeed clips at a norm of 1."""
     return {
-        "train_micro_batch_size_per_gpu": images_per_rank,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": max(1, images_per_rank // engine.gradient_accumulation),
+        "gradient_accumulation_steps": engine.gradient_accumulation,
         "gradient_clipping": gradient_clipping,
         "zero_optimization": {"stage": engine.zero_stage},
         "bf16": {"enabled": engine.precision == "bf16"},
@@ -43,7 +43,7 @@ def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_p
 def build_engine(
     model: nn.Module, *, engine: EngineConfig, optim: OptimConfig, images_per_rank: int
 ) -> Any:  # deepspeed.DeepSpeedEngine, which ships no types
-    """`model` under DeepSpeed with AdamW; the engine averages gradients over ranks, as `global_loss` expects."""
+    """`model` under DeepSpeed with AdamW; the engine averages gradients over ranks, as `GlobalLoss` expects."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     import deepspeed.ops

@@ -23,7 +23,9 @@ from data_pipeline.plan import EpochPlan, plan_epoch
 from eval.benchmarks import load_benchmarks
 from eval.evaluate import FeatureStore, Result, evaluate
 from eval.report import draw_pictures, write_results
-from memory.global_loss import global_loss
+from memory.drift import DriftProbe
+from memory.global_loss import GlobalLoss, GlobalLossOutput
+from memory.gradient_cache import GradientCache
 from memory.queue import MemoryQueue
 from model.network import PlaceModel, build_model
 from trainer.checkpoint import (
@@ -101,6 +103,13 @@ class Training:
             raise ValueError(
                 f"{recipe.output} already holds a training (up to {found.name}); add --resume or change --output"
             )
+        images_per_rank = places // world * recipe.data.images_per_place
+        if recipe.engine.gradient_accumulation > images_per_rank:
+            raise ValueError(
+                f"engine.gradient_accumulation {recipe.engine.gradient_accumulation} is more than the "
+                f"{images_per_rank} images of a rank; it counts the chunks that these are encoded in"
+            )
+        self.loss = GlobalLoss(recipe.loss, recipe.memory)
         self.benchmarks = load_benchmarks(recipe.eval.benchmarks, recipe.eval.data_root)
         index = read_index(recipe.data.shards)
         self.plans = EpochPlans(index, recipe)
@@ -110,18 +119,31 @@ class Training:
             self.total_steps = min(self.total_steps, recipe.trainer.max_steps)
 
         model = build_model(recipe.model, seed=recipe.seed)
-        self.queue = MemoryQueue(recipe.memory.size, model.descriptor_size, rank.device)
+        memory = recipe.memory
+        self.queue = MemoryQueue(memory.size, model.descriptor_size, rank.device, placement=memory.placement)
+        self.drift = None
+        if memory.size and memory.drift_every:
+            self.drift = DriftProbe(
+                every=memory.drift_every,
+                num_images=memory.drift_images,
+                queue_steps=math.ceil(memory.size / (places * recipe.data.images_per_place)),
+                image_shape=(3, recipe.data.image_size, recipe.data.image_size),
+                descriptor_size=model.descriptor_size,
+                device=rank.device,
+            )
         self.engine = build_engine(
             model,
             engine=recipe.engine,
             optim=recipe.optim,
-            images_per_rank=places // world * recipe.data.images_per_place,
+            images_per_rank=images_per_rank,
         )
         self.progress = Progress()
+        if self.loss.note:
+            self.say(f"[yellow]{self.loss.note}")
         for note in notes:
             self.say(f"[yellow]left out: {note}")
         if found and resume:
-            self.progress = load_checkpoint(found, self.engine, self.queue, recipe)
+            self.progress = load_checkpoint(found, self.engine, self.queue, self.drift, recipe)
             self.say(f"resumed from {found}, step {self.progress.step} of {self.total_steps}")
         self.bad_images_before = self.progress.bad_images
         self.tracker = Tracker(recipe, recipe.output, console, run_id=self.progress.mlflow_run_id, active=rank.is_main)
@@ -192,20 +214,23 @@ class Training:
                 images, seeds, num_ops=recipe.data.augment_ops, magnitude=recipe.data.augment_magnitude
             )
         self.engine.train()
-        out = global_loss(
-            self.engine(normalise(images)),
+        values: dict[str, float] = {}
+        if self.drift and uses_queue and self.drift.due(optimizer_step):
+            values |= self.drift.measure(self._encode, optimizer_step)
+        chunks = recipe.engine.gradient_accumulation
+        cache = GradientCache(self._encode, images.tensor_split(chunks)) if chunks > 1 else None
+        out = self.loss(
+            cache.descriptors_BD if cache else self._encode(images),
             place_ids,
             self.queue,
             step=optimizer_step,
-            loss=recipe.loss,
-            memory=recipe.memory,
+            drift_curve_a2=self.drift.curve_a2 if self.drift else None,
         )
-        names = ["loss", *out.stats]
-        counts = torch.tensor([float(self.loader.num_bad_images)], device=self.rank.device)
-        totals = torch.cat([torch.stack([out.loss.detach(), *out.stats.values()]).float(), counts])
-        dist.all_reduce(totals)
-        *means, bad_images = totals.tolist()
-        values = {name: mean / self.rank.world_size for name, mean in zip(names, means, strict=True)}
+        names, sums = ["loss", *out.stats], [out.loss.detach(), *out.stats.values()]
+        values |= dict(zip(names, torch.stack([value.double() for value in sums]).tolist(), strict=True))
+        bad = torch.tensor([self.loader.num_bad_images], device=self.rank.device)
+        dist.all_reduce(bad)
+        bad_images = int(bad)
         lr = learning_rate(
             progress.step,
             total_steps=self.total_steps,
@@ -214,16 +239,17 @@ class Training:
         )
         if math.isfinite(values["loss"]):
             set_learning_rate(self.engine, lr)
-            self.engine.backward(out.loss)
-            self.engine.step()
+            self._backward(out, cache)
             norm = self.engine.get_global_grad_norm()
             if norm is not None:
                 values["grad_norm"] = float(norm)
             if uses_queue:
                 self.queue.enqueue(out.descriptors_ND, out.place_ids_N, optimizer_step)
+                if self.drift:
+                    self.drift.keep(images, out.descriptors_ND, optimizer_step)
         else:
             progress.skipped_steps += 1
-            self.say(f"[yellow]step {progress.step}: loss is {values['loss']} on some rank; step skipped on all")
+            self.say(f"[yellow]step {progress.step}: loss is {values['loss']}; step skipped")
             if progress.skipped_steps > recipe.trainer.max_skipped_steps:
                 raise TrainingError(
                     f"step {progress.step}: {progress.skipped_steps} steps had a non-finite loss, more than "
@@ -239,13 +265,31 @@ class Training:
             "data_wait_s": waited_s,
             "step_s": seconds,
             "skipped_steps": float(progress.skipped_steps),
-            "bad_images": self.bad_images_before + bad_images,
+            "bad_images": float(self.bad_images_before + bad_images),
         }
-        progress.bad_images = int(self.bad_images_before + bad_images)
+        progress.bad_images = self.bad_images_before + bad_images
         if progress.step % recipe.trainer.log_every_steps == 0:
             self.tracker.metrics({f"train/{name}": value for name, value in values.items()}, progress.step)
         queue = f"queue {len(self.queue)}" if uses_queue else "queue off"
         update(progress.step, note=f"loss {values['loss']:.3f}  {values['images_per_s']:.0f} images/s  {queue}")
+
+    def _encode(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """uint8 images -> descriptors."""
+        descriptors_BD: torch.Tensor = self.engine(normalise(images_B3HW))
+        return descriptors_BD
+
+    def _backward(self, out: GlobalLossOutput, cache: GradientCache | None) -> None:
+        """One optimizer step from the loss of the global batch, whole or chunk by chunk."""
+        if cache is None:
+            self.engine.backward(out.loss)
+            self.engine.step()
+            return
+
+        def backward(part: torch.Tensor) -> None:
+            self.engine.backward(part, scale_wrt_gas=False)  # chunks add up to the batch: nothing to average
+            self.engine.step()  # updates after the last chunk
+
+        cache.backward(out.loss, backward)
 
     def _after_step(self) -> None:
         """Checkpoint and validation, where they are due."""
@@ -261,7 +305,7 @@ class Training:
 
     def _save(self) -> Path:
         self.tracker.flush()  # a killed run goes on from here, and its curves with it
-        path = save_checkpoint(self.checkpoints, self.engine, self.queue, self.progress, self.recipe)
+        path = save_checkpoint(self.checkpoints, self.engine, self.queue, self.drift, self.progress, self.recipe)
         if self.rank.is_main:
             prune(self.checkpoints, self.recipe.trainer.keep_last)
         return path

@@ -1,0 +1,279 @@
+"""A loss of anchors against references in tiles of rows, its gradient formed tile by tile in the forward pass.
+
+Shapes: A anchors, C references of the batch, m memory entries, R = C + m + 1 columns of a tile: the last belongs to no
+reference and takes what empty positive slots write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from memory.losses import Loss
+from memory.miners import AllPairs, Miner
+from memory.tiles import Columns, Mined, Tile
+
+
+class Memory(NamedTuple):
+    """The memory entries that anchors meet on this rank."""
+
+    descriptors_mD: torch.Tensor
+    place_ids_m: torch.Tensor
+    age_m: torch.Tensor  # optimizer steps, floating point
+    log_weight_m: torch.Tensor
+
+
+@dataclass
+class Pairing:
+    """Which anchors meet which references on this rank, and what is known of them beside their descriptors."""
+
+    anchor_ids_A: torch.Tensor
+    anchor_start: int  # place of the first anchor in the global batch
+    batch_ids_C: torch.Tensor
+    batch_start: int  # place of the first batch reference in the global batch
+    batch_size: int  # images of the global batch
+    memory: Memory
+    widest: int  # most columns on any rank
+    columns: Columns
+    live: bool  # batch references carry gradient
+
+
+@dataclass
+class _Sums:
+    """What adds up over tiles, anchors and, in the end, ranks."""
+
+    terms_T2: torch.Tensor | None = None
+    stats: dict[str, torch.Tensor] = field(default_factory=dict)
+    anchor_grads: list[torch.Tensor] = field(default_factory=list)
+    batch_grads: list[torch.Tensor] = field(default_factory=list)
+
+
+class _Placed(NamedTuple):
+    """A tile, the anchors it holds, and where this rank's positives lie in it."""
+
+    rows: slice
+    tile: Tile
+    columns_AP: torch.Tensor
+    own_slots: slice
+    own_is_positive_AP: torch.Tensor
+
+
+class TiledLoss:
+    """Loss and gradient of all anchors of a `Pairing`, within `tile_bytes` of memory beside the result's."""
+
+    def __init__(self, loss: Loss, miner: Miner, *, tile_bytes: int, gradient_scale: float) -> None:
+        self.loss, self.miner = loss, miner
+        self.tile_bytes, self.gradient_scale = tile_bytes, gradient_scale
+
+    def __call__(
+        self, anchors_AD: torch.Tensor, batch_CD: torch.Tensor, pairing: Pairing
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss over the anchors of all ranks, and figures of its mining; both the same on every rank."""
+        stats: dict[str, torch.Tensor] = {}
+        loss: torch.Tensor = _WithGradient.apply(anchors_AD, batch_CD, self, pairing, stats)
+        return loss, stats
+
+    def run(
+        self, anchors_AD: torch.Tensor, batch_CD: torch.Tensor, pairing: Pairing, *, with_grad: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Loss, mining figures, and the loss's gradients by anchors [A, D] and by batch references [C, D]."""
+        sums = _Sums()
+        weight_A = self._anchor_weights(anchors_AD, batch_CD, pairing)
+        for placed in self._tiles(anchors_AD, batch_CD, pairing, weight_A):
+            self._add(placed, anchors_AD, batch_CD, pairing, sums, with_grad=with_grad)
+        assert sums.terms_T2 is not None
+        sums.terms_T2[0, 0] += (anchors_AD * 0).sum()  # a descriptor that is not finite makes the loss NaN
+        flat = torch.cat([sums.terms_T2.flatten(), *(value[None] for value in sums.stats.values())])
+        if not pairing.columns.sharded:  # ranks hold different anchors
+            dist.all_reduce(flat)
+        terms_T2 = flat[: sums.terms_T2.numel()].view_as(sums.terms_T2)
+        share_T = 1 / terms_T2[:, 1].clamp(min=1)
+        loss = (terms_T2[:, 0] * share_T).sum().to(anchors_AD)
+        stats = dict(zip(sums.stats, flat[terms_T2.numel() :], strict=True))
+        anchor_grad_AD, batch_grad_CD = torch.zeros_like(anchors_AD), torch.zeros_like(batch_CD)
+        for share, anchor_grad, batch_grad in zip(share_T, sums.anchor_grads, sums.batch_grads, strict=False):
+            anchor_grad_AD += share.to(anchors_AD) * anchor_grad
+            batch_grad_CD += share.to(anchors_AD) * batch_grad
+        return loss, _figures(stats), anchor_grad_AD, batch_grad_CD
+
+    def _tiles(
+        self, anchors_AD: torch.Tensor, batch_CD: torch.Tensor, pairing: Pairing, weight_A: torch.Tensor
+    ) -> Iterator[_Placed]:
+        memory, columns = pairing.memory, pairing.columns
+        num_batch, num_columns = len(batch_CD), len(batch_CD) + len(memory.descriptors_mD)
+        ids_R, order_R = torch.cat([pairing.batch_ids_C, memory.place_ids_m]).sort(stable=True)
+        first_A = torch.searchsorted(ids_R, pairing.anchor_ids_A)
+        count_A = torch.searchsorted(ids_R, pairing.anchor_ids_A, right=True) - first_A
+        counts = columns.max(count_A).tolist()
+        own_column_A = pairing.anchor_start - pairing.batch_start + torch.arange(len(anchors_AD), device=ids_R.device)
+        own_column_A = torch.where(own_column_A < num_batch, own_column_A, -1)
+        log_weight_R = torch.cat(
+            [anchors_AD.new_zeros(num_batch), memory.log_weight_m.to(anchors_AD), anchors_AD.new_zeros(1)]
+        )
+        ranks = dist.get_world_size() if columns.sharded else 1
+        row_bytes = anchors_AD.element_size() * (self.loss.arrays * (pairing.widest + 1) + 8 * ranks * max(counts))
+        num_rows = max(1, min(len(anchors_AD), self.tile_bytes // row_bytes))
+        for start in range(0, len(anchors_AD), num_rows):
+            rows = slice(start, start + num_rows)
+            slots_P = torch.arange(max(counts[rows]), device=ids_R.device)
+            similarity_AR = anchors_AD.new_empty(len(anchors_AD[rows]), num_columns + 1)
+            torch.mm(anchors_AD[rows], batch_CD.T, out=similarity_AR[:, :num_batch])
+            torch.mm(anchors_AD[rows], memory.descriptors_mD.T, out=similarity_AR[:, num_batch:num_columns])
+            similarity_AR[:, num_columns] = -torch.inf
+            held_AP = slots_P < count_A[rows, None]
+            columns_AP = order_R[(first_A[rows, None] + slots_P).clamp(max=num_columns - 1)]
+            columns_AP = torch.where(held_AP, columns_AP, num_columns)
+            own_is_positive_AP = held_AP & (columns_AP != own_column_A[rows, None])
+            own_positive_AP = similarity_AR.gather(1, columns_AP).masked_fill(~own_is_positive_AP, 0)
+            similarity_AR.scatter_(1, columns_AP, -torch.inf)
+            positive_AP, own_slots = columns.gather(own_positive_AP)
+            is_positive_AP, _ = columns.gather(own_is_positive_AP.to(torch.uint8))
+            tile = Tile(
+                positive_AP.requires_grad_(),
+                is_positive_AP.bool(),
+                similarity_AR.requires_grad_(),
+                log_weight_R,
+                weight_A[rows],
+                columns,
+                meets_itself=not pairing.live,
+            )
+            yield _Placed(rows, tile, columns_AP, own_slots, own_is_positive_AP)
+
+    def _anchor_weights(self, anchors_AD: torch.Tensor, batch_CD: torch.Tensor, pairing: Pairing) -> torch.Tensor:
+        """Each anchor's number of mined pairs over the greatest, for a loss that asks for it; else ones [A].
+
+        Pairs in which an image of the batch is the reference count for it too where references are live.
+        """
+        one_A = anchors_AD.new_ones(len(anchors_AD))
+        if not self.loss.weighs_anchors or isinstance(self.miner, AllPairs):
+            return one_A
+        num_batch, start, stop = len(batch_CD), pairing.anchor_start, pairing.anchor_start + len(anchors_AD)
+        count_N = anchors_AD.new_zeros(pairing.batch_size)
+        for placed in self._tiles(anchors_AD, batch_CD, pairing, one_A):
+            with torch.no_grad():
+                mined = self.miner(placed.tile)
+            count_AP = mined.count_AP[:, placed.own_slots] * placed.own_is_positive_AP
+            count_A = mined.count_AR.sum(1) if mined.triplets_of else mined.count_AR.sum(1) + count_AP.sum(1)
+            count_N[start + placed.rows.start : start + placed.rows.start + len(count_A)] += count_A
+            if pairing.live:
+                as_reference_AR = mined.count_AR.scatter_(1, placed.columns_AP, count_AP)
+                count_N[pairing.batch_start :][:num_batch] += as_reference_AR[:, :num_batch].sum(0)
+        dist.all_reduce(count_N)
+        return count_N[start:stop] / count_N.max() if count_N.any() else one_A
+
+    def _add(
+        self,
+        placed: _Placed,
+        anchors_AD: torch.Tensor,
+        batch_CD: torch.Tensor,
+        pairing: Pairing,
+        sums: _Sums,
+        *,
+        with_grad: bool,
+    ) -> None:
+        """Adds a tile's terms, figures and gradients to `sums`."""
+        tile, num_batch = placed.tile, len(batch_CD)
+        with torch.no_grad():
+            mined = self.miner(tile)
+            _add_stats(sums.stats, tile, mined, num_batch, pairing.memory.age_m)
+        with torch.set_grad_enabled(with_grad):
+            terms = self.loss(tile, mined)
+        values_T2 = torch.stack(
+            [torch.stack([torch.as_tensor(x, device=anchors_AD.device).detach().double() for x in t]) for t in terms]
+        )
+        sums.terms_T2 = values_T2 if sums.terms_T2 is None else sums.terms_T2 + values_T2
+        del mined
+        for number, term in enumerate(terms if with_grad else ()):
+            grad_AP, grad_AR = torch.autograd.grad(
+                term.total,
+                [tile.positive_AP, tile.negative_AR],
+                allow_unused=True,
+                retain_graph=number + 1 < len(terms),
+            )
+            if grad_AR is None:
+                grad_AR = torch.zeros_like(tile.negative_AR)
+            if grad_AP is not None:
+                own_AP = grad_AP[:, placed.own_slots].masked_fill(~placed.own_is_positive_AP, 0)
+                grad_AR.scatter_(1, placed.columns_AP, own_AP)
+            if number == len(sums.anchor_grads):
+                sums.anchor_grads.append(torch.zeros_like(anchors_AD))
+                sums.batch_grads.append(torch.zeros_like(batch_CD))
+            of_batch_AC, of_memory_Am = grad_AR[:, :num_batch], grad_AR[:, num_batch:-1]
+            sums.anchor_grads[number][placed.rows] = (of_batch_AC @ batch_CD).addmm_(
+                of_memory_Am, pairing.memory.descriptors_mD
+            )
+            if pairing.live:
+                sums.batch_grads[number].addmm_(of_batch_AC.T, anchors_AD[placed.rows])
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors_AD: torch.Tensor,
+        batch_CD: torch.Tensor,
+        tiled: TiledLoss,
+        pairing: Pairing,
+        stats: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        loss, found, *grads = tiled.run(
+            anchors_AD.detach(), batch_CD.detach(), pairing, with_grad=any(ctx.needs_input_grad)
+        )
+        stats.update(found)
+        ctx.save_for_backward(*(grad.mul_(tiled.gradient_scale) for grad in grads))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        anchor_grad_AD, batch_grad_CD = ctx.saved_tensors
+        needs_anchors, needs_batch, *_ = ctx.needs_input_grad
+        return (
+            grads[0] * anchor_grad_AD if needs_anchors else None,
+            grads[0] * batch_grad_CD if needs_batch else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _add_stats(stats: dict[str, torch.Tensor], tile: Tile, mined: Mined, num_batch: int, age_m: torch.Tensor) -> None:
+    """Adds up, over the anchors of a tile, what is known once its pairs are mined."""
+    figures_R3 = tile.negative_AR.new_zeros(tile.negative_AR.shape[1], 3)
+    figures_R3[:, 0] = 1
+    figures_R3[num_batch:-1, 1] = 1
+    figures_R3[num_batch:-1, 2] = age_m.to(figures_R3)
+    negatives_A3 = tile.columns.sum(mined.negative_AR @ figures_R3).double()
+    positives_A = mined.positive_AP.double().sum(1)
+    hardest_negative_A, hardest_positive_A = tile.hardest_negative_A.double(), tile.hardest_positive_A.double()
+    sums = {
+        "anchors": torch.ones_like(positives_A),
+        "positives": positives_A,
+        "negatives": negatives_A3[:, 0],
+        "memory_negatives": negatives_A3[:, 1],
+        "memory_negatives_age": negatives_A3[:, 2],
+        "trivial": (positives_A + negatives_A3[:, 0] == 0).double(),
+        "with_negative": hardest_negative_A.isfinite().double(),
+        "hardest_negative": hardest_negative_A.nan_to_num(0, 0, 0),
+        "with_positive": hardest_positive_A.isfinite().double(),
+        "hardest_positive": hardest_positive_A.nan_to_num(0, 0, 0),
+    }
+    for name, values_A in sums.items():
+        stats[name] = stats.get(name, 0) + values_A.sum()
+
+
+def _figures(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Figures of mining over the global batch."""
+    return {
+        "mined_positives": sums["positives"] / sums["anchors"],
+        "mined_negatives": sums["negatives"] / sums["anchors"],
+        "trivial_anchors": sums["trivial"] / sums["anchors"],
+        "negatives_from_memory": sums["memory_negatives"] / sums["negatives"].clamp(min=1),
+        "mined_negative_age": sums["memory_negatives_age"] / sums["negatives"].clamp(min=1),
+        "hardest_negative": sums["hardest_negative"] / sums["with_negative"].clamp(min=1),
+        "hardest_positive": sums["hardest_positive"] / sums["with_positive"].clamp(min=1),
+    }
