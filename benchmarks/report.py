@@ -29,8 +29,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    console = Console(soft_wrap=True)
-    console.print(machine(), highlight=False)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(machine(), highlight=False, soft_wrap=True)
     console.print(table)
 
 

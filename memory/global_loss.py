@@ -123,30 +123,32 @@ class GlobalLoss:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """The gathered batch, the loss and its figures."""
         live, sharded = self.memory.in_batch == "live", queue.placement == "sharded"
-        start = dist.get_rank() * len(local_BD)
+        start, held = dist.get_rank() * len(local_BD), len(queue)
         entries = queue.entries()
         age_m = (step - entries.steps_n).to(local_BD.dtype)
-        memory = Memory(
-            entries.descriptors_nD.to(local_BD.dtype),
-            entries.place_ids_n,
-            age_m,
-            log_weight(age_m, self.memory, curve_a2),
-        )
+        memory = Memory(entries.descriptors_nD.to(local_BD.dtype), age_m, log_weight(age_m, self.memory, curve_a2))
         batch_ND = all_gather_with_grad(local_BD) if live or sharded else all_gather(local_BD)
+        reference_ids_G = torch.cat([batch_ids_N, queue.place_ids_M[:held]])
         if sharded:  # the anchors of all ranks against this rank's references
             anchors_AD, anchor_ids_A, anchor_start = batch_ND, batch_ids_N, 0
-            batch_CD, batch_ids_C, batch_start = local_BD, place_ids_B, start
+            batch_CD, batch_start = local_BD, start
+            column_G = torch.full_like(reference_ids_G, -1)
+            column_G[start : start + len(local_BD)] = torch.arange(len(local_BD), device=column_G.device)
+            own = torch.arange(held, device=column_G.device)[queue.rank :: queue.num_shards]
+            column_G[len(batch_ids_N) + own] = len(local_BD) + own // queue.num_shards
         else:  # this rank's anchors against all references
             anchors_AD, anchor_ids_A, anchor_start = local_BD, place_ids_B, start
-            batch_CD, batch_ids_C, batch_start = batch_ND, batch_ids_N, 0
+            batch_CD, batch_start = batch_ND, 0
+            column_G = torch.arange(len(reference_ids_G), device=reference_ids_G.device)
         pairing = Pairing(
             anchor_ids_A=anchor_ids_A,
             anchor_start=anchor_start,
-            batch_ids_C=batch_ids_C,
+            reference_ids_G=reference_ids_G,
+            column_G=column_G,
             batch_start=batch_start,
             batch_size=len(batch_ids_N),
             memory=memory,
-            widest=len(batch_CD) + math.ceil(len(queue) / queue.num_shards),
+            widest=len(batch_CD) + math.ceil(held / queue.num_shards),
             columns=Columns(sharded),
             live=live,
         )

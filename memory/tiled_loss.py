@@ -1,7 +1,8 @@
 """A loss of anchors against references in tiles of rows, its gradient formed tile by tile in the forward pass.
 
-Shapes: A anchors, C references of the batch, m memory entries, R = C + m + 1 columns of a tile: the last belongs to no
-reference and takes what empty positive slots write.
+Shapes: A anchors, G references over all ranks (the global batch, then the queue in slot order). Of these this rank
+compares with C of the batch and m memory entries, in R = C + m + 1 columns of a tile: the last belongs to no reference
+and takes what the positive slots of other ranks and empty ones write.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ class Memory(NamedTuple):
     """The memory entries that anchors meet on this rank."""
 
     descriptors_mD: torch.Tensor
-    place_ids_m: torch.Tensor
     age_m: torch.Tensor  # optimizer steps, floating point
     log_weight_m: torch.Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pairing:
     """Which anchors meet which references on this rank, and what is known of them beside their descriptors."""
 
     anchor_ids_A: torch.Tensor
     anchor_start: int  # place of the first anchor in the global batch
-    batch_ids_C: torch.Tensor
-    batch_start: int  # place of the first batch reference in the global batch
+    reference_ids_G: torch.Tensor
+    column_G: torch.Tensor  # each reference's column on this rank; -1 where another rank holds it
+    batch_start: int  # place of the first batch column in the global batch
     batch_size: int  # images of the global batch
     memory: Memory
     widest: int  # most columns on any rank
@@ -53,13 +54,12 @@ class _Sums:
 
 
 class _Placed(NamedTuple):
-    """A tile, the anchors it holds, and where this rank's positives lie in it."""
+    """A tile, the anchors it holds, and which of its positives lie in which of this rank's columns."""
 
     rows: slice
     tile: Tile
     columns_AP: torch.Tensor
-    own_slots: slice
-    own_is_positive_AP: torch.Tensor
+    own_AP: torch.Tensor
 
 
 class TiledLoss:
@@ -105,43 +105,41 @@ class TiledLoss:
     ) -> Iterator[_Placed]:
         memory, columns = pairing.memory, pairing.columns
         num_batch, num_columns = len(batch_CD), len(batch_CD) + len(memory.descriptors_mD)
-        ids_R, order_R = torch.cat([pairing.batch_ids_C, memory.place_ids_m]).sort(stable=True)
-        first_A = torch.searchsorted(ids_R, pairing.anchor_ids_A)
-        count_A = torch.searchsorted(ids_R, pairing.anchor_ids_A, right=True) - first_A
-        counts = columns.max(count_A).tolist()
-        own_column_A = pairing.anchor_start - pairing.batch_start + torch.arange(len(anchors_AD), device=ids_R.device)
-        own_column_A = torch.where(own_column_A < num_batch, own_column_A, -1)
+        ids_G, order_G = pairing.reference_ids_G.sort(stable=True)
+        first_A = torch.searchsorted(ids_G, pairing.anchor_ids_A)
+        count_A = torch.searchsorted(ids_G, pairing.anchor_ids_A, right=True) - first_A
+        counts = count_A.tolist()
+        itself_A = pairing.anchor_start + torch.arange(len(anchors_AD), device=ids_G.device)
         log_weight_R = torch.cat(
             [anchors_AD.new_zeros(num_batch), memory.log_weight_m.to(anchors_AD), anchors_AD.new_zeros(1)]
         )
-        ranks = dist.get_world_size() if columns.sharded else 1
-        row_bytes = anchors_AD.element_size() * (self.loss.arrays * (pairing.widest + 1) + 8 * ranks * max(counts))
+        row_bytes = anchors_AD.element_size() * (self.loss.arrays * (pairing.widest + 1) + 8 * max(counts))
         num_rows = max(1, min(len(anchors_AD), self.tile_bytes // row_bytes))
         for start in range(0, len(anchors_AD), num_rows):
             rows = slice(start, start + num_rows)
-            slots_P = torch.arange(max(counts[rows]), device=ids_R.device)
             similarity_AR = anchors_AD.new_empty(len(anchors_AD[rows]), num_columns + 1)
             torch.mm(anchors_AD[rows], batch_CD.T, out=similarity_AR[:, :num_batch])
             torch.mm(anchors_AD[rows], memory.descriptors_mD.T, out=similarity_AR[:, num_batch:num_columns])
             similarity_AR[:, num_columns] = -torch.inf
-            held_AP = slots_P < count_A[rows, None]
-            columns_AP = order_R[(first_A[rows, None] + slots_P).clamp(max=num_columns - 1)]
-            columns_AP = torch.where(held_AP, columns_AP, num_columns)
-            own_is_positive_AP = held_AP & (columns_AP != own_column_A[rows, None])
-            own_positive_AP = similarity_AR.gather(1, columns_AP).masked_fill(~own_is_positive_AP, 0)
+            slots_P = torch.arange(max(counts[rows]), device=ids_G.device)
+            same_place_AP = slots_P < count_A[rows, None]
+            reference_AP = order_G[(first_A[rows, None] + slots_P).clamp(max=len(order_G) - 1)]
+            is_positive_AP = same_place_AP & (reference_AP != itself_A[rows, None])
+            columns_AP = pairing.column_G[reference_AP].masked_fill(~same_place_AP, -1)
+            own_AP = is_positive_AP & (columns_AP >= 0)
+            columns_AP = columns_AP.masked_fill(columns_AP < 0, num_columns)
+            positive_AP = columns.sum(similarity_AR.gather(1, columns_AP).masked_fill(~own_AP, 0))
             similarity_AR.scatter_(1, columns_AP, -torch.inf)
-            positive_AP, own_slots = columns.gather(own_positive_AP)
-            is_positive_AP, _ = columns.gather(own_is_positive_AP.to(torch.uint8))
             tile = Tile(
                 positive_AP.requires_grad_(),
-                is_positive_AP.bool(),
+                is_positive_AP,
                 similarity_AR.requires_grad_(),
                 log_weight_R,
                 weight_A[rows],
                 columns,
                 meets_itself=not pairing.live,
             )
-            yield _Placed(rows, tile, columns_AP, own_slots, own_is_positive_AP)
+            yield _Placed(rows, tile, columns_AP, own_AP)
 
     def _anchor_weights(self, anchors_AD: torch.Tensor, batch_CD: torch.Tensor, pairing: Pairing) -> torch.Tensor:
         """Each anchor's number of mined pairs over the greatest, for a loss that asks for it; else ones [A].
@@ -156,7 +154,7 @@ class TiledLoss:
         for placed in self._tiles(anchors_AD, batch_CD, pairing, one_A):
             with torch.no_grad():
                 mined = self.miner(placed.tile)
-            count_AP = mined.count_AP[:, placed.own_slots] * placed.own_is_positive_AP
+            count_AP = mined.count_AP * placed.own_AP
             count_A = mined.count_AR.sum(1) if mined.triplets_of else mined.count_AR.sum(1) + count_AP.sum(1)
             count_N[start + placed.rows.start : start + placed.rows.start + len(count_A)] += count_A
             if pairing.live:
@@ -197,8 +195,7 @@ class TiledLoss:
             if grad_AR is None:
                 grad_AR = torch.zeros_like(tile.negative_AR)
             if grad_AP is not None:
-                own_AP = grad_AP[:, placed.own_slots].masked_fill(~placed.own_is_positive_AP, 0)
-                grad_AR.scatter_(1, placed.columns_AP, own_AP)
+                grad_AR.scatter_(1, placed.columns_AP, grad_AP.masked_fill(~placed.own_AP, 0))
             if number == len(sums.anchor_grads):
                 sums.anchor_grads.append(torch.zeros_like(anchors_AD))
                 sums.batch_grads.append(torch.zeros_like(batch_CD))

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from memory.gather import all_gather
-
 
 class Columns:
     """The ranks that hold the other references of the same anchors: none when the queue is replicated, else all.
@@ -43,16 +41,6 @@ class Columns:
             x = x.detach().clone()
             dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
-
-    @torch.no_grad()
-    def gather(self, x_AP: torch.Tensor) -> tuple[torch.Tensor, slice]:
-        """The slots of all ranks side by side [A, W*P], without gradient, and which are this rank's."""
-        slots = x_AP.shape[1]
-        if not self.sharded:
-            return x_AP, slice(0, slots)
-        start = dist.get_rank() * slots
-        gathered_WAP = all_gather(x_AP).view(-1, *x_AP.shape)
-        return gathered_WAP.transpose(0, 1).flatten(1), slice(start, start + slots)
 
 
 class _SumOverRanks(torch.autograd.Function):

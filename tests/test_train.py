@@ -43,7 +43,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "test",
         "data": {"shards": str(folder / "shards"), "places_per_batch": 4, "images_per_place": 3, "image_size": 28},
         "model": {"backbone": "tiny14", "weights": "random", "finetune_last_n_blocks": 2},
-        "memory": {"size": 30, "start_epoch": 1},
+        "memory": {"size": 30, "start_epoch": 1, "placement": "sharded", "decay": "measured", "drift_every": 2},
+        "engine": {"gradient_accumulation": 2},
         "optim": {"lr": 1e-3, "warmup_steps": 2},
         "trainer": {"epochs": 3, "checkpoint_every_steps": 2, "validate_every_epochs": 1},
         "eval": {"benchmarks": ["town"], "data_root": str(folder), "image_size": 28, "pictures": 2},
@@ -113,6 +114,11 @@ def test_a_training_leaves_checkpoints_results_pictures_and_metrics(straight: Pa
     fills = [metrics[step]["train/queue_fill"] for step in sorted(metrics)]
     assert fills == [0] * 5 + [12, 24] + [30] * 5
     assert all(np.isfinite(metrics[step]["train/loss"]) for step in metrics)
+    drift = {step: {k: v for k, v in metrics[step].items() if "drift_age" in k} for step in metrics}
+    assert list(drift[7]) == ["train/drift_age_000002"]  # images of step 4 (from 0), encoded again before step 6
+    assert drift[6] == {}
+    assert all(0.5 < cosine < 1 - 1e-6 for cosines in drift.values() for cosine in cosines.values())
+    assert metrics[12]["train/queue_effective_size"] < 30
     results = json.loads((straight / "results.json").read_text())
     for result in (*results["before"], *results["results"]):
         assert result["protocol"] == "25 m radius, all queries"
@@ -138,7 +144,7 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
     assert "resumed from" in text
     a, b = last_checkpoint(straight), last_checkpoint(folder)
     assert a.name == b.name
-    for file in ("model.safetensors", "queue-00000-of-00001.safetensors"):
+    for file in ("model.safetensors", "queue-00000-of-00002.safetensors", "queue-00001-of-00002.safetensors"):
         one, other = load_file(a / file), load_file(b / file)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), file
@@ -160,12 +166,13 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
 
 
 def test_one_rank_gives_the_losses_of_two(workplace: Path, straight: Path) -> None:
-    """The same recipe in one process, by torchrun on the trainer's module, at another ZeRO stage."""
+    """The same recipe in one process, without chunks and with the queue whole, at another ZeRO stage."""
     process = start(
         workplace,
         *("torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "trainer"),
         *(str(workplace / "recipe.yaml"), "--output", str(workplace / "single")),
-        *("--engine.zero-stage", "2", "--tracking.enabled", "False", "--eval.benchmarks"),
+        *("--engine.zero-stage", "2", "--engine.gradient-accumulation", "1", "--memory.placement", "replicated"),
+        *("--tracking.enabled", "False", "--eval.benchmarks"),
     )
     finish(process)
     one, two = logged(workplace / "single"), logged(straight)

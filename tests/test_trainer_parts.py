@@ -14,6 +14,7 @@ from rich.console import Console
 
 from configs.schema import OptimConfig, Recipe
 from trainer.checkpoint import (
+    FORMAT,
     CheckpointError,
     best_recall,
     faults,
@@ -56,7 +57,7 @@ def make_checkpoint(folder: Path, step: int) -> Path:
     for name, content in files.items():
         (path / name).write_bytes(content)
     digests = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
-    (path / "manifest.json").write_text(json.dumps({"format": 1, "step": step, "world_size": 1, "files": digests}))
+    (path / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "world_size": 1, "files": digests}))
     return path
 
 
