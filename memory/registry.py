@@ -11,7 +11,8 @@ from typing import Any
 def build(kind: str, name: str, arguments: Mapping[str, Any], known: Mapping[str, Callable[..., Any]]) -> Any:
     """`known[name](**arguments)`. Raises ValueError that names the key and what would be right."""
     if name not in known:
-        raise ValueError(f"{kind} {name!r} is not known{_nearest(name, list(known))}; known: {', '.join(known)}")
+        names = f"known: {', '.join(known)}" if len(known) <= 12 else f"{len(known)} are known, see docs/memory.md"
+        raise ValueError(f"{kind} {name!r} is not known{_nearest(name, list(known))}; {names}")
     accepted = list(inspect.signature(known[name]).parameters)
     for argument in arguments:
         if argument not in accepted:
