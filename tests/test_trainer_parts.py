@@ -52,8 +52,8 @@ def test_rates_rise_in_warm_up_and_never_after(schedule: str, warmup: int, total
 
 def make_checkpoint(folder: Path, step: int) -> Path:
     path = folder / step_name(step)
-    (path / "engine").mkdir(parents=True)
-    files = {"model.safetensors": b"m" * 100, "engine/state.pt": b"e" * 50}
+    path.mkdir(parents=True)
+    files = {"model.safetensors": b"m" * 100, "optimizer.json": b"e" * 50}
     for name, content in files.items():
         (path / name).write_bytes(content)
     digests = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
@@ -62,7 +62,7 @@ def make_checkpoint(folder: Path, step: int) -> Path:
 
 
 def cut(path: Path) -> None:
-    file = path / "engine" / "state.pt"
+    file = path / "optimizer.json"
     file.write_bytes(file.read_bytes()[:-1])
 
 
@@ -72,7 +72,7 @@ def flip(path: Path) -> None:
 
 
 def lose(path: Path) -> None:
-    (path / "engine" / "state.pt").unlink()
+    (path / "optimizer.json").unlink()
 
 
 def unfinished(path: Path) -> None:

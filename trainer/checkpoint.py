@@ -1,8 +1,8 @@
 """Checkpoints: whole or not at all.
 
-`checkpoints/step-<n>/` holds the engine's state, `model.safetensors`, the queue, the position in the epoch plan and the
-recipe, and, written last, a manifest with the size and digest of each file. It is written under a temporary name and
-renamed; `latest` and `best` are one-line files replaced by rename.
+`checkpoints/step-<n>/` holds `model.safetensors`, the optimizer's state, the queue, the position in the epoch plan and
+the recipe, and, written last, a manifest with the size and digest of each file. It is written under a temporary name
+and renamed; `latest` and `best` are one-line files replaced by rename.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from configs.load import recipe_text
 from configs.schema import Recipe
 from memory.drift import DriftProbe
 from memory.queue import MemoryQueue
+from trainer.optimizer_state import load_optimizer, save_optimizer
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -59,7 +60,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
+    save_optimizer(engine, partial)
     if main or queue.placement == "sharded":
         _save_buffers(queue, partial / f"queue-{queue.rank:05d}-of-{queue.num_shards:05d}.safetensors")
     dist.barrier()
@@ -164,18 +165,12 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 def load_checkpoint(
     checkpoint: Path, engine: Any, queue: MemoryQueue, drift: DriftProbe | None, recipe: Recipe
 ) -> Progress:
-    """Restores engine and queue on every rank and returns the position."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    if manifest["world_size"] != dist.get_world_size():
-        raise CheckpointError(
-            f"{checkpoint} was written by {manifest['world_size']} ranks and this run has {dist.get_world_size()}; "
-            f"resume with {manifest['world_size']}"
-        )
+    """Restores engine and queue on every rank, at any world size and ZeRO stage, and returns the position."""
     for key, ours, theirs in _differences(recipe, checkpoint):
         raise CheckpointError(f"{checkpoint} was trained with {key} {theirs}, this recipe has {ours}; they must agree")
-    path, _ = engine.load_checkpoint(str(checkpoint), tag="engine")
-    if path is None:
-        raise CheckpointError(f"{checkpoint}: DeepSpeed found no engine state")
+    side = recipe.data.image_size
+    blank = torch.zeros(1, 3, side, side, device=next(engine.module.parameters()).device)
+    load_optimizer(engine, checkpoint, load_file(checkpoint / "model.safetensors"), lambda: engine(blank))
     queue.load_shards(load_file(file) for file in sorted(checkpoint.glob("queue-*.safetensors")))
     if drift and (checkpoint / "drift.safetensors").exists():
         drift.load_state_dict(load_file(checkpoint / "drift.safetensors"))
@@ -197,7 +192,6 @@ def _differences(recipe: Recipe, checkpoint: Path) -> list[tuple[str, Any, Any]]
         "model.aggregator",
         "model.finetune_last_n_blocks",
         "memory.size",
-        "engine.zero_stage",
         "engine.precision",
     )
     return [
