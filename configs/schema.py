@@ -134,24 +134,35 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="adam couples weight decay, sgd has momentum.")
     lr: Annotated[float, Field(gt=0)] = Field(1e-5, description="Peak learning rate.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        1e-2, description="Decoupled weight decay; none on norms, biases."
-    )
-    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Decay of the first moment.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="Weight decay; none on norms, biases.")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Decay of the first moment; sgd: momentum.")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Decay of the second moment.")
     warmup_steps: NonNegative = Field(200, description="Steps of linear warm-up.")
-    schedule: Literal["none", "cosine", "linear", "exp"] = Field(
+    schedule: Literal["none", "step", "multi_step", "cosine", "cosine_with_restarts", "linear", "exp"] = Field(
         "cosine",
-        description="Learning rate after warm-up: constant, to min_lr_ratio by cosine or line, or exp_gamma^epoch.",
+        description="Learning rate after warm-up: constant; times gamma every step_size or at each of milestones; to "
+        "min_lr_ratio by cosine, once or every step_size, or by line; times gamma each unit.",
     )
+    schedule_unit: Literal["epoch", "step"] = Field(
+        "epoch", description="Unit of step_size, milestones and exp: epochs, or optimizer steps."
+    )
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="Factor of step, multi_step and exp.")
+    step_size: Positive = Field(1, description="Units between falls of step, and in a cycle of cosine_with_restarts.")
+    milestones: list[Positive] = Field(default_factory=list, description="Units at which multi_step falls.")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="Last rate of cosine and linear / peak."
+        0.05, description="Lowest rate of a cosine or line / peak."
     )
-    exp_gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="Factor an epoch of schedule exp.")
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="Global gradient norm limit; 0 is off.")
+
+    @model_validator(mode="after")
+    def _multi_step_needs_milestones(self) -> OptimConfig:
+        if self.schedule == "multi_step" and not self.milestones:
+            raise ValueError("schedule multi_step needs milestones; for example [10, 20]")
+        return self
 
 
 class EngineConfig(Section):
@@ -183,6 +194,9 @@ class TrainerConfig(Section):
     validate_every_epochs: NonNegative = Field(1, description="Epochs between validations; 0 validates never.")
     checkpoint_every_steps: NonNegative = Field(0, description="Steps between checkpoints; 0 is once an epoch.")
     keep_last: Positive = Field(2, description="Newest checkpoints kept, besides the best one.")
+    early_stop_evals: NonNegative = Field(
+        0, description="Validations without a better mean recall at the smallest K after which a run ends; 0 is never."
+    )
     max_skipped_steps: NonNegative = Field(10, description="Steps skipped for a non-finite loss before the run stops.")
     log_every_steps: Positive = Field(1, description="Steps between logged metrics.")
 

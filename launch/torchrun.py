@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
 
 def run(flags: list[str], verb: list[str]) -> int:
     """Runs `rerankvpr VERB` under torchrun; returns 0, or the status of the first process that failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
@@ -51,4 +52,6 @@ def run(flags: list[str], verb: list[str]) -> int:
         rank, failure = error.get_first_failure()
         print(f"rerankvpr: rank {rank} ended the job with status {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if 0 < failure.exitcode < 128 else 1
+    except SignalException as stopped:  # passed on to the processes, which had 30 s to save
+        return 128 + int(stopped.sigval)
     return 0

@@ -166,6 +166,26 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
         assert {"recipe.yaml", "results.json", "pictures"} <= {f.path for f in client.list_artifacts(run_id)}
 
 
+def test_asked_to_stop_it_saves_and_goes_on_later(workplace: Path, straight: Path) -> None:
+    """SIGUSR1 to one of two ranks: both save after the same step and end with status 75; resumed, the losses agree."""
+    folder = workplace / "stopped"
+    process = two_ranks(workplace, "stopped", "--eval.benchmarks")
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (folder / "metrics.jsonl").exists() or not logged(folder):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
+    workers[-1].send_signal(signal.SIGUSR1)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert "asked to stop; saved at step" in text
+    assert last_checkpoint(folder).name == f"step-{max(logged(folder)):08d}"
+    finish(two_ranks(workplace, "stopped", "--eval.benchmarks", "--resume"))
+    one, other = logged(straight), logged(folder)
+    assert [one[s]["train/loss"] for s in sorted(one)] == [other[s]["train/loss"] for s in sorted(other)]
+
+
 def one_rank(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
     """By torchrun on the trainer's module, untracked."""
     return start(

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -36,7 +37,7 @@ from trainer.tracking import Tracker, open_command
 )
 def test_rates_rise_in_warm_up_and_never_after(schedule: str, warmup: int, total: int, floor: float) -> None:
     optim = OptimConfig.model_validate(
-        {"lr": 2.0, "warmup_steps": warmup, "schedule": schedule, "min_lr_ratio": floor, "exp_gamma": 0.9}
+        {"lr": 2.0, "warmup_steps": warmup, "schedule": schedule, "min_lr_ratio": floor, "gamma": 0.9}
     )
     rates = [learning_rate(s, total_steps=total, steps_per_epoch=7, optim=optim) for s in range(total)]
     assert all(0 <= rate <= 2.0 + 1e-12 for rate in rates)
@@ -48,6 +49,32 @@ def test_rates_rise_in_warm_up_and_never_after(schedule: str, warmup: int, total
     if total > warmup + 1 and schedule in ("cosine", "linear"):
         last = learning_rate(total, total_steps=total, steps_per_epoch=7, optim=optim)
         assert last == pytest.approx(2.0 * floor)
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+@pytest.mark.parametrize("schedule", ["step", "multi_step", "exp", "cosine_with_restarts"])
+def test_schedules_are_those_of_torch(schedule: str, unit: str) -> None:
+    optim = OptimConfig.model_validate(
+        {
+            **{"lr": 0.5, "warmup_steps": 0, "schedule": schedule, "schedule_unit": unit, "gamma": 0.7},
+            **{"step_size": 3, "milestones": [2, 5], "min_lr_ratio": 0.1},
+        }
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedulers = torch.optim.lr_scheduler
+    theirs = {
+        "step": lambda: schedulers.StepLR(optimizer, 3, gamma=0.7),
+        "multi_step": lambda: schedulers.MultiStepLR(optimizer, [2, 5], gamma=0.7),
+        "exp": lambda: schedulers.ExponentialLR(optimizer, 0.7),
+        "cosine_with_restarts": lambda: schedulers.CosineAnnealingWarmRestarts(optimizer, 3, eta_min=0.05),
+    }[schedule]()
+    for unit_number in range(9):
+        steps = [unit_number] if unit == "step" else range(4 * unit_number, 4 * unit_number + 4)
+        for step in steps:
+            rate = learning_rate(step, total_steps=100, steps_per_epoch=4, optim=optim)
+            assert rate == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:

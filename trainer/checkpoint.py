@@ -40,6 +40,7 @@ class Progress:
     step: int = 0  # position in the plan: global steps begun so far, over all epochs
     skipped_steps: int = 0  # of these, steps without an update because of a non-finite loss
     bad_images: int = 0
+    evals_since_best: int = 0
     mlflow_run_id: str | None = None
     before: list[dict[str, Any]] = field(default_factory=list)  # results of the untrained model
 
@@ -193,6 +194,7 @@ def _differences(recipe: Recipe, checkpoint: Path) -> list[tuple[str, Any, Any]]
         "model.finetune_last_n_blocks",
         "memory.size",
         "engine.precision",
+        "optim.name",
     )
     return [
         (key, value, stored[key]) for key, value in recipe.as_flat().items() if key in fixed and value != stored[key]

@@ -22,7 +22,7 @@ def parse(argv: list[str]) -> tuple[Recipe, bool]:
     description = (
         f"Trains RECIPE, a YAML file or one of the shipped recipes ({shipped}), and evaluates it before and after. "
         "Every key of a recipe is a flag; defaults below are the recipe's. --resume goes on from the newest valid "
-        "checkpoint of --output."
+        "checkpoint of --output. SIGTERM and SIGUSR1 save after the running step and end with status 75."
     )
     flags = partial(tyro.cli, Recipe, prog=USAGE, description=description, config=(tyro.conf.FlagConversionOff,))
     if not rest or rest[0].startswith("-"):
@@ -41,11 +41,18 @@ def main(argv: list[str]) -> int:
     from data_pipeline.loader import TooManyBadImagesError
     from trainer.loop import TrainingError, train
     from trainer.process_group import start_process_group, stop_process_group
+    from trainer.stop_signal import REQUEUE_STATUS, Stopped
 
     console = Console()
     with one_line_errors(TooManyBadImagesError, TrainingError):
         rank = start_process_group(recipe.engine.timeout_s)
-        summary = train(recipe, rank, console, resume=resume)
+        try:
+            summary = train(recipe, rank, console, resume=resume)
+        except Stopped as stopped:
+            if rank.is_main:
+                console.print(str(stopped), soft_wrap=True)
+            stop_process_group()
+            return REQUEUE_STATUS
         if rank.is_main:
             console.print(f"trained {summary.steps} steps; newest checkpoint {summary.checkpoint}", soft_wrap=True)
         stop_process_group()

@@ -25,6 +25,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trained parameters."""
+    groups = parameter_groups(model, optim.weight_decay)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.beta1)
+    kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2))
+
+
 def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_per_rank: int) -> dict[str, Any]:
     """DeepSpeed's own configuration. Clipping is always explicit: left out, DeepSpeed clips at a norm of 1."""
     return {
@@ -43,7 +52,7 @@ def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_p
 def build_engine(
     model: nn.Module, *, engine: EngineConfig, optim: OptimConfig, images_per_rank: int
 ) -> Any:  # deepspeed.DeepSpeedEngine, which ships no types
-    """`model` under DeepSpeed with AdamW; the engine averages gradients over ranks, as `GlobalLoss` expects."""
+    """`model` under DeepSpeed with the recipe's optimizer; averages gradients over ranks, as `GlobalLoss` expects."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     import deepspeed.ops
@@ -52,9 +61,7 @@ def build_engine(
     logger.setLevel(logging.WARNING)
     # A kernel for inference on CPU only, which would be compiled in every first run (about 40 s).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2)
-    )
+    optimizer = build_optimizer(model, optim)
     config = deepspeed_config(engine, gradient_clipping=optim.gradient_clipping, images_per_rank=images_per_rank)
     built, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return built

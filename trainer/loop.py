@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ from trainer.engine import build_engine, set_learning_rate
 from trainer.process_group import Rank
 from trainer.progress import Update, progress_bar
 from trainer.schedule import learning_rate
+from trainer.stop_signal import Stopped, StopSignal
 from trainer.tracking import Tracker
 
 
@@ -91,6 +93,8 @@ class Training:
 
     def __init__(self, recipe: Recipe, rank: Rank, console: Console, *, resume: bool) -> None:
         self.recipe, self.rank, self.console = recipe, rank, console
+        self.stop_signal = StopSignal()
+        self.asked_to_stop = False
         self.checkpoints = recipe.output / "checkpoints"
         places, world = recipe.data.places_per_batch, rank.world_size
         if places % world:
@@ -178,6 +182,10 @@ class Training:
             for batch, waited_s in self._batches():
                 self._step(batch, waited_s, update)
                 self._after_step()
+                if self._no_longer_better():
+                    break
+        if self._no_longer_better():
+            self.say(f"{self.progress.evals_since_best} validations without a better recall: stopped early")
         results = self._evaluate("trained", rerank=True, pictures=self.recipe.output / "pictures")
         self._keep_if_best(results)
         checkpoint = find_checkpoint(self.checkpoints / "latest")
@@ -189,7 +197,7 @@ class Training:
         return Summary(self.progress.step, checkpoint, self.progress.before, [result.as_dict() for result in results])
 
     def _batches(self) -> Iterator[tuple[PlaceBatch, float]]:
-        while self.progress.step < self.total_steps:
+        while self.progress.step < self.total_steps and not self._no_longer_better():
             epoch, start = divmod(self.progress.step, self.plans.num_steps)
             stop = min(self.plans.num_steps, start + self.total_steps - self.progress.step)
             batches = self.loader.batches(self.plans.epoch(epoch), range(start, stop))
@@ -228,9 +236,10 @@ class Training:
         )
         names, sums = ["loss", *out.stats], [out.loss.detach(), *out.stats.values()]
         values |= dict(zip(names, torch.stack([value.double() for value in sums]).tolist(), strict=True))
-        bad = torch.tensor([self.loader.num_bad_images], device=self.rank.device)
-        dist.all_reduce(bad)
-        bad_images = int(bad)
+        said = torch.tensor([self.loader.num_bad_images, bool(self.stop_signal.name)], device=self.rank.device)
+        dist.all_reduce(said)
+        bad_images, asked_to_stop = said.tolist()
+        self.asked_to_stop = asked_to_stop > 0
         lr = learning_rate(
             progress.step,
             total_steps=self.total_steps,
@@ -243,18 +252,13 @@ class Training:
             norm = self.engine.get_global_grad_norm()
             if norm is not None:
                 values["grad_norm"] = float(norm)
+                self._check_gradient(values["grad_norm"])
             if uses_queue:
                 self.queue.enqueue(out.descriptors_ND, out.place_ids_N, optimizer_step)
                 if self.drift:
                     self.drift.keep(images, out.descriptors_ND, optimizer_step)
         else:
-            progress.skipped_steps += 1
-            self.say(f"[yellow]step {progress.step}: loss is {values['loss']}; step skipped")
-            if progress.skipped_steps > recipe.trainer.max_skipped_steps:
-                raise TrainingError(
-                    f"step {progress.step}: {progress.skipped_steps} steps had a non-finite loss, more than "
-                    "trainer.max_skipped_steps; lower optim.lr or use engine.precision bf16"
-                )
+            self._skip(values["loss"], out.place_ids_N)
         progress.step += 1
         seconds = time.perf_counter() - began + waited_s
         num_images = len(images) * self.rank.world_size
@@ -272,6 +276,30 @@ class Training:
             self.tracker.metrics({f"train/{name}": value for name, value in values.items()}, progress.step)
         queue = f"queue {len(self.queue)}" if uses_queue else "queue off"
         update(progress.step, note=f"loss {values['loss']:.3f}  {values['images_per_s']:.0f} images/s  {queue}")
+
+    def _skip(self, loss: float, place_ids_N: torch.Tensor) -> None:
+        """Counts a step whose loss is not finite, and writes down its places."""
+        progress, trainer = self.progress, self.recipe.trainer
+        progress.skipped_steps += 1
+        record = self.recipe.output / "skipped_steps.jsonl"
+        if self.rank.is_main:
+            with record.open("a") as file:
+                places = place_ids_N.unique().tolist()
+                file.write(json.dumps({"step": progress.step, "loss": str(loss), "place_ids": places}) + "\n")
+        self.say(f"[yellow]step {progress.step}: loss is {loss}; step skipped, its places are in {record}")
+        if progress.skipped_steps > trainer.max_skipped_steps:
+            raise TrainingError(
+                f"step {progress.step}: {progress.skipped_steps} steps had a non-finite loss, more than "
+                f"trainer.max_skipped_steps; their places are in {record}; lower optim.lr or use engine.precision bf16"
+            )
+
+    def _check_gradient(self, norm: float) -> None:
+        """Ends the run before a gradient that is not finite reaches a checkpoint; fp16's scaler handles its own."""
+        if not math.isfinite(norm) and self.recipe.engine.precision != "fp16":
+            raise TrainingError(
+                f"step {self.progress.step}: the gradient norm is {norm} though the loss is finite, so the weights are "
+                "lost; the last checkpoint is whole: --resume with a lower optim.lr or with optim.gradient_clipping"
+            )
 
     def _encode(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """uint8 images -> descriptors."""
@@ -297,11 +325,18 @@ class Training:
         epoch, into_epoch = divmod(step, self.plans.num_steps)
         last = step == self.total_steps
         due = step % trainer.checkpoint_every_steps == 0 if trainer.checkpoint_every_steps else into_epoch == 0
-        if due or last:
+        if due or last or self.asked_to_stop:
             self._save()
+        if self.asked_to_stop and not last:
+            raise Stopped(f"asked to stop; saved at step {step} of {self.total_steps}, --resume goes on from there")
         every = trainer.validate_every_epochs
         if every and into_epoch == 0 and epoch % every == 0 and not last:
             self._keep_if_best(self._evaluate(f"epoch {epoch}", rerank=False))
+
+    def _no_longer_better(self) -> bool:
+        """Whether the recipe's number of validations in a row brought no better recall."""
+        patience = self.recipe.trainer.early_stop_evals
+        return 0 < patience <= self.progress.evals_since_best
 
     def _save(self) -> Path:
         self.tracker.flush()  # a killed run goes on from here, and its curves with it
@@ -316,7 +351,10 @@ class Training:
             return
         k = self.recipe.eval.recall_at[0]
         recall = sum(result.recall[k] for result in results) / len(results)
-        if recall > best_recall(self.checkpoints):
+        best = best_recall(self.checkpoints)
+        dist.barrier()  # every rank has read it
+        self.progress.evals_since_best = 0 if recall > best else self.progress.evals_since_best + 1
+        if recall > best:
             path = self.checkpoints / step_name(self.progress.step)
             if not path.exists():
                 path = self._save()
@@ -350,5 +388,5 @@ def train(recipe: Recipe, rank: Rank, console: Console, *, resume: bool) -> Summ
     try:
         return training.run()
     except BaseException as error:
-        training.tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        training.tracker.close("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
         raise
