@@ -28,6 +28,7 @@ VERBS = {
         "--checkpoint DIR|--weights FILE --benchmarks NAME...",
         "Recall before and after re-ranking.",
     ),
+    "export": ("launch.export_command:main", "CHECKPOINT OUT.safetensors", "The trained network as one file."),
 }
 
 

@@ -25,6 +25,7 @@ TIMM_NAMES = {
 }
 NATIVE_SIDE = 518
 TINY_SIDE = 84
+AGGREGATOR = "aggregator."  # prefix of what is no backbone in an exported file
 
 
 class WeightsError(ValueError):
@@ -89,7 +90,7 @@ def _reason(error: Exception) -> str:
 
 def load_backbone_weights(vit: VisionTransformer, path: Path) -> None:
     """Loads a file in facebookresearch/dinov2's key layout (registers and SwiGLU included), or in timm's."""
-    state = read_weights(path)
+    state = {key: value for key, value in read_weights(path).items() if not key.startswith(AGGREGATOR)}
     has_registers = "register_tokens" in state or "reg_token" in state
     if has_registers != (vit.reg_token is not None):
         have, want = ("has", "without") if has_registers else ("has no", "with")
@@ -112,6 +113,22 @@ def load_backbone_weights(vit: VisionTransformer, path: Path) -> None:
     if differences:
         raise WeightsError(f"weights file {path} does not fit the model; keys {'; '.join(differences)}")
     vit.load_state_dict(converted)
+
+
+def facebook_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A backbone's state dict in facebookresearch/dinov2's key layout, registers and SwiGLU included."""
+    out = {}
+    for key, value in state.items():
+        block, _, _ = key.partition(".mlp.")
+        gated = f"{block}.mlp.fc2.weight" in state and (
+            state[f"{block}.mlp.fc1.weight"].shape[0] != state[f"{block}.mlp.fc2.weight"].shape[1]
+        )
+        out[key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3") if gated else key] = value
+    if "reg_token" in out:  # timm has added the class token's position to it
+        out["register_tokens"] = out.pop("reg_token")
+        out["pos_embed"] = torch.cat([torch.zeros_like(out["cls_token"]), out["pos_embed"]], dim=1)
+    out["mask_token"] = torch.zeros(1, out["cls_token"].shape[-1])
+    return out
 
 
 def infer_backbone(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -9,7 +11,7 @@ from torch import nn
 
 from configs.schema import ModelConfig
 from model.aggregators import AGGREGATORS
-from model.backbone import build_backbone, freeze_all_but_last
+from model.backbone import AGGREGATOR, build_backbone, freeze_all_but_last, read_weights
 from model.facets import FacetReader, ReadOut
 
 
@@ -62,5 +64,10 @@ def build_model(config: ModelConfig, *, seed: int = 0) -> PlaceModel:
         torch.manual_seed(seed)
         backbone = build_backbone(config.backbone, config.weights)
         aggregator = AGGREGATORS[config.aggregator]()
+    if config.weights not in ("timm", "random"):
+        state = read_weights(Path(config.weights)).items()
+        trained = {key.removeprefix(AGGREGATOR): value for key, value in state if key.startswith(AGGREGATOR)}
+        if trained.keys() == aggregator.state_dict().keys():  # an exported model of the same aggregator
+            aggregator.load_state_dict(trained)
     num_frozen = freeze_all_but_last(backbone, config.finetune_last_n_blocks)
     return PlaceModel(backbone, aggregator, num_frozen)

@@ -7,9 +7,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from configs.schema import ModelConfig
-from model.backbone import TIMM_NAMES, WeightsError, build_backbone, infer_backbone
+from model.backbone import TIMM_NAMES, WeightsError, build_backbone, facebook_layout, infer_backbone
 from model.network import PlaceModel, build_model
 
 
@@ -23,15 +24,18 @@ def images(n: int = 3, side: int = 56) -> torch.Tensor:
 
 
 def as_facebook(vit: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A timm state in facebookresearch/dinov2's key layout."""
-    state = {}
-    for key, value in vit.state_dict().items():
-        state[key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3") if "swiglu" in key else key] = value
-    if "reg_token" in state:
-        state["register_tokens"] = state.pop("reg_token")
-        state["pos_embed"] = torch.cat([torch.zeros_like(state["cls_token"]), state["pos_embed"]], dim=1)
-    state["mask_token"] = torch.zeros(1, state["cls_token"].shape[-1])
-    return {key: value.clone().contiguous() for key, value in state.items()}
+    return {key: value.clone().contiguous() for key, value in facebook_layout(vit.state_dict()).items()}
+
+
+def test_gated_blocks_go_out_and_in_under_facebook_names() -> None:
+    """SwiGLU, as ViT-g has it, in a small ViT."""
+    vit = timm.create_model("vit_giant_patch14_dinov2", num_classes=0, embed_dim=48, depth=2, num_heads=3, img_size=28)
+    state = as_facebook(vit)
+    assert {"blocks.0.mlp.w12.weight", "blocks.1.mlp.w3.bias"} <= state.keys()
+    assert not any("fc1" in key or "fc2" in key for key in state)
+    back = checkpoint_filter_fn(state, vit)
+    assert back.keys() == vit.state_dict().keys()
+    assert all(torch.equal(back[key], value) for key, value in vit.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["vits14", "vits14_reg"])

@@ -17,11 +17,15 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from configs.schema import ModelConfig
 from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.shards import write_shards
+from model.network import build_model
 from tests.photos import jpeg, write_gsv_cities
+from trainer.checkpoint import find_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 300
@@ -128,6 +132,18 @@ def test_a_training_leaves_checkpoints_results_pictures_and_metrics(straight: Pa
     assert {p.name for p in (straight / "pictures" / "town").iterdir()} == {"retrieval.png", "matches.png"}
     assert (straight / "checkpoints" / "best").exists()
     assert last_checkpoint(straight).name == f"step-{STEPS:08d}"
+
+
+def test_an_exported_checkpoint_is_the_same_network(workplace: Path, straight: Path) -> None:
+    out = workplace / "exported" / "net.safetensors"
+    finish(start(workplace, "rerankvpr", "export", str(straight), str(out)))
+    recipe = yaml.safe_load(safe_open(out, framework="pt").metadata()["recipe"])
+    assert recipe["model"]["backbone"] == "tiny14"
+    model = ModelConfig(backbone="tiny14", weights=str(out))
+    loaded = build_model(model).state_dict()
+    trained = load_file(find_checkpoint(straight) / "model.safetensors")
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[key], trained[key]) for key in trained)
 
 
 def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> None:
