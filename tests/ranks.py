@@ -25,7 +25,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD_SIZES = (1, 2, 4)
-GROUP_TIMEOUT_S = 300
+GROUP_TIMEOUT_S = 900
 COLLECTIVE_TIMEOUT_S = 60
 
 

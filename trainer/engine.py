@@ -71,3 +71,17 @@ def set_learning_rate(engine: Any, lr: float) -> None:
     """Sets the rate of the next step in all parameter groups."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+def optimizer_step(engine: Any) -> float | None:
+    """Ends a micro-batch, and with the last one updates; the norm of the gradient before clipping, then.
+
+    DeepSpeed keeps that norm from stage 1 on; at stage 0 it is taken from the averaged gradients.
+    """
+    norm = None
+    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+    engine.step()
+    kept = engine.get_global_grad_norm() if norm is None else norm
+    return None if kept is None else float(kept)

@@ -40,7 +40,7 @@ from trainer.checkpoint import (
     save_checkpoint,
     step_name,
 )
-from trainer.engine import build_engine, set_learning_rate
+from trainer.engine import build_engine, optimizer_step, set_learning_rate
 from trainer.process_group import Rank
 from trainer.progress import Update, progress_bar
 from trainer.schedule import learning_rate
@@ -248,11 +248,10 @@ class Training:
         )
         if math.isfinite(values["loss"]):
             set_learning_rate(self.engine, lr)
-            self._backward(out, cache)
-            norm = self.engine.get_global_grad_norm()
+            norm = self._backward(out, cache)
             if norm is not None:
-                values["grad_norm"] = float(norm)
-                self._check_gradient(values["grad_norm"])
+                values["grad_norm"] = norm
+                self._check_gradient(norm)
             if uses_queue:
                 self.queue.enqueue(out.descriptors_ND, out.place_ids_N, optimizer_step)
                 if self.drift:
@@ -306,18 +305,20 @@ class Training:
         descriptors_BD: torch.Tensor = self.engine(normalise(images_B3HW))
         return descriptors_BD
 
-    def _backward(self, out: GlobalLossOutput, cache: GradientCache | None) -> None:
-        """One optimizer step from the loss of the global batch, whole or chunk by chunk."""
+    def _backward(self, out: GlobalLossOutput, cache: GradientCache | None) -> float | None:
+        """One optimizer step from the loss of the global batch, whole or chunk by chunk; the gradient's norm."""
         if cache is None:
             self.engine.backward(out.loss)
-            self.engine.step()
-            return
+            return optimizer_step(self.engine)
+        norm = None
 
         def backward(part: torch.Tensor) -> None:
+            nonlocal norm
             self.engine.backward(part, scale_wrt_gas=False)  # chunks add up to the batch: nothing to average
-            self.engine.step()  # updates after the last chunk
+            norm = optimizer_step(self.engine)  # updates after the last chunk
 
         cache.backward(out.loss, backward)
+        return norm
 
     def _after_step(self) -> None:
         """Checkpoint and validation, where they are due."""
