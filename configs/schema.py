@@ -55,7 +55,7 @@ class DataConfig(Section):
     )
     image_size: int = Field(224, description="Side in pixels of the square that images are resized to; multiple of 14.")
     interpolation: Literal["bilinear", "bicubic"] = Field(
-        "bilinear", description="How images are resized, and turned and sheared by RandAugment."
+        "bilinear", description="How images are resized; the field uses both."
     )
     augmentation: Literal["randaugment", "none"] = Field("randaugment", description="Augmentation of training images.")
     augment_ops: NonNegative = Field(3, description="RandAugment: operations applied to an image.")

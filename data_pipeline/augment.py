@@ -55,9 +55,7 @@ class BatchedRandAugment(v2.RandAugment):
         return out_B3HW
 
 
-def randaugment(
-    images_B3HW: torch.Tensor, seeds: list[int], *, num_ops: int, magnitude: int, interpolation: str = "bilinear"
-) -> torch.Tensor:
-    """RandAugment of uint8 images, each by its own seed; `interpolation` is "bilinear" or "bicubic"."""
-    transform = BatchedRandAugment(num_ops=num_ops, magnitude=magnitude, interpolation=InterpolationMode(interpolation))
+def randaugment(images_B3HW: torch.Tensor, seeds: list[int], *, num_ops: int, magnitude: int) -> torch.Tensor:
+    """RandAugment of uint8 images, each by its own seed, turned and sheared bilinearly (torchvision has no bicubic)."""
+    transform = BatchedRandAugment(num_ops=num_ops, magnitude=magnitude, interpolation=InterpolationMode.BILINEAR)
     return transform.augment(images_B3HW, seeds)

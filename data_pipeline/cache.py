@@ -71,10 +71,7 @@ class RangeCache:
 
     def _clear_up(self) -> None:
         with (self.folder / _LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # another process is at it
+            fcntl.flock(lock, fcntl.LOCK_EX)
             found, total, now = [], 0, time.time()
             for entry in (entry for part in os.scandir(self.folder) if part.is_dir() for entry in os.scandir(part)):
                 try:

@@ -26,18 +26,15 @@ def seeds_of(images: torch.Tensor) -> list[int]:
     return image_seeds(7, 2, places, places % 5)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("num_ops", "magnitude"), [(3, 15), (1, 4), (2, 30), (0, 15)])
-def test_batch_equals_torchvision_image_by_image(
-    images: torch.Tensor, num_ops: int, magnitude: int, interpolation: str
-) -> None:
+def test_batch_equals_torchvision_image_by_image(images: torch.Tensor, num_ops: int, magnitude: int) -> None:
     seeds = seeds_of(images)
-    theirs = v2.RandAugment(num_ops=num_ops, magnitude=magnitude, interpolation=InterpolationMode(interpolation))
+    theirs = v2.RandAugment(num_ops=num_ops, magnitude=magnitude, interpolation=InterpolationMode.BILINEAR)
     expected = []
     for image, seed in zip(images, seeds, strict=True):
         torch.manual_seed(seed)
         expected.append(theirs(image))
-    ours = randaugment(images, seeds, num_ops=num_ops, magnitude=magnitude, interpolation=interpolation)
+    ours = randaugment(images, seeds, num_ops=num_ops, magnitude=magnitude)
     assert torch.equal(ours, torch.stack(expected))
 
 

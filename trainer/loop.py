@@ -163,11 +163,7 @@ class Training:
         if recipe.data.augmentation == "randaugment":
             seeds = image_seeds(recipe.seed, epoch, batch.place_ids_B, batch.views_B)
             images = randaugment(
-                images,
-                seeds,
-                num_ops=recipe.data.augment_ops,
-                magnitude=recipe.data.augment_magnitude,
-                interpolation=recipe.data.interpolation,
+                images, seeds, num_ops=recipe.data.augment_ops, magnitude=recipe.data.augment_magnitude
             )
         self.engine.train()
         out = global_loss(
