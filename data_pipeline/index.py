@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that was left out: its CSV and line, its file (both relative to the data set), and why."""
+    """An image that was left out: its CSV (if one lists it) and line, its file (relative to the data set), and why."""
 
     csv: str
     row: int
@@ -54,7 +54,8 @@ class BadImage:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.csv} row {self.row}: {self.file}: {self.reason}"
+        where = f"{self.csv} row {self.row}: " if self.csv else ""
+        return f"{where}{self.file}: {self.reason}"
 
 
 @dataclass(frozen=True)

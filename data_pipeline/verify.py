@@ -133,7 +133,7 @@ def _json_faults(data: bytes, place: list[dict[str, Any]]) -> Iterator[tuple[str
         yield name, "its tar header, or its length, is damaged"
     try:
         files = [view["file"] for view in json.loads(text)["views"]]
-        sound = text == place_json(place, files) and all(map(_names, files, place))
+        sound = text == place_json(place, files) and _names_agree(files, place)
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
@@ -142,12 +142,21 @@ def _json_faults(data: bytes, place: list[dict[str, Any]]) -> Iterator[tuple[str
         yield name, "the padding after it is damaged"
 
 
-def _names(file: str, row: dict[str, Any]) -> bool:
-    """Whether a source file's name says what the index row says."""
-    start = f"{_key(row)}_{row['year']:04d}_{row['month']:02d}_{row['northdeg']:03d}_"
+def _names_agree(files: list[str], place: list[dict[str, Any]]) -> bool:
+    """Whether source files named as GSV-Cities names them say what the rows say; other names say nothing."""
+    start = f"{_key(place[0])}_"
+    if 2 * sum(file.startswith(start) for file in files) <= len(files) or None in place[0].values():
+        return True
+    return all(
+        file.startswith(start) and _agrees(file[len(start) :], row) for file, row in zip(files, place, strict=True)
+    )
+
+
+def _agrees(file: str, row: dict[str, Any]) -> bool:
     end = f"_{row['panoid']}.jpg"
-    degrees = file[len(start) : -len(end)].split("_")
-    return file.startswith(start) and file.endswith(end) and [float(d) for d in degrees] == [row["lat"], row["lon"]]
+    *numbers, lat, lon = file[: -len(end)].split("_")
+    said = [f"{row['year']:04d}", f"{row['month']:02d}", f"{row['northdeg']:03d}"]
+    return file.endswith(end) and numbers == said and [float(lat), float(lon)] == [row["lat"], row["lon"]]
 
 
 def _key(row: dict[str, Any]) -> str:
