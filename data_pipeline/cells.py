@@ -1,4 +1,4 @@
-"""Places out of coordinates: images of one square cell that look the same way are of one place (Berton et al., 2022)."""
+"""Places out of coordinates: images of one square cell that look one way are of one place (CosPlace, 2022)."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ def _read_city(source: Path, folder: Path, grid: Grid) -> pa.Table:
     parts = [_read_part(source, folder / name) for name in ("database", "query") if (folder / name).is_dir()]
     images = pa.concat_tables(parts)
     suffix, place = place_of_images(
-        *(images[name].to_numpy() for name in ("easting", "northing")),
+        images["easting"].to_numpy(),
+        images["northing"].to_numpy(),
         images["ca"].to_numpy().astype(np.float64),
         grid,
     )
