@@ -67,7 +67,9 @@ def _read(path: Path) -> pa.Table:
         if path.suffix == ".parquet":
             return pq.read_table(path)
         text = dict.fromkeys(("path", "place", "city", "panoid"), pa.string())
-        table = pa.csv.read_csv(path, convert_options=pa.csv.ConvertOptions(column_types=text))
+        table = pa.csv.read_csv(
+            path, convert_options=pa.csv.ConvertOptions(column_types=text, null_values=[""], strings_can_be_null=True)
+        )
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a readable table ({str(error).splitlines()[0]})") from error
     return table
