@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
@@ -21,6 +24,20 @@ class EpochPlan:
     def num_steps(self) -> int:
         """S, global steps in the epoch."""
         return len(self.places_SP)
+
+    def write(self, path: Path) -> None:
+        """Write the plan as Parquet, a row for each place of each step: step, slot, place_id, views (list)."""
+        steps, places, k = self.views_SPK.shape
+        views = pa.FixedSizeListArray.from_arrays(pa.array(self.views_SPK.reshape(-1)), k)
+        columns = {
+            "step": np.repeat(np.arange(steps), places),
+            "slot": np.tile(np.arange(places), steps),
+            "place_id": self.places_SP.reshape(-1),
+            "views": views,
+        }
+        temporary = path.with_name(f"{path.name}.tmp")
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
+        temporary.replace(path)
 
     def rank_slice(self, step: int, rank: int, world_size: int) -> tuple[Int64, Int64]:
         """Rank's share of a step: places [P/W] and views [P/W, K]; P must be divisible by W."""

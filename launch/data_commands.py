@@ -1,4 +1,4 @@
-"""`rerankvpr shard`, `rerankvpr verify` and `rerankvpr inspect`."""
+"""`rerankvpr shard` and `rerankvpr verify`."""
 
 from __future__ import annotations
 
