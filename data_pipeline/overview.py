@@ -18,8 +18,8 @@ from data_pipeline.storage import RangeReader
 
 _CELL = 120
 _LABEL = 14
-_MOST_DOTS = 200_000
-_MOST_NAMES = 20
+_PANELS = 12
+_DOTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -99,24 +99,30 @@ def draw_contact_sheet(
 
 
 def draw_map(index: ShardIndex, path: Path) -> bool:
-    """A PNG of where the places lie, a colour a city; False, and no file, where no place has coordinates."""
+    """A PNG of where the places lie, a panel for each of the largest cities; False where none is known."""
     table, first = index.table, index.place_starts[:-1]
     lat, lon = (table[name].take(first).to_numpy(zero_copy_only=False).astype(np.float64) for name in ("lat", "lon"))
-    known = np.flatnonzero(np.isfinite(lat) & np.isfinite(lon))
-    if not len(known):
+    known = np.isfinite(lat) & np.isfinite(lon)
+    counts = np.bincount(index.place_city[known], minlength=len(index.cities))
+    largest = [int(city) for city in np.argsort(-counts, kind="stable")[:_PANELS] if counts[city]]
+    if not largest:
         return False
-    if len(known) > _MOST_DOTS:
-        known = np.random.default_rng(0).choice(known, _MOST_DOTS, replace=False)
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.add_subplot()
-    for number, name in enumerate(index.cities):
-        of_city = known[index.place_city[known] == number]
-        axes.scatter(lon[of_city], lat[of_city], s=4, linewidths=0, label=name if number < _MOST_NAMES else None)
-    axes.set_xlabel("longitude, degrees")
-    axes.set_ylabel("latitude, degrees")
-    axes.set_title(f"{len(first):,} places of {len(index.cities):,} cities")
-    axes.set_aspect(1 / max(0.1, float(np.cos(np.radians(np.median(lat[known]))))), adjustable="datalim")
-    axes.legend(markerscale=4, fontsize="small")
+    columns = min(4, len(largest))
+    rows = -(-len(largest) // columns)
+    figure = Figure(figsize=(4 * columns, 4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for panel, city in zip(panels, largest, strict=False):
+        of_city = np.flatnonzero(known & (index.place_city == city))[:: 1 + int(counts[city]) // _DOTS]
+        panel.scatter(lon[of_city], lat[of_city], s=3, linewidths=0)
+        panel.set_title(f"{index.cities[city]}: {counts[city]:,} places", fontsize="medium")
+        panel.set_aspect(1 / max(0.1, float(np.cos(np.radians(np.median(lat[of_city]))))), adjustable="datalim")
+        panel.ticklabel_format(useOffset=False)
+        panel.tick_params(labelsize="x-small")
+        panel.locator_params(axis="x", nbins=4)
+    for panel in panels[len(largest) :]:
+        panel.set_axis_off()
+    figure.supxlabel("longitude, degrees")
+    figure.supylabel("latitude, degrees")
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110)
     temporary = path.with_name(f"{path.name}.tmp")
