@@ -132,7 +132,7 @@ def webdataset(shards: Path, side: int, places: int, k: int, workers: int) -> It
 
     tars = sorted(str(path) for path in (shards / "shards").glob("*.tar"))
     dataset = (
-        wds.WebDataset(tars, shardshuffle=len(tars), resampled=True, seed=0)
+        wds.WebDataset(tars, shardshuffle=False, resampled=True, seed=0)
         .shuffle(200)
         .map(_Pick(k))
         .decode("torchrgb8")

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.index import read_index
 from data_pipeline.photos import read_photo
+from data_pipeline.plan import plan_epoch
 from data_pipeline.shards import plan_shards, write_shards
 from data_pipeline.verify import verify_shards
 from tests.photos import THREE_CITIES, write_gsv_cities
@@ -558,3 +559,21 @@ def test_real_metadata_gives_the_names_that_the_original_loader_builds(real_data
                 name = [row["city_id"], row["place_id"].zfill(7), row["year"].zfill(4), month, degrees]
                 names.add(f"Images/{row['city_id']}/{'_'.join([*name, row['lat'], row['lon'], row['panoid']])}.jpg")
     assert set(listing.images["file"].to_pylist()) == names
+
+
+def test_real_metadata_is_planned_without_photographs(real_data, tmp_path):
+    (tmp_path / "Dataframes").symlink_to(real_data / "gsv_cities_dataframes")
+    listing = read_gsv_cities(tmp_path)
+    views = np.diff(listing.place_starts)
+    names = listing.images["city"].to_numpy(zero_copy_only=False)[listing.place_starts[:-1]]
+    city = np.searchsorted(listing.cities, names)
+    assert listing.num_places + listing.places_left_out == 8_769
+    assert views.min() >= 4
+    for epoch in range(2):
+        plan = plan_epoch(
+            city, views, seed=0, epoch=epoch, places_per_batch=120, images_per_place=4, composition="city"
+        )
+        assert plan.num_steps == listing.num_places // 120
+        assert len(np.unique(plan.places_SP)) == plan.places_SP.size
+        of_one_city = (city[plan.places_SP] == city[plan.places_SP][:, :1]).all(axis=1)
+        assert of_one_city.sum() >= sum(np.bincount(city) // 120)
