@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,7 @@ def finish_tar_in_worker(job: TarJob) -> TarResult:
 
 def end_with_parent() -> None:
     """Ends this process when the one that started it dies, so that nothing writes after a kill."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the pool
     parent = multiprocessing.parent_process()
     assert parent is not None
 

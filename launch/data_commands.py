@@ -17,6 +17,7 @@ from data_pipeline.listing import PlaceListing, shuffle_places
 from data_pipeline.manifest import read_manifest
 from data_pipeline.msls import read_msls
 from data_pipeline.shards import ShardSummary, write_shards
+from data_pipeline.storage import is_remote
 from data_pipeline.utm_folder import read_utm_folder
 from data_pipeline.verify import verify_shards
 from trainer.progress import progress_bar
@@ -140,8 +141,8 @@ KINDS: dict[str, type[_Writing]] = {
 class VerifyCommand:
     """Checks every byte of a shard set and names what is damaged."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder with shards/ and index.parquet."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder of this machine with shards/ and index.parquet."""
 
 
 def shard(argv: list[str]) -> int:
@@ -216,9 +217,11 @@ def describe_shards(console: Console, summary: ShardSummary) -> None:
 def verify(argv: list[str]) -> int:
     """`rerankvpr verify OUT`; status 1 where something is damaged."""
     command = tyro.cli(VerifyCommand, args=argv, prog="rerankvpr verify")
+    if is_remote(command.folder):
+        raise ValueError(f"{command.folder}: verify reads sets of this machine; run it where the set lies")
     console = Console()
     with progress_bar(console, "verify") as update:
-        faults = verify_shards(command.folder, on_progress=lambda done, total: update(done, total))
+        faults = verify_shards(Path(command.folder), on_progress=lambda done, total: update(done, total))
     for fault in faults[:SHOWN]:
         print(f"rerankvpr: {fault}", file=sys.stderr)
     if len(faults) > SHOWN:

@@ -31,6 +31,7 @@ from data_pipeline.msls import read_msls
 from data_pipeline.shards import write_shards
 from data_pipeline.utm_folder import read_utm_folder
 from data_pipeline.verify import verify_shards
+from launch.cli import main
 from tests.photos import jpeg, write_gsv_cities
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -398,3 +399,45 @@ def test_workers_end_with_their_killed_parent(native: Path, tmp_path: Path) -> N
     write_shards(read_gsv_cities(native), out, shard_bytes=3000)
     write_shards(read_gsv_cities(native), tmp_path / "plain", shard_bytes=3000)
     assert contents(out) == contents(tmp_path / "plain")
+
+
+# The command line
+
+
+def test_commands_of_all_kinds(native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shard"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {kind} " in printed for kind in ("gsv-cities", "utm", "msls", "manifest"))
+    write_msls(tmp_path / "msls")
+    common = ["--shard-mb", "1", "--threads", "1"]
+    assert main(["shard", "msls", str(tmp_path / "msls"), str(tmp_path / "a"), "--groups", "1", *common]) == 0
+    assert "6 places, 44 images; 1 shards written" in capsys.readouterr().out
+    out = ["shard", "gsv-cities", str(native), str(tmp_path / "b"), "--cities", "Bergen", "--shuffle", "1", *common]
+    assert main([*out, "--part", "0/2"]) == 0
+    assert "1 shards written of part 0/2; the index is written by a last run without --part" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert main(out) == 0
+    assert "1 from the interrupted run used again" not in capsys.readouterr().out
+    assert verify_shards(tmp_path / "b") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["shard", "gsv", "a", "b"], "unknown kind of data set 'gsv'; known: gsv-cities, utm, msls, manifest"),
+        (["shard", "gsv-cities", "a", "b", "--part", "2"], "--part 2: expected i/n, from 0/n to n-1/n"),
+        (["shard", "manifest", "nowhere.csv", "b"], "nowhere.csv: no such file; give a CSV or Parquet table"),
+        (["shard", "utm", "nowhere", "b", "--cell-m", "0"], "a grid of cells of 0.0 m"),
+        (["verify", "s3://bucket/set"], "verify reads sets of this machine"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert len(printed.splitlines()) == 1
