@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -203,6 +204,8 @@ def _results(
             yield future.result()
             done += images
             report(0)
+    except BrokenProcessPool as error:
+        raise OSError("a worker process was killed (out of memory?); run again to go on, with fewer workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

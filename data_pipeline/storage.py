@@ -59,6 +59,7 @@ class RangeReader:
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._systems: dict[str, Any] = {}
         self._said = -_SAID_EVERY_S
+        self._jitter = random.Random()  # its own: nobody's draws depend on a server
 
     def read(
         self,
@@ -118,7 +119,7 @@ class RangeReader:
                     tried = f" (tried for {now - failed_at:.0f} s)" if now - failed_at > 1 else ""
                     raise StorageError(f"{url}: cannot be read{tried}: {reason}") from error
                 self._note(f"{url}: {reason}; trying again for up to {self.retry_s:g} s")
-                wait = min(left, pause * random.uniform(0.5, 1.0))
+                wait = min(left, pause * self._jitter.uniform(0.5, 1.0))
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
                 stop.wait(wait) if stop else time.sleep(wait)
             else:

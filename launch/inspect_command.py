@@ -50,6 +50,8 @@ def main(argv: list[str]) -> int:
     from data_pipeline.overview import draw_contact_sheet, draw_map
     from data_pipeline.storage import RangeReader
 
+    if command.places < 1 or command.views < 1:
+        raise ValueError(f"a contact sheet of {command.places} places x {command.views} views; use 1 or more of each")
     console, reader = Console(), RangeReader()
     index = read_index(command.shards, reader)
     _describe(console, index)
