@@ -17,7 +17,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 
 from data_pipeline.cache import RangeCache
 
-TRY_S = 60.0
+TRY_S, WHOLE_FILE_S = 60.0, 900.0  # after which a server that sends nothing more counts as failed
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _SAID_EVERY_S = 10.0
 _OPEN_FILES = 128
@@ -129,7 +129,8 @@ class RangeReader:
         end = None if start is None or length is None else start + length
         system, path = self._system(url)
         if isinstance(system, AsyncFileSystem):
-            data: bytes = sync(system.loop, system._cat_file, path, start=start, end=end, timeout=TRY_S)
+            timeout = TRY_S if length is not None else WHOLE_FILE_S
+            data: bytes = sync(system.loop, system._cat_file, path, start=start, end=end, timeout=timeout)
         else:
             with self._lock:
                 data = system.cat_file(path, start=start, end=end)
