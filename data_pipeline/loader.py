@@ -87,6 +87,7 @@ class PlaceLoader:
         self.reader = reader or build_reader(config, rank=rank)
         self._pinned = torch.cuda.is_available()
         self._lock = threading.Lock()
+        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
 
     @property
     def num_bad_images(self) -> int:
@@ -105,26 +106,34 @@ class PlaceLoader:
                     self._decode_place(int(place), planned, views_K, self._read(planned), out)
                 yield step.batch()
             return
+        if self._pools is None:  # kept from epoch to epoch: threads that come and go fragment the memory
+            self._pools = (
+                ThreadPoolExecutor(self.config.read_threads, thread_name_prefix="read"),
+                ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode"),
+            )
         stop = threading.Event()
-        readers = ThreadPoolExecutor(self.config.read_threads, thread_name_prefix="read")
-        decoders = ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode")
+        reading: deque[_Step] = deque()
+        decoding: deque[_Step] = deque()
         try:
-            yield from self._ahead(plan, iter(steps), readers, decoders, stop)
+            yield from self._ahead(plan, iter(steps), reading, decoding, *self._pools, stop)
         finally:
             stop.set()
-            readers.shutdown(wait=False, cancel_futures=True)
-            decoders.shutdown(wait=False, cancel_futures=True)
+            for step in (*reading, *decoding):
+                for read in step.reads:
+                    read.cancel()
+                for decoded in step.decoded:
+                    decoded.cancel()
 
     def _ahead(
         self,
         plan: EpochPlan,
         numbers: Iterator[int],
+        reading: deque[_Step],
+        decoding: deque[_Step],
         readers: ThreadPoolExecutor,
         decoders: ThreadPoolExecutor,
         stop: threading.Event,
     ) -> Iterator[PlaceBatch]:
-        reading: deque[_Step] = deque()
-        decoding: deque[_Step] = deque()
         held = 0
         while True:
             while held < self.config.read_ahead_mb * MB or len(reading) + len(decoding) <= self.config.prefetch_batches:
