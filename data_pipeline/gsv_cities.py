@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-from numpy.typing import NDArray
+
+from data_pipeline.listing import CITY, CITY_BYTES, PlaceListing, build_listing
 
 COLUMNS = ("place_id", "year", "month", "northdeg", "city_id", "lat", "lon", "panoid")
 
@@ -27,41 +25,6 @@ _PATTERNS = {
     "lon": (_DEGREES, "degrees"),
     "panoid": (r"^[^/\\\x00]+$", "a name without slashes"),
 }
-# A tar header holds 100 bytes of name; WebDataset ends a sample's key at the first dot.
-_CITY = re.compile(r"[\w-]+")
-_CITY_BYTES = 64
-
-
-@dataclass(frozen=True)
-class PlaceListing:
-    """Places in (city, place) order and the images of each, in the order of the CSV rows.
-
-    `images` has a row an image: city, place (the city's own number), year, month, northdeg, lat and lon (text, as in
-    the CSV), panoid, file and csv (relative to `source`), row (line of the CSV; the header is line 1). Place p owns
-    rows `place_starts[p]` to `place_starts[p + 1]`.
-    """
-
-    source: Path
-    images: pa.Table
-    place_starts: NDArray[np.int64]
-    min_images_per_place: int
-    places_left_out: int
-    images_left_out: int
-
-    @property
-    def num_places(self) -> int:
-        """Places in all cities."""
-        return len(self.place_starts) - 1
-
-    @property
-    def num_images(self) -> int:
-        """Images of all places."""
-        return len(self.images)
-
-    @property
-    def cities(self) -> list[str]:
-        """Names of the cities, in order."""
-        return sorted(pc.unique(self.images["city"]).to_pylist())
 
 
 def read_gsv_cities(source: Path, *, min_images_per_place: int = 4, cities: list[str] | None = None) -> PlaceListing:
@@ -87,24 +50,8 @@ def read_gsv_cities(source: Path, *, min_images_per_place: int = 4, cities: list
             if city not in known:
                 raise ValueError(f"{folder}: no city {city}; there are {', '.join(known)}")
         images = images.filter(pc.is_in(images["city"], pa.array(cities, pa.string())))
-    images = images.sort_by([(name, "ascending") for name in ("city", "place", "csv", "row")])
-
-    starts = _group_starts(images)
-    counts = np.diff(starts)
-    keep = counts >= min_images_per_place
-    if not keep.any():
-        raise ValueError(
-            f"{source}: none of {len(counts)} places has {min_images_per_place} images (the largest has "
-            f"{counts.max(initial=0)}); lower min_images_per_place"
-        )
-    return PlaceListing(
-        source=source,
-        images=images.filter(pa.array(np.repeat(keep, counts))).combine_chunks(),
-        place_starts=np.concatenate([[0], np.cumsum(counts[keep])]).astype(np.int64),
-        min_images_per_place=min_images_per_place,
-        places_left_out=int((~keep).sum()),
-        images_left_out=int(counts[~keep].sum()),
-    )
+    folders = [f"Images/{city}" for city in sorted(pc.unique(images["city"]).to_pylist())]
+    return build_listing(source, images, min_images_per_place=min_images_per_place, folders=folders)
 
 
 def _read_csv(path: Path, name: str) -> pa.Table:
@@ -135,8 +82,8 @@ def _read_csv(path: Path, name: str) -> pa.Table:
     for column, (pattern, expected) in _PATTERNS.items():
         _check(table[column], pc.match_substring_regex(table[column], pattern), rows, path, column, expected)
     for city in pc.unique(table["city_id"]).to_pylist():
-        if not _CITY.fullmatch(city) or len(city.encode()) > _CITY_BYTES:
-            expected = f"at most {_CITY_BYTES} letters, digits, '_' and '-' (no dot: a sample's key ends at the first)"
+        if not CITY.fullmatch(city) or len(city.encode()) > CITY_BYTES:
+            expected = f"at most {CITY_BYTES} letters, digits, '_' and '-' (no dot: a sample's key ends at the first)"
             _check(table["city_id"], pc.not_equal(table["city_id"], city), rows, path, "city_id", expected)
 
     numbers = {column: table[column].cast(pa.int64()) for column in ("place_id", "year", "month", "northdeg")}
@@ -154,8 +101,8 @@ def _read_csv(path: Path, name: str) -> pa.Table:
             "year": numbers["year"],
             "month": numbers["month"],
             "northdeg": numbers["northdeg"],
-            "lat": table["lat"],
-            "lon": table["lon"],
+            "lat": table["lat"].cast(pa.float64()),
+            "lon": table["lon"].cast(pa.float64()),
             "panoid": table["panoid"],
             "file": pc.binary_join_element_wise("Images/", city, "/", stem, ".jpg", ""),
             "csv": pa.repeat(name, len(table)),
@@ -171,13 +118,3 @@ def _check(
     wrong = pc.index(valid, pa.scalar(False)).as_py()
     if wrong >= 0:
         raise ValueError(f"{path} row {rows[wrong]}: {column} is {values[wrong].as_py()!r}; expected {expected}")
-
-
-def _group_starts(images: pa.Table) -> NDArray[np.int64]:
-    """Where each place starts in rows sorted by (city, place), and the number of rows at the end."""
-    if len(images) == 0:
-        return np.zeros(1, dtype=np.int64)
-    city = images["city"].combine_chunks().dictionary_encode().indices.to_numpy()
-    place = images["place"].to_numpy()
-    first = (np.diff(city) != 0) | (np.diff(place) != 0)
-    return np.concatenate([[0], np.flatnonzero(first) + 1, [len(images)]]).astype(np.int64)

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import torch
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def decode(data: bytes, side: int) -> torch.Tensor:
-    """An image file's bytes as uint8 [3, side, side]: RGB, resized anisotropically (antialiased bilinear, on uint8).
+def decode(data: bytes, side: int, interpolation: str = "bilinear") -> torch.Tensor:
+    """An image file's bytes as uint8 [3, side, side]: RGB, resized anisotropically (antialiased, on uint8).
+
+    `interpolation` is "bilinear" or "bicubic".
 
     Raises ValueError where the bytes are no complete image.
     """
@@ -23,7 +26,7 @@ def decode(data: bytes, side: int) -> torch.Tensor:
         image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[0]) from error
-    return F.resize(image, [side, side], antialias=True)
+    return F.resize(image, [side, side], interpolation=InterpolationMode(interpolation), antialias=True)
 
 
 def read_image(path: Path, side: int) -> torch.Tensor:

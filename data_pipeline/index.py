@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from data_pipeline.storage import RangeReader, is_remote, join
 
 FORMAT_VERSION = 1
 INDEX = "index.parquet"
@@ -43,7 +46,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that was left out: its CSV and line, its file (both relative to the data set), and why."""
+    """An image that was left out: its CSV (if one lists it) and line, its file (relative to the data set), and why."""
 
     csv: str
     row: int
@@ -51,7 +54,8 @@ class BadImage:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.csv} row {self.row}: {self.file}: {self.reason}"
+        where = f"{self.csv} row {self.row}: " if self.csv else ""
+        return f"{where}{self.file}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -79,23 +83,38 @@ class ShardSetMetadata:
 
 
 @dataclass(frozen=True)
+class PlaceRange:
+    """Where a place lies: V views in one byte range [start, start + length) of a tar.
+
+    `offsets` (int64 [V], from `start`), `sizes` (int64 [V]) and `crc32` (uint32 [V]) are those of the views; `version`
+    is the sha256 of the tar.
+    """
+
+    location: str
+    version: str
+    start: int
+    length: int
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    crc32: NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
 class ShardIndex:
     """A shard set's index: rows sorted by (place_id, view), place ids 0 to n-1, the views of a place 0 to v-1.
 
-    Per image: view, offset and size (bytes in the tar), crc32, shard (number in `metadata.shards`). Per place:
-    place_starts (int64 [n + 1], rows of place p are place_starts[p] to place_starts[p + 1]), num_views, place_city
-    (number in `cities`). `table` holds every column.
+    Per image: offset and size (bytes in the tar), crc32. Per place: place_starts (int64 [n + 1], rows of place p are
+    place_starts[p] to place_starts[p + 1]), num_views, place_city (number in `cities`), place_shard (number in
+    `metadata.shards`). `table` reads every column when it is asked for.
     """
 
-    folder: Path
-    table: pa.Table
+    location: str
     metadata: ShardSetMetadata
     cities: list[str]
     place_starts: NDArray[np.int64]
     num_views: NDArray[np.int64]
     place_city: NDArray[np.int64]
-    view: NDArray[np.int32]
-    shard: NDArray[np.int64]
+    place_shard: NDArray[np.int64]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
     crc32: NDArray[np.uint32]
@@ -108,15 +127,29 @@ class ShardIndex:
     @property
     def num_images(self) -> int:
         """Images of all places."""
-        return len(self.table)
+        return len(self.size)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All columns of all rows."""
+        return read_table(_source(self.location, RangeReader()), join(self.location, INDEX))[0]
 
     def rows(self, place_id: int) -> slice:
         """The rows of a place."""
         return slice(int(self.place_starts[place_id]), int(self.place_starts[place_id + 1]))
 
+    def place_range(self, place_id: int) -> PlaceRange:
+        """Where the views of a place lie."""
+        rows, shard = self.rows(place_id), self.metadata.shards[int(self.place_shard[place_id])]
+        offsets, sizes = self.offset[rows], self.size[rows]
+        start = int(offsets[0])
+        length = int(offsets[-1] + sizes[-1]) - start
+        location = join(self.location, shard.name)
+        return PlaceRange(location, shard.sha256, start, length, offsets - start, sizes, self.crc32[rows])
+
     def shard_path(self, place_id: int) -> Path:
-        """The tar that holds a place."""
-        return self.folder / self.metadata.shards[int(self.shard[self.place_starts[place_id]])].name
+        """The tar that holds a place, where the set lies on this machine."""
+        return Path(self.location) / self.metadata.shards[int(self.place_shard[place_id])].name
 
 
 def write_index(folder: Path, table: pa.Table, metadata: ShardSetMetadata) -> None:
@@ -127,7 +160,7 @@ def write_index(folder: Path, table: pa.Table, metadata: ShardSetMetadata) -> No
     temporary = folder / f"{INDEX}.tmp"
     write_table(temporary, table, asdict(metadata))
     digest = folder / f"{INDEX_DIGEST}.tmp"
-    digest.write_text(f"{file_sha256(temporary)}  {INDEX}\n")
+    digest.write_bytes(digest_line(file_sha256(temporary)))
     sync(digest)
     digest.replace(folder / INDEX_DIGEST)
     temporary.replace(folder / INDEX)
@@ -141,81 +174,140 @@ def write_table(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
     sync(path)
 
 
-def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """A table that `write_table` wrote, and its metadata; ValueError where it is damaged or something else."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
-            said = dict(table.schema.metadata or {})
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: damaged, or no Parquet file ({str(error).splitlines()[0]})") from error
-    try:
-        metadata = json.loads(said[METADATA_KEY])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: a Parquet file, but not the index of a shard set") from error
-    version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {version}; expected {FORMAT_VERSION}: shard the data again")
-    if not table.schema.equals(SCHEMA):
-        raise ValueError(f"{path}: its columns are not those of format version {FORMAT_VERSION}; shard the data again")
-    return table, metadata
+def read_table(source: Path | pa.Buffer, name: str | Path = "") -> tuple[pa.Table, dict[str, Any]]:
+    """A table that `write_table` wrote, and its metadata; ValueError where it is damaged or something else.
+
+    `name` stands for the source in errors.
+    """
+    name = name or str(source)
+    with _open_parquet(source, name) as file:
+        metadata = _table_metadata(file, name)
+        return _columns(file, name), metadata
 
 
-def read_index(folder: Path) -> ShardIndex:
-    """The index of the shard set at `folder`.
+def read_index(folder: str | Path, reader: RangeReader | None = None, *, check_digest: bool = True) -> ShardIndex:
+    """The index of the shard set at `folder`, a path or a URL, which `reader` reads.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged, foreign, of another format version,
-    or contradicts itself.
+    or contradicts itself, StorageError where a server does not answer. `check_digest` holds it against its sha256.
     """
-    path = folder / INDEX
-    if not path.is_file():
-        what = "no such folder" if not folder.is_dir() else f"no {INDEX}: not a shard set, or not finished"
-        raise FileNotFoundError(f"{folder}: {what}; `rerankvpr shard gsv-cities SRC {folder}` writes one")
-    table, raw = read_table(path)
+    location, reader = str(folder), reader or RangeReader()
+    name = join(location, INDEX)
+    source = _source(location, reader)
+    with _open_parquet(source, name) as file:
+        raw = _table_metadata(file, name)
+    if check_digest:
+        _check_digest(location, source, reader)
     try:
         raw["bad"] = [BadImage(**bad) for bad in raw["bad"]]
         raw["shards"] = [ShardFile(**shard) for shard in raw["shards"]]
         metadata = ShardSetMetadata(**raw)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its metadata is not that of a shard set") from error
+        raise ValueError(f"{name}: its metadata is not that of a shard set") from error
 
-    place_id, view = table["place_id"].to_numpy(), table["view"].to_numpy()
-    starts = np.concatenate([np.flatnonzero(np.diff(place_id, prepend=-1)), [len(table)]]).astype(np.int64)
-    num_views = np.diff(starts)
-    names = {shard.name: number for number, shard in enumerate(metadata.shards)}
-    shard_codes = table["shard"].combine_chunks().dictionary_encode()
-    numbers = np.array([names.get(name, -1) for name in shard_codes.dictionary.to_pylist()], dtype=np.int64)
-    shard = numbers[shard_codes.indices.to_numpy()]
-    city_codes = table["city"].combine_chunks().dictionary_encode()
-    city = city_codes.indices.to_numpy().astype(np.int64)
-    first = starts[:-1]
+    with _open_parquet(source, name, read_dictionary=["city", "shard"]) as file:
+        # One column at a time: all at once take twice as long where there are many rows.
+        place_id, view, offset, size, crc32 = (
+            _columns(file, name, [column])[column].to_numpy()
+            for column in ("place_id", "view", "offset", "size", "crc32")
+        )
+        city_names, city = _codes(_columns(file, name, ["city"])["city"])
+        shard_names, shard_code = _codes(_columns(file, name, ["shard"])["shard"])
+    starts = np.append(np.flatnonzero(view == 0), len(view))
+    num_views, first = np.diff(starts), starts[:-1]
+    numbers = {shard.name: number for number, shard in enumerate(metadata.shards)}
+    place_shard = np.array([numbers.get(name, -1) for name in shard_names], dtype=np.int64)[shard_code[first]]
     consistent = (
-        len(table) == metadata.images > 0
+        len(view) == metadata.images > 0
         and len(first) == metadata.places
         and np.array_equal(place_id, np.repeat(np.arange(len(first)), num_views))
-        and np.array_equal(view, np.arange(len(table)) - np.repeat(first, num_views))
+        and np.array_equal(view, np.arange(len(view)) - np.repeat(first, num_views))
         and np.array_equal(city, np.repeat(city[first], num_views))
-        and np.array_equal(shard, np.repeat(shard[first], num_views))
-        and shard.min() >= 0
+        and np.array_equal(shard_code, np.repeat(shard_code[first], num_views))
+        and place_shard.min() >= 0
     )
     if not consistent:
-        raise ValueError(f"{path}: its rows contradict its metadata or each other; shard the data again")
+        raise ValueError(f"{name}: its rows contradict its metadata or each other; shard the data again")
     return ShardIndex(
-        folder=folder,
-        table=table,
+        location=location,
         metadata=metadata,
-        cities=city_codes.dictionary.to_pylist(),
+        cities=city_names,
         place_starts=starts,
         num_views=num_views,
-        place_city=city[first],
-        view=view,
-        shard=shard,
-        offset=table["offset"].to_numpy(),
-        size=table["size"].to_numpy(),
-        crc32=table["crc32"].to_numpy(),
+        place_city=city[first].astype(np.int64),
+        place_shard=place_shard,
+        offset=offset,
+        size=size,
+        crc32=crc32,
     )
+
+
+def _source(location: str, reader: RangeReader) -> Path | pa.Buffer:
+    """What Parquet reads the index from: the file itself, or the bytes that a server gave."""
+    if is_remote(location):
+        return pa.py_buffer(reader.read_file(join(location, INDEX)))
+    path = Path(location) / INDEX
+    if not path.is_file():
+        what = "no such folder" if not Path(location).is_dir() else f"no {INDEX}: not a shard set, or not finished"
+        raise FileNotFoundError(f"{location}: {what}; `rerankvpr shard KIND SRC {location}` writes one")
+    return path
+
+
+def _open_parquet(source: Path | pa.Buffer, name: str | Path, **options: Any) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(
+            source if isinstance(source, Path) else pa.BufferReader(source), page_checksum_verification=True, **options
+        )
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _damaged(name, error) from error
+
+
+def _columns(file: pq.ParquetFile, name: str | Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return file.read(columns=columns)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"{name}: damaged, or no Parquet file ({str(error).splitlines()[0]})")
+
+
+def _table_metadata(file: pq.ParquetFile, name: str | Path) -> dict[str, Any]:
+    try:
+        metadata: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{name}: a Parquet file, but not the index of a shard set") from error
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{name}: format version {version}; expected {FORMAT_VERSION}: shard the data again")
+    if not file.schema_arrow.equals(SCHEMA):
+        raise ValueError(f"{name}: its columns are not those of format version {FORMAT_VERSION}; shard the data again")
+    return metadata
+
+
+def _check_digest(location: str, source: Path | pa.Buffer, reader: RangeReader) -> None:
+    try:
+        said = reader.read_file(join(location, INDEX_DIGEST))
+    except FileNotFoundError:
+        return
+    digest = file_sha256(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
+    if said != digest_line(digest):
+        raise ValueError(f"{join(location, INDEX)}: damaged: its sha256 is not the one in {INDEX_DIGEST}")
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int32]]:
+    """The distinct values of a dictionary column, and each row's number in them."""
+    array = column.unify_dictionaries().combine_chunks()
+    chunk = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return chunk.dictionary.to_pylist(), chunk.indices.to_numpy()
+
+
+def digest_line(sha256: str) -> bytes:
+    """What `index.parquet.sha256` holds, in the form that `sha256sum -c` reads."""
+    return f"{sha256}  {INDEX}\n".encode()
 
 
 def file_sha256(path: Path) -> str:

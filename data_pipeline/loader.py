@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from configs.schema import DataConfig
+from data_pipeline.cache import RangeCache
 from data_pipeline.images import decode
-from data_pipeline.index import ShardIndex
+from data_pipeline.index import PlaceRange
 from data_pipeline.plan import EpochPlan
+from data_pipeline.storage import RangeReader, is_remote
+
+MB = 2**20
+GB = 2**30
 
 
 @dataclass(frozen=True)
 class PlaceBatch:
     """A rank's share of a global step: B = P/W * K images, those of a place together."""
 
-    images_B3HW: torch.Tensor  # uint8
+    images_B3HW: torch.Tensor  # uint8, in pinned memory where there is a GPU
     place_ids_B: torch.Tensor  # int64
     views_B: torch.Tensor  # int64
 
@@ -33,19 +39,55 @@ class TooManyBadImagesError(RuntimeError):
     """More unreadable images than data.max_bad_images."""
 
 
+class Places(Protocol):
+    """What a loader reads from: a shard set's index, or several sets as one."""
+
+    def place_range(self, place_id: int) -> PlaceRange:
+        """Where the views of a place lie."""
+
+
+@dataclass
+class _Step:
+    """A step under way: its places are read, then decoded into their part of one tensor."""
+
+    places: NDArray[np.int64]
+    views_PK: NDArray[np.int64]
+    ranges: list[PlaceRange]
+    reads: list[Future[bytes]] = field(default_factory=list)
+    images_B3HW: torch.Tensor | None = None
+    decoded: list[Future[None]] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(place.length for place in self.ranges)
+
+    def batch(self) -> PlaceBatch:
+        for future in self.decoded:
+            future.result()
+        assert self.images_B3HW is not None
+        place_ids_B = torch.from_numpy(np.repeat(self.places, self.views_PK.shape[1]))
+        return PlaceBatch(self.images_B3HW, place_ids_B, torch.from_numpy(self.views_PK.reshape(-1).copy()))
+
+
 class PlaceLoader:
     """Reads places from tar shards, one range read a place, and decodes their planned views in threads.
 
-    A view whose bytes differ from the index's crc32, or do not decode, is replaced by the next view of the same place,
-    so the replacement depends on nothing but the plan; it is named on stderr once and counted, and more than
-    data.max_bad_images of them on a rank stop the run.
+    Places are read ahead of the decoder up to data.read_ahead_mb, and steps decoded ahead of the caller up to
+    data.prefetch_batches. A view whose bytes differ from the index's crc32, or do not decode, is replaced by the next
+    view of the same place, so the replacement depends on nothing but the plan; it is named on stderr once and counted,
+    and more than data.max_bad_images of them on a rank stop the run.
     """
 
-    def __init__(self, index: ShardIndex, config: DataConfig, *, rank: int, world_size: int) -> None:
-        self.index, self.config = index, config
+    def __init__(
+        self, places: Places, config: DataConfig, *, rank: int, world_size: int, reader: RangeReader | None = None
+    ) -> None:
+        self.places, self.config = places, config
         self.rank, self.world_size = rank, world_size
         self.bad_images: dict[tuple[int, int], str] = {}
-        self._files: dict[Path, int] = {}
+        self.reader = reader or build_reader(config, rank=rank)
+        self._pinned = torch.cuda.is_available()
+        self._lock = threading.Lock()
+        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
 
     @property
     def num_bad_images(self) -> int:
@@ -54,73 +96,143 @@ class PlaceLoader:
 
     def batches(self, plan: EpochPlan, steps: Iterable[int]) -> Iterator[PlaceBatch]:
         """This rank's share of the given steps of an epoch, decoded ahead of the caller."""
-        threads = self.config.decode_threads
-        if threads == 0:
-            for step in steps:
-                places, views_PK = plan.rank_slice(step, self.rank, self.world_size)
-                yield self._batch(
-                    places, views_PK, [self._read_place(p, v) for p, v in zip(places, views_PK, strict=True)]
-                )
+        if self.config.decode_threads == 0:
+            for number in steps:
+                step = self._plan_step(plan, number)
+                images_PK3HW = self._empty(step)
+                for place, planned, views_K, out in zip(
+                    step.places, step.ranges, step.views_PK, images_PK3HW, strict=True
+                ):
+                    self._decode_place(int(place), planned, views_K, self._read(planned), out)
+                yield step.batch()
             return
-        waiting: deque[tuple[np.ndarray, np.ndarray, list[Future[torch.Tensor]]]] = deque()
-        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-            try:
-                for step in steps:
-                    places, views_PK = plan.rank_slice(step, self.rank, self.world_size)
-                    futures = [pool.submit(self._read_place, p, v) for p, v in zip(places, views_PK, strict=True)]
-                    waiting.append((places, views_PK, futures))
-                    if len(waiting) > self.config.prefetch_batches:
-                        yield self._finish(*waiting.popleft())
-                while waiting:
-                    yield self._finish(*waiting.popleft())
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        if self._pools is None:  # kept from epoch to epoch: threads that come and go fragment the memory
+            self._pools = (
+                ThreadPoolExecutor(self.config.read_threads, thread_name_prefix="read"),
+                ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode"),
+            )
+        stop = threading.Event()
+        reading: deque[_Step] = deque()
+        decoding: deque[_Step] = deque()
+        try:
+            yield from self._ahead(plan, iter(steps), reading, decoding, *self._pools, stop)
+        finally:
+            stop.set()
+            for step in (*reading, *decoding):
+                for read in step.reads:
+                    read.cancel()
+                for decoded in step.decoded:
+                    decoded.cancel()
 
-    def _finish(self, places: np.ndarray, views_PK: np.ndarray, futures: list[Future[torch.Tensor]]) -> PlaceBatch:
-        return self._batch(places, views_PK, [future.result() for future in futures])
+    def _ahead(
+        self,
+        plan: EpochPlan,
+        numbers: Iterator[int],
+        reading: deque[_Step],
+        decoding: deque[_Step],
+        readers: ThreadPoolExecutor,
+        decoders: ThreadPoolExecutor,
+        stop: threading.Event,
+    ) -> Iterator[PlaceBatch]:
+        held = 0
+        while True:
+            while held < self.config.read_ahead_mb * MB or len(reading) + len(decoding) <= self.config.prefetch_batches:
+                number = next(numbers, None)
+                if number is None:
+                    break
+                step = self._plan_step(plan, number)
+                step.reads = [readers.submit(self._read, planned, stop) for planned in step.ranges]
+                held += step.num_bytes
+                reading.append(step)
+            while reading and len(decoding) <= self.config.prefetch_batches:
+                step = reading.popleft()
+                self._start_decoding(step, decoders)
+                decoding.append(step)
+            if not decoding:
+                return
+            step = decoding.popleft()
+            batch = step.batch()
+            held -= step.num_bytes
+            del step
+            yield batch
 
-    def _batch(self, places: np.ndarray, views_PK: np.ndarray, images: list[torch.Tensor]) -> PlaceBatch:
-        place_ids_B = torch.from_numpy(np.repeat(places, views_PK.shape[1]))
-        return PlaceBatch(torch.cat(images), place_ids_B, torch.from_numpy(views_PK.reshape(-1).copy()))
+    def _start_decoding(self, step: _Step, decoders: ThreadPoolExecutor) -> None:
+        def decode_one(number: int, out_K3HW: torch.Tensor) -> None:
+            data = step.reads[number].result()
+            self._decode_place(int(step.places[number]), step.ranges[number], step.views_PK[number], data, out_K3HW)
 
-    def _read_place(self, place: int, views_K: np.ndarray) -> torch.Tensor:
-        """The planned views of a place, uint8 [K, 3, side, side]."""
-        rows = self.index.rows(place)
-        offsets, sizes = self.index.offset[rows], self.index.size[rows]
-        first = int(offsets[0])
-        length = int(offsets[-1] + sizes[-1]) - first
-        data = os.pread(self._open(self.index.shard_path(place)), length, first)
-        return torch.stack([self._decode_view(place, int(view), data, offsets - first, sizes) for view in views_K])
+        step.decoded = [decoders.submit(decode_one, number, out) for number, out in enumerate(self._empty(step))]
 
-    def _decode_view(self, place: int, view: int, data: bytes, offsets: np.ndarray, sizes: np.ndarray) -> torch.Tensor:
-        crcs = self.index.crc32[self.index.rows(place)]
-        for turn in range(len(sizes)):
-            candidate = (view + turn) % len(sizes)
-            jpeg = data[offsets[candidate] : offsets[candidate] + sizes[candidate]]
-            if zlib.crc32(jpeg) != crcs[candidate]:
-                self._note(place, candidate, "its bytes differ from the index's crc32")
+    def _plan_step(self, plan: EpochPlan, number: int) -> _Step:
+        places, views_PK = plan.rank_slice(number, self.rank, self.world_size)
+        return _Step(places, views_PK, [self.places.place_range(int(place)) for place in places])
+
+    def _empty(self, step: _Step) -> torch.Tensor:
+        """The step's batch to be filled, as [P, K, 3, side, side]."""
+        side, shape_PK = self.config.image_size, step.views_PK.shape
+        step.images_B3HW = torch.empty(step.views_PK.size, 3, side, side, dtype=torch.uint8, pin_memory=self._pinned)
+        return step.images_B3HW.view(*shape_PK, 3, side, side)
+
+    def _read(self, place: PlaceRange, stop: threading.Event | None = None) -> bytes:
+        """The bytes of a place; where they came over a network and differ from the index, once more from the source."""
+        data = self.reader.read(place.location, place.start, place.length, version=place.version, stop=stop)
+        if is_remote(place.location) and not all(_is_whole(place, data, view) for view in range(len(place.sizes))):
+            data = self.reader.read(
+                place.location, place.start, place.length, version=place.version, fresh=True, stop=stop
+            )
+        return data
+
+    def _decode_place(
+        self, place: int, planned: PlaceRange, views_K: NDArray[np.int64], data: bytes, out_K3HW: torch.Tensor
+    ) -> None:
+        """Decodes the planned views of a place into `out`, uint8 [K, 3, side, side]."""
+        for view, out in zip(views_K.tolist(), out_K3HW, strict=True):
+            self._decode_view(place, planned, view, data, out)
+
+    def _decode_view(self, place: int, planned: PlaceRange, view: int, data: bytes, out: torch.Tensor) -> None:
+        num_views = len(planned.sizes)
+        for candidate in (*range(view, num_views), *range(view)):
+            if not _is_whole(planned, data, candidate):
+                self._note(place, planned, candidate, "its bytes differ from the index's crc32")
                 continue
             try:
-                return decode(jpeg, self.config.image_size)
+                out.copy_(decode(_jpeg(planned, data, candidate), self.config.image_size, self.config.interpolation))
             except ValueError as error:
-                self._note(place, candidate, str(error))
+                self._note(place, planned, candidate, str(error))
+            else:
+                return
         raise TooManyBadImagesError(
-            f"{self.index.shard_path(place)}: place {place} has no readable image left; run `rerankvpr verify`"
+            f"{planned.location}: place {place} has no readable image left; run `rerankvpr verify`"
         )
 
-    def _open(self, shard: Path) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(shard, os.O_RDONLY)
-        return self._files[shard]
-
-    def _note(self, place: int, view: int, reason: str) -> None:
-        if (place, view) in self.bad_images:
-            return
-        self.bad_images[place, view] = reason
-        where = f"{self.index.shard_path(place)}: place {place} view {view}"
+    def _note(self, place: int, planned: PlaceRange, view: int, reason: str) -> None:
+        with self._lock:
+            if (place, view) in self.bad_images:
+                return
+            self.bad_images[place, view] = reason
+            count = len(self.bad_images)
+        where = f"{planned.location}: place {place} view {view}"
         print(f"rerankvpr: rank {self.rank}: {where}: {reason}; another view takes its place", file=sys.stderr)
-        if len(self.bad_images) > self.config.max_bad_images:
+        if count > self.config.max_bad_images:
             raise TooManyBadImagesError(
                 f"{where}: {reason}; this is more than data.max_bad_images {self.config.max_bad_images} bad images "
                 "on a rank; run `rerankvpr verify`"
             )
+
+
+def build_reader(config: DataConfig, *, rank: int = 0) -> RangeReader:
+    """The reader that a recipe asks for, with its cache; outages are told on stderr."""
+    cache = RangeCache(config.cache, int(config.cache_gb * GB)) if config.cache else None
+    return RangeReader(
+        retry_s=config.remote_retry_s,
+        cache=cache,
+        on_retry=lambda text: print(f"rerankvpr: rank {rank}: {text}", file=sys.stderr),
+    )
+
+
+def _jpeg(place: PlaceRange, data: bytes, view: int) -> bytes:
+    return data[place.offsets[view] : place.offsets[view] + place.sizes[view]]
+
+
+def _is_whole(place: PlaceRange, data: bytes, view: int) -> bool:
+    return zlib.crc32(_jpeg(place, data, view)) == place.crc32[view]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+from torchvision.transforms.v2.functional import resize
 
 _READ_AHEAD = 64
 
@@ -23,21 +24,25 @@ class Photo:
     height: int
 
 
-def read_photos(paths: Iterable[Path], pool: ThreadPoolExecutor) -> Iterator[Photo | str]:
-    """Each file's photograph, or why it has none, in order and read a little ahead."""
+def read_photos(
+    paths: Iterable[Path], pool: ThreadPoolExecutor, *, max_side: int | None = None, quality: int = 95
+) -> Iterator[Photo | str]:
+    """Each file's photograph, or why it has none, in order and read a little ahead; see `read_photo`."""
     waiting: deque[Future[Photo | str]] = deque()
     for path in paths:
-        waiting.append(pool.submit(read_photo, path))
+        waiting.append(pool.submit(read_photo, path, max_side, quality))
         if len(waiting) > _READ_AHEAD:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def read_photo(path: Path) -> Photo | str:
+def read_photo(path: Path, max_side: int | None = None, quality: int = 95) -> Photo | str:
     """The photograph in a file, or why it has none: missing, unreadable, empty, no JPEG, or cut off.
 
-    torchvision's decoder, which training uses too, refuses a JPEG that ends early, be it by its last byte.
+    torchvision's decoder, which training uses too, refuses a JPEG that ends early, be it by its last byte. A photograph
+    whose longer side exceeds `max_side` is scaled to it (antialiased bilinear) and written again with `quality`, 1 to
+    100; others keep their bytes.
     """
     try:
         jpeg = path.read_bytes()
@@ -53,4 +58,10 @@ def read_photo(path: Path) -> Photo | str:
         pixels = decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError:
         return "truncated or damaged JPEG"
-    return Photo(jpeg, width=pixels.shape[2], height=pixels.shape[1])
+    height, width = pixels.shape[1:]
+    if max_side is not None and max(height, width) > max_side:
+        scale = max_side / max(height, width)
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        pixels = resize(pixels, [height, width], antialias=True)
+        jpeg = encode_jpeg(pixels, quality=quality).numpy().tobytes()
+    return Photo(jpeg, width=width, height=height)

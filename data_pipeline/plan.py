@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
@@ -21,6 +24,20 @@ class EpochPlan:
     def num_steps(self) -> int:
         """S, global steps in the epoch."""
         return len(self.places_SP)
+
+    def write(self, path: Path) -> None:
+        """Write the plan as Parquet, a row for each place of each step: step, slot, place_id, views (list)."""
+        steps, places, k = self.views_SPK.shape
+        views = pa.FixedSizeListArray.from_arrays(pa.array(self.views_SPK.reshape(-1)), k)
+        columns = {
+            "step": np.repeat(np.arange(steps), places),
+            "slot": np.tile(np.arange(places), steps),
+            "place_id": self.places_SP.reshape(-1),
+            "views": views,
+        }
+        temporary = path.with_name(f"{path.name}.tmp")
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
+        temporary.replace(path)
 
     def rank_slice(self, step: int, rank: int, world_size: int) -> tuple[Int64, Int64]:
         """Rank's share of a step: places [P/W] and views [P/W, K]; P must be divisible by W."""
@@ -39,20 +56,24 @@ def plan_epoch(
     images_per_place: int,
     composition: str,
     repeat: dict[int, int] | None = None,
+    visits: Int64 | None = None,
 ) -> EpochPlan:
     """The plan of one epoch over places 0..n-1, given each place's city number and number of views (int64 [n]).
 
     composition "mixed" draws a batch from all cities; "city" fills batches from one city each, and only what is left
-    over of the cities is mixed. Each place comes once an epoch (`repeat[city]` times for the cities named there), K of
-    its views without replacement; the last incomplete batch is dropped, another one each epoch. Nothing about ranks,
-    workers or resume enters, and only raw 64-bit draws do, whose stream numpy guarantees over versions.
+    over of the cities is mixed. Each place comes once an epoch (`visits` times, int64 [n], if given; times
+    `repeat[city]` for the cities named there), K of its views without replacement; the last incomplete batch is
+    dropped, another one each epoch. Nothing about ranks, workers or resume enters, and only raw 64-bit draws do, whose
+    stream numpy guarantees over versions.
     Raises ValueError where there are fewer places than a batch takes or a place has fewer than K views.
     """
     repeat = repeat or {}
-    if len(num_views) < places_per_batch:
+    if visits is None:
+        visits = np.ones(len(num_views), dtype=np.int64)
+    num_seen = int(np.count_nonzero(visits))
+    if num_seen < places_per_batch:
         raise ValueError(
-            f"{len(num_views)} places are fewer than data.places_per_batch {places_per_batch}; "
-            f"use at most {len(num_views)}"
+            f"{num_seen} places are fewer than data.places_per_batch {places_per_batch}; use at most {num_seen}"
         )
     if num_views.min() < images_per_place:
         place = int(num_views.argmin())
@@ -64,9 +85,9 @@ def plan_epoch(
     if composition == "mixed":
         if repeat:
             raise ValueError("data.repeat needs data.composition city")
-        stream = _shuffled(np.arange(len(num_views), dtype=np.int64), bits)
+        stream = _rounds(np.arange(len(num_views), dtype=np.int64), visits, places_per_batch, bits)
     else:
-        stream = _city_stream(place_city, places_per_batch, repeat, bits)
+        stream = _city_stream(place_city, places_per_batch, repeat, visits, bits)
     num_steps = len(stream) // places_per_batch
     places_SP = stream[: num_steps * places_per_batch].reshape(num_steps, places_per_batch)
     places_SP = places_SP[_shuffled(np.arange(num_steps), bits)]
@@ -77,7 +98,40 @@ def _shuffled(items: Int64, bits: np.random.Philox) -> Int64:
     return items[np.argsort(bits.random_raw(len(items)), kind="stable")]
 
 
-def _city_stream(place_city: Int64, batch: int, repeat: dict[int, int], bits: np.random.Philox) -> Int64:
+def visits_of_epoch(num_places: int, weight: float, *, seed: int, epoch: int, stream: int) -> Int64:
+    """Times that an epoch sees each place, int64 [n]: `weight`, rounded up for as many of them as its fraction says.
+
+    Which ones changes from epoch to epoch, until all had their turn; every epoch has as many. `stream` tells the sets
+    of a mixture apart. Nothing but the arguments enters.
+    """
+    visits = np.full(num_places, int(weight), dtype=np.int64)
+    more = round((weight - int(weight)) * num_places)
+    if more:
+        turn, part = divmod(epoch, -(-num_places // more))
+        bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(stream, turn)))
+        start = min(part * more, num_places - more)
+        visits[_shuffled(np.arange(num_places), bits)[start : start + more]] += 1
+    return visits
+
+
+def _rounds(places: Int64, visits: Int64, batch: int, bits: np.random.Philox) -> Int64:
+    """Each place `visits` times, shuffled in rounds so that no batch of the stream holds a place twice."""
+    stream = places[:0]
+    # The smallest round comes first: a later one then always has enough other places for the batch that is open.
+    for number in range(int(visits.max(initial=0)) - 1, -1, -1):
+        fresh = _shuffled(places[visits > number], bits)
+        if len(stream) and len(fresh) < batch:
+            raise ValueError(
+                f"{len(fresh)} places are to be seen {number + 1} times, fewer than data.places_per_batch {batch}; "
+                "lower their weight in data.mix"
+            )
+        # Places of the batch that is still open go to the end of the round.
+        again = np.isin(fresh, stream[len(stream) // batch * batch :])
+        stream = np.concatenate([stream, fresh[~again], fresh[again]])
+    return stream
+
+
+def _city_stream(place_city: Int64, batch: int, repeat: dict[int, int], visits: Int64, bits: np.random.Philox) -> Int64:
     """All places so that whole batches come first, each of one city, then the cities' left-overs."""
     whole, rest = [], []
     by_city = np.argsort(place_city, kind="stable")
@@ -90,12 +144,7 @@ def _city_stream(place_city: Int64, batch: int, repeat: dict[int, int], bits: np
                 f"data.repeat: city number {city} has {len(members[city])} places, fewer than "
                 f"data.places_per_batch {batch}; only larger cities can be repeated"
             )
-        stream = members[city][:0]
-        for _ in range(rounds):
-            fresh = _shuffled(members[city], bits)
-            # Places of the batch that is still open go to the end of the next round: no batch holds a place twice.
-            again = np.isin(fresh, stream[len(stream) // batch * batch :])
-            stream = np.concatenate([stream, fresh[~again], fresh[again]])
+        stream = _rounds(members[city], visits[members[city]] * rounds, batch, bits)
         cut = len(stream) // batch * batch
         whole.append(stream[:cut])
         rest.append(stream[cut:])

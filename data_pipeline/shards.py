@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.gsv_cities import PlaceListing
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX,
@@ -24,28 +25,32 @@ from data_pipeline.index import (
     BadImage,
     ShardFile,
     ShardSetMetadata,
-    file_sha256,
     read_index,
     read_table,
-    sync,
     write_index,
-    write_table,
 )
-from data_pipeline.tars import END_OF_TAR, pack_place
-
-if TYPE_CHECKING:
-    from data_pipeline.photos import Photo
+from data_pipeline.listing import PlaceListing
+from data_pipeline.tar_writer import (
+    BadImages,
+    TarJob,
+    TarResult,
+    end_with_parent,
+    finish_tar,
+    finish_tar_in_worker,
+    rows_file,
+    unfinished,
+)
 
 SHARD_BYTES = 256 * 2**20
-_COPIED = ("year", "month", "northdeg", "panoid")
-_NAMED = 3
+_JOBS_AHEAD = 2
+_STAT_THREADS = 16
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What a shard set holds, what was left out, and how many of its tars this run wrote."""
+    """What a shard set (or a part of one) holds, what was left out, and how many of its tars this run wrote."""
 
     folder: Path
     images: int
@@ -55,10 +60,11 @@ class ShardSummary:
     bad: list[BadImage]
     shards_written: int
     shards_reused: int
+    part: tuple[int, int] | None = None
 
     @property
     def was_complete(self) -> bool:
-        """Whether the whole set was there before."""
+        """Whether all of it was there before."""
         return self.shards_written == 0
 
 
@@ -80,56 +86,136 @@ def write_shards(
     *,
     shard_bytes: int = SHARD_BYTES,
     max_bad: float = 0.001,
+    max_side: int | None = None,
+    quality: int = 95,
     threads: int | None = None,
+    workers: int = 1,
+    part: tuple[int, int] | None = None,
     on_progress: Progress | None = None,
 ) -> ShardSummary:
-    """Write the shard set of `listing` to the folder `out`, with about `shard_bytes` of photographs in a tar.
+    """Write the shard set of `listing` to the folder `out`, with about `shard_bytes` of source photographs in a tar.
 
     Every photograph is decoded once by the decoder that training uses; one that is missing, cut off or no JPEG is left
     out and named, and so is a place that keeps fewer than `listing.min_images_per_place`. If more than the share
     `max_bad` of all images is bad, ValueError is raised and no index written; tars finished by then, or by a run that
     was interrupted, are reused by the next. `out` may hold nothing but this set: ValueError otherwise.
-    `on_progress(images done, images in all)` is called after each place.
+    Photographs larger than `max_side` are scaled to it and written with `quality`; others keep their bytes. `workers`
+    processes share `threads` decoding threads; neither changes a byte. With `part` (i, n) only every n-th tar from the
+    i-th on is written, beside other parts that may be running, and no index: a last run without `part` takes their tars
+    and writes it. `on_progress(images done, images in all)` is called after each place, or each tar of other processes.
     """
-    if not 0 <= max_bad <= 1:
-        raise ValueError(f"max_bad is {max_bad}; it is a share of all images, 0 to 1")
-    if shard_bytes < 1:
-        raise ValueError(f"shard_bytes is {shard_bytes}; use 1 or more (default {SHARD_BYTES})")
-    for city in listing.cities:
-        if not (listing.source / "Images" / city).is_dir():
-            raise FileNotFoundError(f"{listing.source}: no folder Images/{city}, which the CSV's city_id names")
+    _check_options(shard_bytes, max_bad, max_side, quality, workers, part)
+    for folder in listing.folders:
+        if not (listing.source / folder).is_dir():
+            raise FileNotFoundError(f"{listing.source}: no folder {folder}, which the CSV's city_id names")
     files = listing.images["file"].to_pylist()
-    sizes = np.array([_file_size(listing.source / file) for file in files], dtype=np.int64)
+    sizes = _file_sizes(listing.source, files)
     options = f"{FORMAT_VERSION} {shard_bytes} {listing.min_images_per_place}"
-    set_digest = _digest("\n".join([options, *files]))
+    if max_side is not None:
+        options += f" {max_side} {quality}"
+    set_digest = _digest("\n".join([options, *files]), *([listing.details] if listing.details else []))
     fingerprint = _digest(set_digest, sizes.tobytes())
     if (out / INDEX).exists():
         return _reuse_complete(out, fingerprint)
 
+    allowed = BadImages(max_bad, listing.num_images)
     missing = listing.images.take(np.flatnonzero(sizes < 0)).to_pylist()
-    _check_bad([_bad_image(image, "missing") for image in missing], listing.num_images, max_bad)
+    allowed.check([BadImage(image["csv"], image["row"], image["file"], "missing") for image in missing])
     place_bytes = np.add.reduceat(np.maximum(sizes, 0), listing.place_starts[:-1])
-    with _folder_for(out, set_digest), ThreadPoolExecutor(threads or os.cpu_count(), "decode") as pool:
-        run = _Run(listing, sizes, out, set_digest, max_bad, pool, on_progress)
-        for number, (start, stop) in enumerate(plan_shards(place_bytes, shard_bytes)):
-            name = f"shards/train-{number:06d}.tar"
-            if not run.reuse(name, start, stop):
-                run.write(name, start, stop)
-        metadata = run.finish(fingerprint)
-    return _summary(out, metadata, shards_reused=run.reused)
+    cores = threads or os.cpu_count() or 1
+
+    def job(number: int, start: int, stop: int) -> TarJob:
+        name = f"shards/train-{number:06d}.tar"
+        first, last = int(listing.place_starts[start]), int(listing.place_starts[stop])
+        return TarJob(
+            source=listing.source,
+            out=out,
+            name=name,
+            images=listing.images.slice(first, last - first),
+            place_sizes=np.diff(listing.place_starts[start : stop + 1]).tolist(),
+            set_digest=set_digest,
+            tar_digest=_digest(set_digest, f"{name} {start} {stop}", sizes[first:last].tobytes()),
+            min_images_per_place=listing.min_images_per_place,
+            max_side=max_side,
+            quality=quality,
+            threads=max(1, cores // workers),
+            allowed=allowed,
+        )
+
+    plan = list(enumerate(plan_shards(place_bytes, shard_bytes)))
+    mine = plan[part[0] :: part[1]] if part else plan
+    total = sum(int(listing.place_starts[stop] - listing.place_starts[start]) for _, (start, stop) in mine)
+    gathered = _Gathered(listing, allowed)
+    with _folder_for(out, set_digest, part, [out / f"shards/train-{number:06d}.tar" for number, _ in mine]):
+        jobs = (job(number, start, stop) for number, (start, stop) in mine)
+        for result in _results(jobs, min(workers, len(mine)), gathered, total, on_progress):
+            gathered.add(result)
+        if part:
+            return gathered.summary(out, gathered.metadata(fingerprint), part)
+        metadata = gathered.finish(out, fingerprint)
+    return gathered.summary(out, metadata)
+
+
+def _check_options(
+    shard_bytes: int, max_bad: float, max_side: int | None, quality: int, workers: int, part: tuple[int, int] | None
+) -> None:
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"max_bad is {max_bad}; it is a share of all images, 0 to 1")
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes is {shard_bytes}; use 1 or more (default {SHARD_BYTES})")
+    if max_side is not None and max_side < 1:
+        raise ValueError(f"max_side is {max_side}; give the longer side in pixels, 1 or more")
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality is {quality}; it is JPEG's, 1 to 100")
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; use 1 or more")
+    if part and not 0 <= part[0] < part[1]:
+        raise ValueError(f"part is {part[0]}/{part[1]}; it counts from 0: 0/{part[1]} to {part[1] - 1}/{part[1]}")
+
+
+def _results(
+    jobs: Iterator[TarJob], workers: int, gathered: _Gathered, total: int, on_progress: Progress | None
+) -> Iterator[TarResult]:
+    """The finished tars in order, by this process or by `workers` others."""
+    done = 0
+
+    def report(images: int) -> None:
+        if on_progress is not None:
+            on_progress(done + images, total)
+
+    if workers <= 1:
+        for job in jobs:
+            yield finish_tar(job, gathered.bad, report)
+            done += len(job.images)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    waiting: deque[tuple[int, Future[TarResult]]] = deque()
+    try:
+        for job in jobs:
+            waiting.append((len(job.images), pool.submit(finish_tar_in_worker, job)))
+            if len(waiting) > _JOBS_AHEAD * workers:
+                images, future = waiting.popleft()
+                yield future.result()
+                done += images
+                report(0)
+        while waiting:
+            images, future = waiting.popleft()
+            yield future.result()
+            done += images
+            report(0)
+    except BrokenProcessPool as error:
+        raise OSError("a worker process was killed (out of memory?); run again to go on, with fewer workers") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclass
-class _Run:
-    """One `write_shards` at work, and what the tars that are done hold."""
+class _Gathered:
+    """What the tars that are done hold."""
 
     listing: PlaceListing
-    sizes: NDArray[np.int64]
-    out: Path
-    set_digest: str
-    max_bad: float
-    pool: ThreadPoolExecutor
-    on_progress: Progress | None
+    allowed: BadImages
     shards: list[ShardFile] = field(default_factory=list)
     tables: list[pa.Table] = field(default_factory=list)
     bad: list[BadImage] = field(default_factory=list)
@@ -138,147 +224,69 @@ class _Run:
     places_lost: int = 0
     images_lost: int = 0
 
-    def reuse(self, name: str, start: int, stop: int) -> bool:
-        """Take over the tar of places [start, stop), if an earlier run finished just that."""
-        tar = self.out / name
-        if not (tar.is_file() and _rows_file(tar).is_file()):
-            return False
-        table, said = read_table(_rows_file(tar))
-        file = ShardFile(**said["file"])
-        if said["shard"] != self._shard_digest(name, start, stop) or file_sha256(tar) != file.sha256:
-            return False
-        for bad in said["bad"]:
-            self._add_bad(BadImage(**bad))
-        self._add_shard(file, table, said["places"], said["places_lost"], said["images_lost"])
-        self.reused += 1
-        self._report(stop)
-        return True
+    def add(self, tar: TarResult) -> None:
+        """Take a tar over; ValueError where the bad images become too many."""
+        self.bad += tar.bad
+        self.allowed.check(self.bad)
+        place_id = pa.array(tar.rows["place_id"].to_numpy() + self.places)
+        self.tables.append(tar.rows.replace_schema_metadata().set_column(0, SCHEMA.field("place_id"), place_id))
+        self.shards.append(tar.file)
+        self.reused += tar.reused
+        self.places += tar.places
+        self.places_lost += tar.places_lost
+        self.images_lost += tar.images_lost
 
-    def write(self, name: str, start: int, stop: int) -> None:
-        """Write the tar of places [start, stop) and the file of its rows, both under temporary names at first."""
-        # Importing torchvision takes seconds, which a set that is complete, or a user's mistake, need not wait for.
-        from data_pipeline.photos import read_photos
-
-        tar = self.out / name
-        temporary = tar.with_name(f"{tar.name}.tmp")
-        rows: list[dict[str, Any]] = []
-        bad_before, kept, places_lost, images_lost = len(self.bad), 0, 0, 0
-        digest = hashlib.sha256()
-        first, last = int(self.listing.place_starts[start]), int(self.listing.place_starts[stop])
-        images = self.listing.images.slice(first, last - first).to_pylist()
-        photos = read_photos([self.listing.source / image["file"] for image in images], self.pool)
-        with temporary.open("wb") as file:
-            for place in range(start, stop):
-                views = slice(*(int(self.listing.place_starts[p]) - first for p in (place, place + 1)))
-                good: list[tuple[dict[str, Any], Photo]] = []
-                for image in images[views]:
-                    photo = next(photos)
-                    if isinstance(photo, str):
-                        self._add_bad(_bad_image(image, photo))
-                    else:
-                        good.append((image, photo))
-                if len(good) < self.listing.min_images_per_place:
-                    places_lost += 1
-                    images_lost += len(good)
-                else:
-                    place_rows = [_index_row(image, photo, kept, name) for image, photo in good]
-                    sources = [Path(image["file"]).name for image, _ in good]
-                    data = pack_place(place_rows, [photo.jpeg for _, photo in good], sources, file.tell())
-                    digest.update(data)
-                    file.write(data)
-                    rows += place_rows
-                    kept += 1
-                self._report(place + 1)
-            digest.update(END_OF_TAR)
-            file.write(END_OF_TAR)
-            shard = ShardFile(name, file.tell(), digest.hexdigest())
-        sync(temporary)
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        said = {
-            "format_version": FORMAT_VERSION,
-            "set": self.set_digest,
-            "shard": self._shard_digest(name, start, stop),
-            "file": asdict(shard),
-            "bad": [asdict(bad) for bad in self.bad[bad_before:]],
-            "places": kept,
-            "places_lost": places_lost,
-            "images_lost": images_lost,
-        }
-        # The rows come first, so that a tar without them is known to be somebody else's.
-        rows_temporary = tar.with_name(f"{_rows_file(tar).name}.tmp")
-        write_table(rows_temporary, table, said)
-        rows_temporary.replace(_rows_file(tar))
-        temporary.replace(tar)
-        sync(tar.parent)
-        self._add_shard(shard, table, kept, places_lost, images_lost)
-
-    def finish(self, fingerprint: str) -> ShardSetMetadata:
-        """Write the index, and remove what only an unfinished set needs."""
-        if self.places == 0:
-            raise ValueError(f"{self.listing.source}: no place is left once the unreadable images are left out")
-        table = pa.concat_tables(self.tables)
-        metadata = ShardSetMetadata(
-            images=len(table),
+    def metadata(self, fingerprint: str) -> ShardSetMetadata:
+        """What the index says of the whole."""
+        return ShardSetMetadata(
+            images=sum(map(len, self.tables)),
             places=self.places,
-            cities=len(table["city"].unique()),
+            cities=len(pa.chunked_array([t["city"].combine_chunks() for t in self.tables], pa.string()).unique()),
             places_left_out=self.listing.places_left_out + self.places_lost,
             images_left_out=self.listing.images_left_out + self.images_lost,
             fingerprint=fingerprint,
             bad=self.bad,
             shards=self.shards,
         )
+
+    def finish(self, out: Path, fingerprint: str) -> ShardSetMetadata:
+        """Write the index, and remove what only an unfinished set needs."""
+        if self.places == 0:
+            raise ValueError(f"{self.listing.source}: no place is left once the unreadable images are left out")
+        metadata = self.metadata(fingerprint)
         names = {shard.name for shard in self.shards}
-        for tar in (self.out / "shards").glob("*.tar"):
+        for tar in (out / "shards").glob("*.tar"):
             if f"shards/{tar.name}" not in names:
                 tar.unlink()
-        write_index(self.out, table, metadata)
-        _remove_rows_files(self.out)
+        write_index(out, _in_place_order(pa.concat_tables(self.tables)), metadata)
+        _remove_rows_files(out)
         return metadata
 
-    def _shard_digest(self, name: str, start: int, stop: int) -> str:
-        rows = slice(self.listing.place_starts[start], self.listing.place_starts[stop])
-        return _digest(self.set_digest, f"{name} {start} {stop}", self.sizes[rows].tobytes())
-
-    def _add_bad(self, image: BadImage) -> None:
-        self.bad.append(image)
-        _check_bad(self.bad, self.listing.num_images, self.max_bad)
-
-    def _add_shard(self, file: ShardFile, table: pa.Table, places: int, places_lost: int, images_lost: int) -> None:
-        place_id = pa.array(table["place_id"].to_numpy() + self.places)
-        self.tables.append(table.replace_schema_metadata().set_column(0, SCHEMA.field("place_id"), place_id))
-        self.shards.append(file)
-        self.places += places
-        self.places_lost += places_lost
-        self.images_lost += images_lost
-
-    def _report(self, places_done: int) -> None:
-        if self.on_progress is not None:
-            self.on_progress(int(self.listing.place_starts[places_done]), self.listing.num_images)
+    def summary(self, out: Path, metadata: ShardSetMetadata, part: tuple[int, int] | None = None) -> ShardSummary:
+        """What this run did."""
+        return _summary(out, metadata, shards_reused=self.reused, part=part)
 
 
-def _index_row(image: dict[str, Any], photo: Photo, place: int, shard: str) -> dict[str, Any]:
-    """An index row but for what its place in the tar decides; place ids count from 0 in each shard until the end."""
-    row: dict[str, Any] = {key: image[key] for key in _COPIED}
-    row |= {"place_id": place, "city": image["city"], "city_place_id": image["place"], "shard": shard}
-    row |= {"width": photo.width, "height": photo.height}
-    return row | {"lat": float(image["lat"]), "lon": float(image["lon"])}
+def _in_place_order(table: pa.Table) -> pa.Table:
+    """Rows by (city, place, view) with place ids to match, however the places lie in the tars."""
+    table = table.sort_by([(name, "ascending") for name in ("city", "city_place_id", "view")]).combine_chunks()
+    first = table["view"].to_numpy() == 0
+    return table.set_column(0, SCHEMA.field("place_id"), pa.array(np.cumsum(first) - 1, pa.int64()))
 
 
-def _check_bad(bad: list[BadImage], total: int, max_bad: float) -> None:
-    if len(bad) > max_bad * total:
-        first = "; ".join(map(str, bad[:_NAMED])) + ("; ..." if len(bad) > _NAMED else "")
-        raise ValueError(
-            f"stopped at {len(bad)} unreadable photographs of {total}, more than max_bad {max_bad:g} allows; "
-            f"repair them or allow more: {first}"
-        )
+def _file_sizes(source: Path, files: list[str]) -> NDArray[np.int64]:
+    """Bytes of each file; -1 where there is none."""
 
+    def sizes(some: list[str]) -> list[int]:
+        return [_file_size(source / file) for file in some]
 
-def _bad_image(image: dict[str, Any], reason: str) -> BadImage:
-    return BadImage(image["csv"], image["row"], image["file"], reason)
+    step = -(-len(files) // (8 * _STAT_THREADS)) or 1
+    with ThreadPoolExecutor(_STAT_THREADS, "stat") as pool:
+        parts = pool.map(sizes, [files[start : start + step] for start in range(0, len(files), step)])
+        return np.array([size for part in parts for size in part], dtype=np.int64)
 
 
 def _file_size(path: Path) -> int:
-    """Bytes of a file; -1 where there is none."""
     try:
         return path.stat().st_size
     except OSError:
@@ -289,45 +297,56 @@ def _digest(*parts: str | bytes) -> str:
     return hashlib.sha256(b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)).hexdigest()
 
 
-def _rows_file(tar: Path) -> Path:
-    """The index rows of one finished tar, kept until all are finished."""
-    return tar.with_suffix(".rows.parquet")
-
-
 def _remove_rows_files(out: Path) -> None:
     for path in (out / "shards").glob("*.rows.parquet*"):
+        path.unlink(missing_ok=True)
+    for path in (out / "shards").glob("part-*.lock"):
         path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _folder_for(out: Path, set_digest: str) -> Iterator[None]:
-    """Make `out` ready for a set, held by this process alone; refuse one that holds anything else."""
+def _folder_for(out: Path, set_digest: str, part: tuple[int, int] | None, mine: list[Path]) -> Iterator[None]:
+    """Make `out` ready for a set, or for a part of it beside others; refuse one that holds anything else.
+
+    A run without a part holds the folder alone; parts hold it together, each its own lock.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: a file; give the folder that the shard set goes to")
     created = not out.exists()
     shards = out / "shards"
     shards.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY)
+    with contextlib.ExitStack() as locks:
+        locks.callback(os.close, _lock(out, out, shared=part is not None))
+        if part:
+            own = shards / f"part-{part[0]}-of-{part[1]}.lock"
+            own.touch()
+            locks.callback(os.close, _lock(own, out, shared=False))
+        try:
+            for path in [*shards.glob("*.tar"), *shards.glob("*.rows.parquet")]:
+                rows = rows_file(path) if path.suffix == ".tar" else path
+                if not rows.is_file() or read_table(rows)[1].get("set") != set_digest:
+                    raise ValueError(
+                        f"{path}: of another shard set (other images or options); remove {out} or give another folder"
+                    )
+            yield
+        finally:
+            left = [path for tar in mine for path in unfinished(tar)] if part else [*shards.glob("train-*.tmp")]
+            for path in [*left, *out.glob(f"{INDEX}*.tmp")]:
+                path.unlink(missing_ok=True)
+            for folder in (shards, out) if created else (shards,):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _lock(path: Path, out: Path, *, shared: bool) -> int:
+    """A descriptor that locks `path` until it is closed."""
+    lock = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
         raise ValueError(f"{out}: another process is writing shards there; wait for it") from error
-    try:
-        for path in [*shards.glob("*.tar"), *shards.glob("*.rows.parquet")]:
-            rows = _rows_file(path) if path.suffix == ".tar" else path
-            if not rows.is_file() or read_table(rows)[1].get("set") != set_digest:
-                raise ValueError(
-                    f"{path}: of another shard set (other images or options); remove {out} or give another folder"
-                )
-        yield
-    finally:
-        for path in [*shards.glob("train-*.tmp"), *out.glob(f"{INDEX}*.tmp")]:
-            path.unlink()
-        for folder in (shards, out) if created else (shards,):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        os.close(lock)
+    return lock
 
 
 def _reuse_complete(out: Path, fingerprint: str) -> ShardSummary:
@@ -342,7 +361,9 @@ def _reuse_complete(out: Path, fingerprint: str) -> ShardSummary:
     return _summary(out, metadata, shards_reused=len(metadata.shards))
 
 
-def _summary(out: Path, metadata: ShardSetMetadata, *, shards_reused: int) -> ShardSummary:
+def _summary(
+    out: Path, metadata: ShardSetMetadata, *, shards_reused: int, part: tuple[int, int] | None = None
+) -> ShardSummary:
     return ShardSummary(
         folder=out,
         images=metadata.images,
@@ -352,4 +373,5 @@ def _summary(out: Path, metadata: ShardSetMetadata, *, shards_reused: int) -> Sh
         bad=metadata.bad,
         shards_written=len(metadata.shards) - shards_reused,
         shards_reused=shards_reused,
+        part=part,
     )

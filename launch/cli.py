@@ -11,8 +11,13 @@ from trainer.errors import one_line_errors
 # Each verb's function is imported when it is called: help should not wait for torch.
 VERBS = {
     "demo": ("launch.demo:main", "", "Renders a town, trains on it with two ranks, shows what was learned."),
-    "shard": ("launch.data_commands:shard", "gsv-cities SRC OUT", "Writes a data set as tar shards with an index."),
+    "shard": ("launch.data_commands:shard", "KIND SRC OUT", "Writes a data set as tar shards with an index."),
     "verify": ("launch.data_commands:verify", "OUT", "Checks every byte of a shard set against its index."),
+    "inspect": (
+        "launch.inspect_command:main",
+        "SHARDS [--out DIR] [--plan FILE]",
+        "Shows what a shard set holds: counts, a contact sheet, a map, the plan of an epoch.",
+    ),
     "train": (
         "trainer.command:main",
         "RECIPE [--section.key value] [--resume]",

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
+from data_pipeline.cells import Grid
 from data_pipeline.gsv_cities import read_gsv_cities
+from data_pipeline.listing import PlaceListing, shuffle_places
+from data_pipeline.manifest import read_manifest
+from data_pipeline.msls import read_msls
 from data_pipeline.shards import ShardSummary, write_shards
+from data_pipeline.storage import is_remote
+from data_pipeline.utm_folder import read_utm_folder
 from data_pipeline.verify import verify_shards
 from trainer.progress import progress_bar
 
@@ -19,52 +26,169 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
-class ShardCommand:
-    """Writes a folder in GSV-Cities' native layout as tar shards with an index; run again, it goes on."""
+class _Writing:
+    """How tars are written, for every kind of source."""
 
-    source: Annotated[Path, tyro.conf.Positional]
-    """Folder with Images/<City>/ and Dataframes/<City>.csv."""
-    out: Annotated[Path, tyro.conf.Positional]
-    """Folder for shards/ and index.parquet."""
     min_images_per_place: int = 4
     """Places with fewer images are left out and counted."""
     shard_mb: Annotated[int, tyro.conf.arg(name="shard-mb")] = 256
     """Size of a tar in MB (2^20 bytes)."""
     max_bad: float = 0.001
     """Share of images that may be missing or damaged; more stop the run."""
+    max_side: int | None = None
+    """Longer side in pixels that larger photographs are scaled to; without it every photograph keeps its bytes."""
+    quality: int = 95
+    """JPEG quality of the photographs that are scaled."""
+    shuffle: int | None = None
+    """Seed that shuffles the places of each city, for readers that go through the tars in order."""
+    workers: int = 1
+    """Processes that write tars at a time."""
+    threads: int | None = None
+    """Threads that read and check photographs, over all workers; as many as cores without it."""
+    part: str | None = None
+    """i/n, from 0: every n-th tar from the i-th on, as a task of an array; a last run without it writes the index."""
+
+    def listing(self) -> PlaceListing:
+        """The source's places."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Gridded:
+    """How coordinates become places."""
+
+    cell_m: float = 10.0
+    """Side of the square cells in metres whose images are of one place."""
+    heading_deg: float = 30.0
+    """Width of the sectors that headings are divided in; 360 ignores them."""
+    groups: int = 5
+    """Groups that cells are dealt out to (in each direction, as cities), so that places of a group do not touch."""
+
+    def grid(self) -> Grid:
+        return Grid(cell_m=self.cell_m, heading_deg=self.heading_deg, groups=self.groups)
+
+
+@dataclass(frozen=True)
+class _Places:
+    source: Annotated[Path, tyro.conf.Positional]
+    """What is sharded; see above."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder for shards/ and index.parquet."""
+
+
+@dataclass(frozen=True)
+class ShardCommand(_Writing, _Places):
+    """Writes GSV-Cities' layout (Images/<City>/, Dataframes/<City>.csv) as tar shards; run again, it goes on."""
+
+    cities: tuple[str, ...] = ()
+    """Cities to take; all without it."""
+
+    def listing(self) -> PlaceListing:
+        return read_gsv_cities(
+            self.source, min_images_per_place=self.min_images_per_place, cities=list(self.cities) or None
+        )
+
+
+@dataclass(frozen=True)
+class ShardUtmCommand(_Gridded, _Writing, _Places):
+    """Writes a folder of photographs named @UTM_east@UTM_north@...@.jpg as tar shards; run again, it goes on."""
+
+    city: str = ""
+    """Name of the city; the folder's without it."""
+
+    def listing(self) -> PlaceListing:
+        return read_utm_folder(
+            self.source, city=self.city, grid=self.grid(), min_images_per_place=self.min_images_per_place
+        )
+
+
+@dataclass(frozen=True)
+class ShardMslsCommand(_Gridded, _Writing, _Places):
+    """Writes MSLS' training folders, [train_val/]<city>/{database,query}, as tar shards; run again, it goes on."""
+
+    cities: tuple[str, ...] = ()
+    """Cities to take; all without it."""
+
+    def listing(self) -> PlaceListing:
+        return read_msls(
+            self.source,
+            cities=list(self.cities) or None,
+            grid=self.grid(),
+            min_images_per_place=self.min_images_per_place,
+        )
+
+
+@dataclass(frozen=True)
+class ShardManifestCommand(_Writing, _Places):
+    """Writes what a CSV or Parquet table lists (path, place, and city, lat, lon, year, month, northdeg if known)."""
+
+    root: Path | None = None
+    """Folder that the table's paths start from; the table's own without it."""
+
+    def listing(self) -> PlaceListing:
+        return read_manifest(self.source, root=self.root, min_images_per_place=self.min_images_per_place)
+
+
+KINDS: dict[str, type[_Writing]] = {
+    "gsv-cities": ShardCommand,
+    "utm": ShardUtmCommand,
+    "msls": ShardMslsCommand,
+    "manifest": ShardManifestCommand,
+}
 
 
 @dataclass(frozen=True)
 class VerifyCommand:
     """Checks every byte of a shard set and names what is damaged."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder with shards/ and index.parquet."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder of this machine with shards/ and index.parquet."""
 
 
 def shard(argv: list[str]) -> int:
-    """`rerankvpr shard gsv-cities SRC OUT`."""
-    kinds = "gsv-cities"
+    """`rerankvpr shard KIND SRC OUT`."""
     if not argv or argv[0] in ("-h", "--help"):
-        tyro.cli(ShardCommand, args=["--help"], prog="rerankvpr shard gsv-cities")
-    if argv[0] != "gsv-cities":
-        raise ValueError(f"shard: unknown kind of data set {argv[0]!r}; known: {kinds}")
-    command = tyro.cli(ShardCommand, args=argv[1:], prog="rerankvpr shard gsv-cities")
+        print("usage: rerankvpr shard KIND SRC OUT [flags]; each kind has its own --help\n")
+        for kind, of in KINDS.items():
+            print(f"  {kind:<12}{(of.__doc__ or '').splitlines()[0]}")
+        return 0
+    kind = argv[0]
+    if kind not in KINDS:
+        raise ValueError(f"shard: unknown kind of data set {kind!r}; known: {', '.join(KINDS)}")
+    command = tyro.cli(KINDS[kind], args=argv[1:], prog=f"rerankvpr shard {kind}")
+    assert isinstance(command, _Places)
     describe_shards(Console(), write_shard_set(Console(), command))
     return 0
 
 
-def write_shard_set(console: Console, command: ShardCommand) -> ShardSummary:
-    """Shards a data set under a progress bar."""
-    listing = read_gsv_cities(command.source, min_images_per_place=command.min_images_per_place)
+def write_shard_set(console: Console, command: Any) -> ShardSummary:
+    """Shards a data set under a progress bar; the command is one of KINDS."""
+    part = _part(command.part)
+    listing = command.listing()
+    if command.shuffle is not None:
+        listing = shuffle_places(listing, command.shuffle)
     with progress_bar(console, "shard", listing.num_images) as update:
         return write_shards(
             listing,
             command.out,
             shard_bytes=command.shard_mb * 2**20,
             max_bad=command.max_bad,
+            max_side=command.max_side,
+            quality=command.quality,
+            threads=command.threads,
+            workers=command.workers,
+            part=part,
             on_progress=update,
         )
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match:
+        raise ValueError(f"--part {text}: expected i/n, from 0/n to n-1/n; for example 0/16")
+    return int(match[1]), int(match[2])
 
 
 def describe_shards(console: Console, summary: ShardSummary) -> None:
@@ -72,11 +196,13 @@ def describe_shards(console: Console, summary: ShardSummary) -> None:
     done = "complete already, used again" if summary.was_complete else f"{summary.shards_written} shards written"
     if summary.shards_reused and not summary.was_complete:
         done += f", {summary.shards_reused} from the interrupted run used again"
+    if summary.part:
+        done += f" of part {summary.part[0]}/{summary.part[1]}; the index is written by a last run without --part"
     console.print(
         f"[bold]shard[/]   {summary.folder}: {summary.places:,} places, {summary.images:,} images; {done}",
         highlight=False,
     )
-    if summary.places_left_out:
+    if summary.places_left_out and not summary.part:
         console.print(
             f"        left out: {summary.places_left_out:,} places with too few images "
             f"({summary.images_left_out:,} images)",
@@ -91,9 +217,11 @@ def describe_shards(console: Console, summary: ShardSummary) -> None:
 def verify(argv: list[str]) -> int:
     """`rerankvpr verify OUT`; status 1 where something is damaged."""
     command = tyro.cli(VerifyCommand, args=argv, prog="rerankvpr verify")
+    if is_remote(command.folder):
+        raise ValueError(f"{command.folder}: verify reads sets of this machine; run it where the set lies")
     console = Console()
     with progress_bar(console, "verify") as update:
-        faults = verify_shards(command.folder, on_progress=lambda done, total: update(done, total))
+        faults = verify_shards(Path(command.folder), on_progress=lambda done, total: update(done, total))
     for fault in faults[:SHOWN]:
         print(f"rerankvpr: {fault}", file=sys.stderr)
     if len(faults) > SHOWN:

@@ -70,7 +70,7 @@ def _render(console: Console, recipe: Recipe, seed: int) -> None:
 def _shard(console: Console, recipe: Recipe) -> None:
     from launch.data_commands import ShardCommand, describe_shards, write_shard_set
 
-    command = ShardCommand(source=recipe.eval.data_root / "town" / "train", out=recipe.data.shards, shard_mb=4)
+    command = ShardCommand(source=recipe.eval.data_root / "town" / "train", out=Path(recipe.data.shards), shard_mb=4)
     describe_shards(console, write_shard_set(console, command))
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from configs.schema import DataConfig
 from data_pipeline.augment import image_seeds, randaugment
 from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.images import decode
-from data_pipeline.index import ShardIndex, read_index
+from data_pipeline.index import PlaceRange, ShardIndex, read_index
 from data_pipeline.loader import PlaceLoader, TooManyBadImagesError
 from data_pipeline.plan import EpochPlan, plan_epoch
 from data_pipeline.shards import write_shards
@@ -133,3 +134,84 @@ def test_augmentation_depends_on_the_image_alone() -> None:
     halves = [randaugment(images[part], seeds[part], num_ops=3, magnitude=15) for part in (slice(0, 3), slice(3, 6))]
     assert torch.equal(whole, torch.cat(halves))
     assert not torch.equal(whole, images)
+
+
+def test_a_flipped_byte_anywhere_in_a_tar_is_named_or_touches_no_image(
+    index: ShardIndex, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(index)
+    expected = list(loader(index, decode_threads=2).batches(plan, range(plan.num_steps)))
+    planned = {
+        (int(p), int(v))
+        for p, views in zip(plan.places_SP.ravel(), plan.views_SPK.reshape(-1, K), strict=True)
+        for v in views
+    }
+    rng, named = np.random.default_rng(4), 0
+    tar = index.shard_path(0)
+    content = tar.read_bytes()
+    for position in rng.integers(0, len(content), size=60).tolist():
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        tar.write_bytes(damaged)
+        inside = [
+            (place, view)
+            for place in range(index.num_places)
+            if index.shard_path(place) == tar
+            for view, row in enumerate(range(*index.rows(place).indices(index.num_images)))
+            if index.offset[row] <= position < index.offset[row] + index.size[row]
+        ]
+        reader = loader(index, decode_threads=2)
+        batches = list(reader.batches(plan, range(plan.num_steps)))
+        hit = [image for image in inside if image in planned]
+        assert list(reader.bad_images) == hit
+        said = capfd.readouterr().err
+        assert all(f"{tar}: place {place} view {view}: its bytes differ" in said for place, view in hit)
+        named += len(hit)
+        for batch, whole in zip(batches, expected, strict=True):
+            same = (batch.images_B3HW == whole.images_B3HW).flatten(1).all(dim=1)
+            for changed in (~same).nonzero().flatten().tolist():
+                assert (int(batch.place_ids_B[changed]), int(batch.views_B[changed])) in hit
+    assert named > 5
+
+
+def test_a_flipped_byte_anywhere_in_the_index_stops_the_run(index: ShardIndex) -> None:
+    path = Path(index.location) / "index.parquet"
+    content = path.read_bytes()
+    for position in np.random.default_rng(5).integers(0, len(content), size=80).tolist():
+        damaged = bytearray(content)
+        damaged[position] ^= 16
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"index\.parquet: "):
+            read_index(index.location)
+    path.write_bytes(content)
+    assert read_index(index.location).num_places == index.num_places
+
+
+class Counting:
+    """Places, and which of them were asked for."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+        self.asked: list[PlaceRange] = []
+
+    def place_range(self, place: int) -> PlaceRange:
+        self.asked.append(self.index.place_range(place))
+        return self.asked[-1]
+
+
+@pytest.mark.parametrize("limit", [0, 70_000, 10**9])
+def test_reads_ahead_by_bytes_and_no_further(index: ShardIndex, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.loader.MB", 1)
+    plan, places = plan_of(index), Counting(index)
+    reader = loader(index, decode_threads=1, prefetch_batches=1, read_ahead_mb=limit)
+    reader.places = places
+    next(reader.batches(plan, range(plan.num_steps)))
+    steps = [sum(place.length for place in places.asked[i : i + P]) for i in range(0, len(places.asked), P)]
+    assert len(steps) >= 2
+    if limit == 10**9:
+        assert len(steps) == plan.num_steps
+    elif limit == 0:
+        assert len(steps) == 2
+    else:
+        assert sum(steps[:-1]) < limit <= sum(steps)
+        assert 2 < len(steps) < plan.num_steps

@@ -526,35 +526,3 @@ def test_options_that_cannot_be_are_refused(native, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file: a file"):
         write_shards(listing, tmp_path / "file")
-
-
-# Real data, where it is
-
-
-@pytest.fixture(scope="module")
-def real_data():
-    folder = os.environ.get("RERANKVPR_TEST_DATA")
-    if not folder:
-        pytest.skip("RERANKVPR_TEST_DATA is unset; it names the folder that holds places_mini")
-    return Path(folder)
-
-
-def test_real_photographs(real_data, tmp_path):
-    summary = write_shards(read_gsv_cities(real_data / "places_mini"), tmp_path / "set", shard_bytes=5_000_000)
-    assert (summary.places, summary.images, summary.bad) == (210, 1250, [])
-    assert verify_shards(tmp_path / "set") == []
-
-
-def test_real_metadata_gives_the_names_that_the_original_loader_builds(real_data, tmp_path):
-    tables = real_data / "gsv_cities_dataframes"
-    (tmp_path / "Dataframes").symlink_to(tables)
-    listing = read_gsv_cities(tmp_path, min_images_per_place=1)
-    assert (listing.num_images, listing.num_places) == (72_599, 8_769)
-    names = set()
-    for path in tables.glob("*.csv"):
-        with path.open(newline="") as lines:
-            for row in csv.DictReader(lines):
-                month, degrees = row["month"].zfill(2), row["northdeg"].zfill(3)
-                name = [row["city_id"], row["place_id"].zfill(7), row["year"].zfill(4), month, degrees]
-                names.add(f"Images/{row['city_id']}/{'_'.join([*name, row['lat'], row['lon'], row['panoid']])}.jpg")
-    assert set(listing.images["file"].to_pylist()) == names

@@ -18,9 +18,8 @@ from configs.load import recipe_text
 from configs.schema import Recipe
 from data_pipeline.augment import image_seeds, randaugment
 from data_pipeline.images import normalise
-from data_pipeline.index import ShardIndex, read_index
-from data_pipeline.loader import PlaceBatch, PlaceLoader
-from data_pipeline.plan import EpochPlan, plan_epoch
+from data_pipeline.loader import PlaceBatch, PlaceLoader, build_reader
+from data_pipeline.mixture import EpochPlans, read_mixture
 from eval.benchmarks import load_benchmarks
 from eval.evaluate import FeatureStore, Result, evaluate
 from eval.report import draw_pictures, write_results
@@ -62,32 +61,6 @@ class Summary:
     after: list[dict[str, Any]]
 
 
-class EpochPlans:
-    """The epoch plans of one shard set and recipe, planned when asked for."""
-
-    def __init__(self, index: ShardIndex, recipe: Recipe) -> None:
-        data = recipe.data
-        unknown = sorted(set(data.repeat) - set(index.cities))
-        if unknown:
-            raise ValueError(f"data.repeat names {unknown[0]}; the shard set has {', '.join(index.cities)}")
-        self.index, self.seed, self.data = index, recipe.seed, data
-        self.repeat = {index.cities.index(city): times for city, times in data.repeat.items()}
-        self.num_steps = self.epoch(0).num_steps
-
-    def epoch(self, epoch: int) -> EpochPlan:
-        """The plan of one epoch."""
-        return plan_epoch(
-            self.index.place_city,
-            self.index.num_views,
-            seed=self.seed,
-            epoch=epoch,
-            places_per_batch=self.data.places_per_batch,
-            images_per_place=self.data.images_per_place,
-            composition=self.data.composition,
-            repeat=self.repeat,
-        )
-
-
 class Training:
     """One training: its parts, and where it stands."""
 
@@ -115,9 +88,10 @@ class Training:
             )
         self.loss = GlobalLoss(recipe.loss, recipe.memory)
         self.benchmarks = load_benchmarks(recipe.eval.benchmarks, recipe.eval.data_root)
-        index = read_index(recipe.data.shards)
-        self.plans = EpochPlans(index, recipe)
-        self.loader = PlaceLoader(index, recipe.data, rank=rank.rank, world_size=world)
+        reader = build_reader(recipe.data, rank=rank.rank)
+        places_of = read_mixture(recipe.data, reader)
+        self.plans = EpochPlans(places_of, recipe.data, seed=recipe.seed)
+        self.loader = PlaceLoader(places_of, recipe.data, rank=rank.rank, world_size=world, reader=reader)
         self.total_steps = recipe.trainer.epochs * self.plans.num_steps
         if recipe.trainer.max_steps:
             self.total_steps = min(self.total_steps, recipe.trainer.max_steps)
@@ -158,7 +132,7 @@ class Training:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             self.say(
                 f"{recipe.name}: {recipe.model.backbone}, {trained / 1e6:.1f} M of "
-                f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters trained; {len(index.num_views)} "
+                f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters trained; {places_of.num_places} "
                 f"places, {self.plans.num_steps} steps an epoch, {self.total_steps} in all; {world} rank(s) on "
                 f"{rank.device.type}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}"
             )

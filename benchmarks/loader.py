@@ -1,0 +1,231 @@
+"""Images a second of the loader and of its peers, on the same photographs and with the same number of threads.
+
+`python -m benchmarks.loader [--source FOLDER] [--streaming-python PYTHON] [--json FILE]`
+
+(a) bare: torchvision's decode and resize of bytes in memory; (b) this loader, from tars to uint8 batches (RandAugment
+and normalisation are the model's device's; a row has them on the CPU, in the thread that trains); (c) torch's
+DataLoader over single files with pandas, PIL, RandAugment and normalisation, as the field trains; (d) webdataset's own
+pipeline on the same tars; (e) MosaicML Streaming, in the environment of `--streaming-python` (`pip install
+mosaicml-streaming torch torchvision`; it pins older versions than this project). Rounds alternate, medians count.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import tyro
+
+from benchmarks.loader_peers import bare, images_per_second, pandas_pil, webdataset
+from benchmarks.report import print_table, write_json
+from configs.schema import DataConfig
+from data_pipeline.augment import image_seeds, randaugment
+from data_pipeline.gsv_cities import read_gsv_cities
+from data_pipeline.images import normalise
+from data_pipeline.index import ShardIndex
+from data_pipeline.loader import PlaceBatch, PlaceLoader
+from data_pipeline.mixture import EpochPlans, read_mixture
+from data_pipeline.shards import write_shards
+from data_pipeline.town import Town, render_town
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measures loaders against each other."""
+
+    source: Path | None = None
+    """Folder in GSV-Cities' layout; without it a town is rendered, 180 places x 8 views."""
+    threads: int = 2
+    """Decoding threads, or worker processes, of each loader."""
+    side: int = 224
+    """Side in pixels of the images delivered."""
+    places: int = 30
+    """Places in a batch."""
+    views: int = 4
+    """Views of each place."""
+    images: int = 4000
+    """Images of a round."""
+    rounds: int = 3
+    """Rounds of each loader."""
+    epochs: int = 10
+    """Epochs over which the resident memory is watched."""
+    streaming_python: Path | None = None
+    """Python of an environment with mosaicml-streaming, torch and torchvision; without it (e) is left out."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+def endless(options: Options, shards: Path) -> Iterator[PlaceBatch]:
+    """Batches of this loader, epoch after epoch."""
+    data = _config(options, shards)
+    places = read_mixture(data)
+    plans = EpochPlans(places, data, seed=0)
+    loader = PlaceLoader(places, data, rank=0, world_size=1)
+    epoch = 0
+    while True:
+        yield from loader.batches(plans.epoch(epoch), range(plans.num_steps))
+        epoch += 1
+
+
+def _augmented(options: Options, shards: Path) -> Iterator[torch.Tensor]:
+    """This loader's batches with all that the field's loader does: RandAugment, floats, normalisation; on the CPU."""
+    for number, batch in enumerate(endless(options, shards)):
+        seeds = image_seeds(0, number, batch.place_ids_B, batch.views_B)
+        yield normalise(randaugment(batch.images_B3HW, seeds, num_ops=3, magnitude=9))
+
+
+def seconds_to_first_batch(options: Options, shards: Path, *, into_epoch: float) -> float:
+    """From nothing but the path to the first batch of a run that starts, or goes on, at this part of an epoch."""
+    data = _config(options, shards)
+    began = time.perf_counter()
+    places = read_mixture(data)
+    plans = EpochPlans(places, data, seed=0)
+    loader = PlaceLoader(places, data, rank=0, world_size=1)
+    next(loader.batches(plans.epoch(3), range(int(into_epoch * plans.num_steps), plans.num_steps)))
+    return time.perf_counter() - began
+
+
+def resident_growth_mb(options: Options, shards: Path) -> float:
+    """Growth of the resident memory over the second half of the epochs."""
+    data = _config(options, shards)
+    places = read_mixture(data)
+    plans = EpochPlans(places, data, seed=0)
+    loader = PlaceLoader(places, data, rank=0, world_size=1)
+    resident = []
+    for epoch in range(options.epochs):
+        for _ in loader.batches(plans.epoch(epoch), range(plans.num_steps)):
+            pass
+        resident.append(_resident_mb())
+    return resident[-1] - resident[len(resident) // 2]
+
+
+def main(options: Options) -> dict[str, float]:
+    """Runs all loaders, prints their rates, and returns the figures."""
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        source = options.source
+        if source is None:
+            render_town(work / "town", Town(held_out_places=0))
+            source = work / "town" / "train"
+        write_shards(read_gsv_cities(source), work / "set", shard_bytes=8 * 2**20)
+        jpegs = _planned_jpegs(options, work / "set")
+        batch = options.places * options.views
+        rates: dict[str, list[float]] = {}
+
+        def measure(name: str, rate: float) -> None:
+            rates.setdefault(name, []).append(rate)
+            print(f"  {name}: {rate:.0f} images/s", flush=True)
+
+        for _ in range(options.rounds):
+            measure("bare", bare(jpegs, options.side, options.threads))
+            measure("loader", images_per_second(endless(options, work / "set"), options.images, batch))
+            measure("augmented", images_per_second(_augmented(options, work / "set"), options.images, batch))
+            arguments = (options.side, options.places, options.views, options.threads)
+            measure("pil", images_per_second(pandas_pil(source, *arguments), options.images, batch))
+            measure("webdataset", images_per_second(webdataset(work / "set", *arguments), options.images, batch))
+            if options.streaming_python:
+                measure("streaming", _streaming(options, source, work / "mds", batch))
+        first_batch_s, resume_s = (
+            seconds_to_first_batch(options, work / "set", into_epoch=part) for part in (0.0, 0.7)
+        )
+        growth_mb = resident_growth_mb(options, work / "set")
+
+    rate = {name: median(values) for name, values in rates.items()}
+    figures = {f"{name}_images_per_s": value for name, value in rate.items()}
+    ratios = [b / a for a, b in zip(rates["bare"], rates["loader"], strict=True)]
+    figures |= {"threads": float(options.threads), "of_bare": median(ratios), "of_bare_least": min(ratios)}
+    for peer in ("pil", "webdataset", "streaming"):
+        if peer in rate:
+            figures[f"over_{peer}"] = rate["loader"] / rate[peer]
+    figures["augmented_over_pil"] = rate["augmented"] / rate["pil"]
+    figures |= {"first_batch_s": first_batch_s, "resume_s": resume_s, "resident_growth_mb": growth_mb}
+    labels = {
+        "bare": "(a) bare torchvision decode + resize, in memory",
+        "loader": "(b) this loader",
+        "augmented": "(b) and RandAugment, normalisation on the CPU",
+        "pil": "(c) DataLoader: files, pandas, PIL, RandAugment",
+        "webdataset": "(d) webdataset's pipeline, same tars",
+        "streaming": "(e) MosaicML Streaming",
+    }
+    rows = [
+        [
+            labels[name],
+            f"{value:,.0f}",
+            f"{min(rates[name]):,.0f} - {max(rates[name]):,.0f}",
+            f"{rate['loader'] / value:.2f}",
+        ]
+        for name, value in rate.items()
+    ]
+    print_table(
+        f"loaders, {options.threads} threads, to {options.side} px", ["", "images/s", "range", "this loader / it"], rows
+    )
+    print(
+        f"first batch after {first_batch_s:.2f} s, of a run that goes on in an epoch after {resume_s:.2f} s; "
+        f"memory {growth_mb:+.1f} MB over the last half of {options.epochs} epochs"
+    )
+    write_json(options.json, figures)
+    return figures
+
+
+def _resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _config(options: Options, shards: Path) -> DataConfig:
+    return DataConfig(
+        shards=str(shards),
+        places_per_batch=options.places,
+        images_per_place=options.views,
+        composition="mixed",
+        image_size=options.side,
+        decode_threads=options.threads,
+    )
+
+
+def _planned_jpegs(options: Options, shards: Path) -> list[bytes]:
+    """The bytes of the images that the loader is asked for, in its order."""
+    data = _config(options, shards)
+    places = read_mixture(data)
+    plans = EpochPlans(places, data, seed=0)
+    (index,) = places.sets
+    jpegs: list[bytes] = []
+    epoch = 0
+    while len(jpegs) < options.images:
+        plan = plans.epoch(epoch)
+        for place, views in zip(plan.places_SP.ravel(), plan.views_SPK.reshape(-1, options.views), strict=True):
+            jpegs += _jpegs_of(index, int(place), views.tolist())
+        epoch += 1
+    return jpegs[: options.images]
+
+
+def _jpegs_of(index: ShardIndex, place: int, views: list[int]) -> list[bytes]:
+    where = index.place_range(place)
+    with Path(where.location).open("rb") as tar:
+        tar.seek(where.start)
+        data = tar.read(where.length)
+    return [data[where.offsets[view] : where.offsets[view] + where.sizes[view]] for view in views]
+
+
+def _streaming(options: Options, source: Path, mds: Path, batch: int) -> float:
+    command = [options.streaming_python, "-m", "benchmarks.loader_peers", source, mds]
+    sizes = {"side": options.side, "batch": batch, "threads": options.threads, "images": options.images}
+    for name, value in sizes.items():
+        command += [f"--{name}", str(value)]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"MosaicML Streaming failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split("images/s")[-1])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

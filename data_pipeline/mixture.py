@@ -1,0 +1,91 @@
+"""Several shard sets as one numbering of places, and the epoch plans of a recipe over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from configs.schema import DataConfig
+from data_pipeline.index import PlaceRange, ShardIndex, read_index
+from data_pipeline.plan import EpochPlan, Int64, plan_epoch, visits_of_epoch
+from data_pipeline.storage import RangeReader
+
+
+class PlaceMixture:
+    """Shard sets with a weight each: how often an epoch sees the places of a set, on average.
+
+    Place ids and city numbers count on from set to set, so that equal ids mean one place and a batch of one city is of
+    one set. num_views and place_city are int64 [n]; `cities` has the names by number.
+    """
+
+    def __init__(self, sets: Sequence[ShardIndex], weights: Sequence[float]) -> None:
+        self.sets, self.weights = list(sets), list(weights)
+        self.first_place = np.cumsum([0, *(index.num_places for index in sets)])
+        first_city = np.cumsum([0, *(len(index.cities) for index in sets)])
+        self.num_views = np.concatenate([index.num_views for index in sets])
+        self.place_city = np.concatenate(
+            [index.place_city + first for index, first in zip(sets, first_city, strict=False)]
+        )
+        self.cities = [city for index in sets for city in index.cities]
+
+    @property
+    def num_places(self) -> int:
+        """Places in all sets."""
+        return len(self.num_views)
+
+    @property
+    def num_images(self) -> int:
+        """Images in all sets."""
+        return sum(index.num_images for index in self.sets)
+
+    def place_range(self, place_id: int) -> PlaceRange:
+        """Where the views of a place lie."""
+        number = int(np.searchsorted(self.first_place, place_id, side="right")) - 1
+        return self.sets[number].place_range(place_id - int(self.first_place[number]))
+
+    def visits(self, *, seed: int, epoch: int) -> Int64 | None:
+        """Times that an epoch sees each place, int64 [n]; None where each comes once."""
+        if all(weight == 1 for weight in self.weights):
+            return None
+        parts = [
+            visits_of_epoch(index.num_places, weight, seed=seed, epoch=epoch, stream=number)
+            for number, (index, weight) in enumerate(zip(self.sets, self.weights, strict=True))
+        ]
+        return np.concatenate(parts)
+
+
+def read_mixture(data: DataConfig, reader: RangeReader | None = None) -> PlaceMixture:
+    """The shard sets that a recipe names: data.shards with weight 1, then those of data.mix in their order."""
+    if data.shards in data.mix:
+        raise ValueError(f"data.mix names {data.shards}, which data.shards names already; use data.repeat")
+    locations = {data.shards: 1.0, **data.mix}
+    return PlaceMixture([read_index(location, reader) for location in locations], list(locations.values()))
+
+
+class EpochPlans:
+    """The epoch plans of a recipe's data, planned when asked for; every epoch has `num_steps` steps."""
+
+    def __init__(self, places: PlaceMixture, data: DataConfig, *, seed: int) -> None:
+        unknown = sorted(set(data.repeat) - set(places.cities))
+        if unknown:
+            raise ValueError(f"data.repeat names {unknown[0]}; the shard set has {', '.join(places.cities)}")
+        if data.repeat and any(weight % 1 for weight in places.weights):
+            raise ValueError("data.repeat needs whole weights in data.mix; leave one of them out")
+        self.places, self.seed, self.data = places, seed, data
+        self.repeat = {n: data.repeat[city] for n, city in enumerate(places.cities) if city in data.repeat}
+        self.num_steps = self.epoch(0).num_steps
+
+    def epoch(self, epoch: int) -> EpochPlan:
+        """The plan of one epoch."""
+        return plan_epoch(
+            self.places.place_city,
+            self.places.num_views,
+            seed=self.seed,
+            epoch=epoch,
+            places_per_batch=self.data.places_per_batch,
+            images_per_place=self.data.images_per_place,
+            composition=self.data.composition,
+            repeat=self.repeat,
+            visits=self.places.visits(seed=self.seed, epoch=epoch),
+        )

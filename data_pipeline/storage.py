@@ -1,0 +1,194 @@
+"""Bytes of shard sets, wherever they lie: local files by `pread`, http, s3 and others through fsspec."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+
+from data_pipeline.cache import RangeCache
+
+TRY_S, WHOLE_FILE_S = 60.0, 900.0  # after which a server that sends nothing more counts as failed
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
+_SAID_EVERY_S = 10.0
+_OPEN_FILES = 128
+_BUSY = (408, 425, 429)
+
+
+class StorageError(OSError):
+    """Bytes that cannot be read; the text names the file, the fault and how long it was tried."""
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is a URL, not a path of this machine."""
+    return "://" in location
+
+
+def join(folder: str, name: str) -> str:
+    """The location of a file in a folder or under a URL."""
+    return f"{folder.rstrip('/')}/{name}"
+
+
+class RangeReader:
+    """Reads byte ranges, from any number of threads; what fails remotely is tried again for `retry_s` seconds.
+
+    Tries are spaced by a doubling, jittered pause. What no second try can mend (not found, not allowed, a server that
+    ignores ranges) is an error at once. `cache` keeps remote ranges; `on_retry` gets a line for each outage.
+    """
+
+    def __init__(
+        self,
+        *,
+        retry_s: float = 120.0,
+        cache: RangeCache | None = None,
+        on_retry: Callable[[str], None] | None = None,
+    ) -> None:
+        self.retry_s, self.cache = retry_s, cache
+        self.on_retry = on_retry or (lambda text: print(f"rerankvpr: {text}", file=sys.stderr))
+        self.retries = 0
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._systems: dict[str, Any] = {}
+        self._said = -_SAID_EVERY_S
+        self._jitter = random.Random()  # its own: nobody's draws depend on a server
+
+    def read(
+        self,
+        location: str,
+        start: int,
+        length: int,
+        *,
+        version: str = "",
+        fresh: bool = False,
+        stop: threading.Event | None = None,
+    ) -> bytes:
+        """`length` bytes from byte `start`; fewer only where a local file ends.
+
+        `version` tells contents apart that a location has had (its digest); `fresh` passes over the cache and renews
+        it; setting `stop` ends the waiting for a server. Raises FileNotFoundError or StorageError.
+        """
+        if not is_remote(location):
+            return self._local(location).read(start, length)
+        if self.cache is None:
+            return self._remote(location, start, length, stop)
+        key = f"{location}\0{version}\0{start}\0{length}"
+        data = None if fresh else self.cache.get(key, length)
+        if data is None:
+            data = self._remote(location, start, length, stop)
+            self.cache.put(key, data)
+        return data
+
+    def read_file(self, location: str) -> bytes:
+        """A whole file. Raises FileNotFoundError or StorageError."""
+        return self._remote(location) if is_remote(location) else Path(location).read_bytes()
+
+    def _local(self, path: str) -> _File:
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = _File(path)
+                if len(self._files) > _OPEN_FILES:
+                    self._files.popitem(last=False)  # closed by the last thread that still reads it
+            self._files.move_to_end(path)
+            return file
+
+    def _remote(
+        self, url: str, start: int | None = None, length: int | None = None, stop: threading.Event | None = None
+    ) -> bytes:
+        failed_at, pause = None, _FIRST_PAUSE_S
+        while True:
+            try:
+                data = self._try(url, start, length)
+            except Exception as error:  # every backend has its own errors; what is not mended by time is raised
+                now = time.monotonic()
+                failed_at = failed_at or now
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                if isinstance(error, FileNotFoundError):
+                    raise FileNotFoundError(f"{url}: not found") from error
+                left = failed_at + self.retry_s - now
+                if _is_final(error) or left <= 0 or (stop and stop.is_set()):
+                    tried = f" (tried for {now - failed_at:.0f} s)" if now - failed_at > 1 else ""
+                    raise StorageError(f"{url}: cannot be read{tried}: {reason}") from error
+                self._note(f"{url}: {reason}; trying again for up to {self.retry_s:g} s")
+                wait = min(left, pause * self._jitter.uniform(0.5, 1.0))
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                stop.wait(wait) if stop else time.sleep(wait)
+            else:
+                return data
+
+    def _try(self, url: str, start: int | None, length: int | None) -> bytes:
+        end = None if start is None or length is None else start + length
+        system, path = self._system(url)
+        if isinstance(system, AsyncFileSystem):
+            timeout = TRY_S if length is not None else WHOLE_FILE_S
+            data: bytes = sync(system.loop, system._cat_file, path, start=start, end=end, timeout=timeout)
+        else:
+            with self._lock:
+                data = system.cat_file(path, start=start, end=end)
+        if length is not None and len(data) > length:
+            raise _IgnoredRangeError(
+                f"asked for {length} bytes, got {len(data)}; the server must answer range requests"
+            )
+        if length is not None and len(data) < length:
+            raise EOFError(f"{len(data)} bytes came, not {length}")
+        return data
+
+    def _system(self, url: str) -> tuple[Any, str]:
+        protocol = url.partition("://")[0]
+        with self._lock:
+            if protocol not in self._systems:
+                try:
+                    self._systems[protocol] = fsspec.filesystem(protocol, skip_instance_cache=True)
+                except (ImportError, ValueError) as error:
+                    raise _MissingBackendError(str(error)) from error
+            system = self._systems[protocol]
+        return system, system._strip_protocol(url)
+
+    def _note(self, text: str) -> None:
+        with self._lock:
+            self.retries += 1
+            now = time.monotonic()
+            silent = now - self._said < _SAID_EVERY_S
+            if not silent:
+                self._said = now
+        if not silent:
+            self.on_retry(text)
+
+
+class _IgnoredRangeError(Exception):
+    pass
+
+
+class _MissingBackendError(Exception):
+    pass
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again cannot help."""
+    status = getattr(error, "status", None)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in _BUSY
+    return refused or isinstance(error, (PermissionError, _IgnoredRangeError, _MissingBackendError))
+
+
+class _File:
+    """An open file, closed when nobody holds it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, start: int, length: int) -> bytes:
+        return os.pread(self.descriptor, length, start)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)

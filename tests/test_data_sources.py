@@ -1,0 +1,443 @@
+"""What else can be sharded: UTM folders, MSLS, manifests; resized, shuffled, in parts, over processes, killed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from PIL import Image
+
+from data_pipeline.cells import Grid, place_of_images
+from data_pipeline.gsv_cities import read_gsv_cities
+from data_pipeline.index import read_index
+from data_pipeline.listing import shuffle_places
+from data_pipeline.manifest import read_manifest
+from data_pipeline.msls import read_msls
+from data_pipeline.shards import write_shards
+from data_pipeline.utm_folder import read_utm_folder
+from data_pipeline.verify import verify_shards
+from launch.cli import main
+from tests.photos import jpeg, write_gsv_cities
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = 12_000
+MANY = {"Aachen": dict.fromkeys(range(60), 4), "Bergen": {i: 4 + i % 4 for i in range(50)}}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    write_gsv_cities(folder, MANY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(native: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("expected") / "set"
+    write_shards(read_gsv_cities(native), out, shard_bytes=SMALL)
+    return contents(out)
+
+
+# Cells
+
+
+def test_cells_and_sectors_make_places_and_groups_keep_them_apart() -> None:
+    rng = np.random.default_rng(0)
+    east, north, heading = rng.uniform(-80, 80, 4000), rng.uniform(0, 160, 4000), rng.uniform(-180, 540, 4000)
+    heading[:5] = np.nan
+    grid = Grid(cell_m=10, heading_deg=30, groups=3)
+    suffix, place = place_of_images(east, north, heading, grid)
+    by_place: dict[tuple[str, int], list[int]] = {}
+    for image, key in enumerate(zip(suffix, place.tolist(), strict=True)):
+        by_place.setdefault(key, []).append(image)
+    spots: dict[str, list[tuple[float, float, float]]] = {}
+    for (group, _), members in by_place.items():
+        cells = {(east[i] // 10, north[i] // 10, heading[i] % 360 // 30 if i >= 5 else -1.0) for i in members}
+        assert len(cells) == 1
+        spots.setdefault(group, []).extend(cells)
+    assert sum(map(len, spots.values())) == len({spot for some in spots.values() for spot in some})
+    for group, cells in spots.items():
+        assert sorted(p for g, p in by_place if g == group) == list(range(len(cells)))
+        for one in cells:
+            for other in cells:
+                if one[:2] != other[:2]:
+                    assert max(abs(one[0] - other[0]), abs(one[1] - other[1])) >= 3
+                elif one != other:
+                    assert abs(one[2] - other[2]) >= 2
+    assert set(place_of_images(east, north, heading, Grid(groups=1))[0]) == {""}
+    with pytest.raises(ValueError, match="cells of 0 m"):
+        Grid(cell_m=0)
+
+
+# UTM folders
+
+
+def utm_name(east: float, north: float, heading: str, number: int, zone: str = "32", stamp: str = "20190714") -> str:
+    return f"@{east:.2f}@{north:.2f}@{zone}@U@48.1@11.5@pano{number}@@{heading}@@@@{stamp}@@.jpg"
+
+
+def test_a_utm_folder_is_sharded_by_cell_and_heading(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    folder = tmp_path / "my.city"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(20):
+        east, heading = (505.0, "10") if number < 8 else (517.0, "10") if number < 14 else (517.0, "100")
+        name = utm_name(east, 1003.0, heading, number)
+        (folder / ("sub" if number % 2 else ".") / name).write_bytes(jpeg(rng))
+    listing = read_utm_folder(folder, grid=Grid(groups=1))
+    assert (listing.num_places, np.diff(listing.place_starts).tolist()) == (3, [8, 6, 6])
+    write_shards(listing, tmp_path / "set")
+    assert verify_shards(tmp_path / "set") == []
+    rows = read_index(tmp_path / "set").table.to_pylist()
+    assert {row["city"] for row in rows} == {"my-city"}
+    assert (rows[0]["year"], rows[0]["month"], rows[0]["northdeg"], rows[0]["lat"]) == (2019, 7, 10, 48.1)
+    assert {row["panoid"] for row in rows} == {f"pano{n}" for n in range(20)}
+    assert read_utm_folder(folder, city="Ulm", grid=Grid(groups=2)).cities == ["Ulm-0-0-0", "Ulm-1-0-0", "Ulm-1-0-1"]
+    (folder / utm_name(505, 1003, "", 99, zone="33", stamp="")).write_bytes(jpeg(rng))
+    wider = read_utm_folder(folder, grid=Grid(groups=1), min_images_per_place=1)
+    assert wider.cities == ["my-city-32U", "my-city-33U"]
+    assert wider.images.to_pylist()[-1]["northdeg"] is None
+    write_shards(wider, tmp_path / "unknown")
+    assert verify_shards(tmp_path / "unknown") == []
+    (folder / "photo.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"photo.jpg: its name holds no UTM coordinates; expected @UTM_east"):
+        read_utm_folder(folder)
+    with pytest.raises(FileNotFoundError, match=r"no \.jpg in it"):
+        read_utm_folder(tmp_path / "nowhere")
+
+
+def test_other_places_of_the_same_files_are_another_set(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    (tmp_path / "f").mkdir()
+    for number in range(8):
+        (tmp_path / "f" / utm_name(505 + number, 1003.0, "10", number)).write_bytes(jpeg(rng))
+    write_shards(read_utm_folder(tmp_path / "f", grid=Grid(cell_m=100, groups=1)), tmp_path / "set")
+    with pytest.raises(ValueError, match="holds another shard set"):
+        write_shards(read_utm_folder(tmp_path / "f", grid=Grid(cell_m=100, groups=2)), tmp_path / "set")
+
+
+# MSLS
+
+
+def write_msls(folder: Path) -> None:
+    rng = np.random.default_rng(2)
+    for city in ("zurich", "trondheim"):
+        for part in ("database", "query"):
+            images = folder / "train_val" / city / part / "images"
+            images.mkdir(parents=True)
+            with (
+                (images.parent / "postprocessed.csv").open("w", newline="") as post,
+                (images.parent / "raw.csv").open("w", newline="") as raw,
+            ):
+                posts, raws = csv.writer(post), csv.writer(raw)
+                posts.writerow(
+                    ["", "key", "easting", "northing", "unique_cluster", "night", "control_panel", "view_direction"]
+                )
+                raws.writerow(["", "key", "lon", "lat", "ca", "captured_at", "pano"])
+                keys = [f"{city[0]}{part[0]}-{n:03d}_x" for n in range(12)]
+                for n, key in enumerate(keys):
+                    posts.writerow([n, key, 1000.0 + n % 3 * 30, 2000.0, n, False, False, "Forward"])
+                    (images / f"{key}.jpg").write_bytes(jpeg(rng))
+                for n, key in reversed(list(enumerate(keys))):
+                    raws.writerow([n, key, 8.5, 47.3, 45.0 + n % 3, "2017-03-01", n == 11])
+
+
+def test_msls_training_folders_are_sharded(tmp_path: Path) -> None:
+    write_msls(tmp_path)
+    listing = read_msls(tmp_path, grid=Grid(groups=1))
+    assert listing.cities == ["trondheim", "zurich"]
+    assert (listing.num_places, listing.num_images) == (6, 44)  # 3 spots a city, two panoramas a city left out
+    assert read_msls(tmp_path / "train_val", cities=["zurich"], grid=Grid(groups=1)).num_places == 3
+    write_shards(listing, tmp_path / "set")
+    assert verify_shards(tmp_path / "set") == []
+    row = read_index(tmp_path / "set").table.to_pylist()[0]
+    assert (row["city"], row["year"], row["month"], row["northdeg"], row["lon"]) == ("trondheim", 2017, 3, 45, 8.5)
+    (tmp_path / "train_val/zurich/database/images/zd-003_x.jpg").unlink()
+    with pytest.raises(ValueError, match=r"zurich/database/postprocessed\.csv row 5: .*zd-003_x\.jpg: missing"):
+        write_shards(read_msls(tmp_path, grid=Grid(groups=1)), tmp_path / "other")
+    (tmp_path / "train_val/zurich/query/raw.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"query/raw\.csv: missing"):
+        read_msls(tmp_path)
+    with pytest.raises(FileNotFoundError, match="as MSLS' training folders have"):
+        read_msls(tmp_path / "nowhere")
+
+
+# Manifests
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_manifest_is_sharded(tmp_path: Path, kind: str, named: bool) -> None:
+    rng = np.random.default_rng(3)
+    (tmp_path / "p").mkdir()
+    rows = []
+    for n in range(20):
+        (tmp_path / f"p/{n}.jpg").write_bytes(jpeg(rng))
+        rows.append({"path": f"p/{n}.jpg", "place": f"spot {n % 4}" if named else 7 + n % 4, "lat": 1.5, "extra": 0})
+    table = pa.Table.from_pylist(rows)
+    path = tmp_path / f"mine.{kind}"
+    pq.write_table(table, path) if kind == "parquet" else pa.csv.write_csv(table, path)
+    listing = read_manifest(path)
+    assert (listing.cities, listing.num_places, listing.num_images) == (["mine"], 4, 20)
+    write_shards(listing, tmp_path / "set")
+    assert verify_shards(tmp_path / "set") == []
+    found = read_index(tmp_path / "set").table.to_pylist()
+    assert [row["city_place_id"] for row in found[::5]] == ([0, 1, 2, 3] if named else [7, 8, 9, 10])
+    assert (found[0]["lat"], found[0]["lon"], found[0]["year"]) == (1.5, None, None)
+    samples = list(webdataset.WebDataset([str(tmp_path / "set/shards/train-000000.tar")], shardshuffle=False))
+    assert samples[1]["02.jpg"] == (tmp_path / "p/9.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,place\na.jpg,1\n", "mine.csv: no column path; found file, place"),
+        ("path,place\na.jpg,1\nb.jpg,\n", "mine.csv row 3: no place"),
+        ("path,place,year\na.jpg,1,soon\n", "column year is no int64"),
+        ("path,place,city\na.jpg,1,St. Louis\n", "city 'St. Louis'; expected at most 64 letters"),
+        ("path,place\na.jpg,-1\n", "a place is -1; numbers count from 0"),
+        ("path,place\na.jpg\n", "not a readable table"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        read_manifest(tmp_path / "mine.csv", min_images_per_place=1)
+    assert "\n" not in str(error.value)
+
+
+# Resized and shuffled
+
+
+def test_only_larger_photographs_are_scaled(native: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_shards(read_gsv_cities(native), tmp_path / name, max_side=40, quality=80, workers=1, threads=1)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert verify_shards(tmp_path / "one") == []
+    index = read_index(tmp_path / "one")
+    files = sorted((native / "Images").rglob("*.jpg"))
+    by_pano = {re.sub(r".*_(pano_.*)\.jpg", r"\1", f.name) + f.parent.name: f for f in files}
+    scaled = 0
+    for row in index.table.to_pylist():
+        with (tmp_path / "one" / row["shard"]).open("rb") as tar:
+            tar.seek(row["offset"])
+            data = tar.read(row["size"])
+        source = by_pano[row["panoid"] + row["city"]].read_bytes()
+        width, height = Image.open(io.BytesIO(source)).size
+        if max(width, height) <= 40:
+            assert data == source
+            continue
+        scaled += 1
+        assert Image.open(io.BytesIO(data)).size == (row["width"], row["height"])
+        assert max(row["width"], row["height"]) == 40
+        assert abs(row["width"] / row["height"] - width / height) < 0.1 * width / height + 0.1
+    assert scaled > 100
+    with pytest.raises(ValueError, match="holds another shard set"):
+        write_shards(read_gsv_cities(native), tmp_path / "one", max_side=40, quality=81)
+
+
+def test_shuffled_places_lie_in_another_order_under_the_same_ids(
+    native: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    listing = read_gsv_cities(native)
+    write_shards(listing, tmp_path / "plain", shard_bytes=SMALL)
+    assert contents(tmp_path / "plain") == expected
+    write_shards(shuffle_places(listing, 3), tmp_path / "shuffled", shard_bytes=SMALL)
+    assert verify_shards(tmp_path / "shuffled") == []
+    plain, shuffled = read_index(tmp_path / "plain"), read_index(tmp_path / "shuffled")
+    where = ["shard", "offset"]
+    assert plain.table.drop_columns(where).equals(shuffled.table.drop_columns(where))
+    tars = sorted(str(tar) for tar in (tmp_path / "shuffled/shards").glob("*.tar"))
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(tars, shardshuffle=False)]
+    assert sorted(keys) != keys
+    assert [key.split("_")[0] for key in keys] == ["Aachen"] * 60 + ["Bergen"] * 50
+    assert not np.array_equal(
+        shuffle_places(listing, 4).images["row"].to_numpy(), shuffle_places(listing, 3).images["row"].to_numpy()
+    )
+
+
+# Processes, parts, kills
+
+
+def test_worker_processes_write_the_same_bytes(native: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    write_shards(
+        read_gsv_cities(native),
+        tmp_path / "set",
+        shard_bytes=SMALL,
+        workers=2,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert contents(tmp_path / "set") == expected
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_parts_side_by_side_and_a_last_run_give_the_same_bytes(
+    native: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, listing = tmp_path / "set", read_gsv_cities(native)
+
+    def other_part(done: int, total: int) -> None:
+        if done == total:
+            with pytest.raises(ValueError, match="another process is writing"):
+                write_shards(listing, out, shard_bytes=SMALL)
+            with pytest.raises(ValueError, match="another process is writing"):
+                write_shards(listing, out, shard_bytes=SMALL, part=(0, 3))
+            write_shards(listing, out, shard_bytes=SMALL, part=(2, 3))
+
+    first = write_shards(listing, out, shard_bytes=SMALL, part=(0, 3), on_progress=other_part)
+    assert first.part == (0, 3)
+    assert not (out / "index.parquet").exists()
+    written = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("*.tar")}
+    assert len(written) > first.shards_written > 3
+    again = write_shards(listing, out, shard_bytes=SMALL, part=(0, 3))
+    assert (again.shards_written, again.shards_reused) == (0, first.shards_written)
+    last = write_shards(listing, out, shard_bytes=SMALL)
+    assert last.shards_reused == len(written)
+    assert last.shards_written > 3
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert contents(out) == expected
+    for part in ((3, 3), (-1, 3), (0, 0)):
+        with pytest.raises(ValueError, match="it counts from 0"):
+            write_shards(listing, tmp_path / "no", part=part)
+
+
+def test_bad_images_of_all_workers_count_together(native: Path, tmp_path: Path) -> None:
+    shutil.copytree(native, tmp_path / "native")
+    files = sorted((tmp_path / "native/Images").rglob("*.jpg"))
+    for file in (files[0], files[-1]):
+        file.write_bytes(b"no photograph")
+    listing = read_gsv_cities(tmp_path / "native")
+    with pytest.raises(ValueError, match="stopped at 2 unreadable photographs"):
+        write_shards(listing, tmp_path / "set", shard_bytes=SMALL, workers=2, max_bad=1.5 / listing.num_images)
+    assert not (tmp_path / "set/index.parquet").exists()
+
+
+def _shard(native: Path, out: Path, started: object) -> None:
+    listing = read_gsv_cities(native)
+    started.set()  # type: ignore[attr-defined]
+    write_shards(listing, out, shard_bytes=SMALL, threads=1)
+
+
+def test_killed_at_ten_random_moments_and_finished_the_bytes_are_the_same(
+    native: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_pipeline.photos", __name__])
+
+    def begin(out: Path) -> multiprocessing.process.BaseProcess:
+        started = context.Event()
+        process = context.Process(target=_shard, args=(native, out, started))
+        process.start()
+        assert started.wait(60)
+        return process
+
+    begin(tmp_path / "warm").join()
+    process, began = begin(tmp_path / "timed"), time.monotonic()
+    process.join()
+    assert process.exitcode == 0
+    seconds = time.monotonic() - began
+    rng = np.random.default_rng()
+    states = set()
+    for number in range(10):
+        out = tmp_path / str(number)
+        process = begin(out)
+        time.sleep(rng.uniform(0, 0.9 * seconds))
+        process.kill()
+        process.join()
+        states.add(len(list((out / "shards").glob("*.tar"))) if out.exists() else -1)
+        write_shards(read_gsv_cities(native), out, shard_bytes=SMALL)
+        assert contents(out) == expected, f"killed run {number}"
+    assert len(states) > 2
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from data_pipeline.gsv_cities import read_gsv_cities
+from data_pipeline.shards import write_shards
+if __name__ == "__main__":
+    write_shards(read_gsv_cities(Path(sys.argv[1])), Path(sys.argv[2]), shard_bytes=3000, workers=2, threads=1)
+"""
+
+
+def test_workers_end_with_their_killed_parent(native: Path, tmp_path: Path) -> None:
+    script, out = tmp_path / "parent.py", tmp_path / "set"
+    script.write_text(PARENT)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen([sys.executable, script, native, out], env=env)
+    deadline = time.monotonic() + 120
+    while not list((out / "shards").glob("*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert workers
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    assert not (out / "index.parquet").exists()
+    write_shards(read_gsv_cities(native), out, shard_bytes=3000)
+    write_shards(read_gsv_cities(native), tmp_path / "plain", shard_bytes=3000)
+    assert contents(out) == contents(tmp_path / "plain")
+
+
+# The command line
+
+
+def test_commands_of_all_kinds(native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shard"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {kind} " in printed for kind in ("gsv-cities", "utm", "msls", "manifest"))
+    write_msls(tmp_path / "msls")
+    common = ["--shard-mb", "1", "--threads", "1"]
+    assert main(["shard", "msls", str(tmp_path / "msls"), str(tmp_path / "a"), "--groups", "1", *common]) == 0
+    assert "6 places, 44 images; 1 shards written" in " ".join(capsys.readouterr().out.split())
+    out = ["shard", "gsv-cities", str(native), str(tmp_path / "b"), "--cities", "Bergen", "--shuffle", "1", *common]
+    assert main([*out, "--part", "0/2"]) == 0
+    assert "1 shards written of part 0/2; the index is written by a last run without --part" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert main(out) == 0
+    assert "1 from the interrupted run used again" not in capsys.readouterr().out
+    assert verify_shards(tmp_path / "b") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["shard", "gsv", "a", "b"], "unknown kind of data set 'gsv'; known: gsv-cities, utm, msls, manifest"),
+        (["shard", "gsv-cities", "a", "b", "--part", "2"], "--part 2: expected i/n, from 0/n to n-1/n"),
+        (["shard", "manifest", "nowhere.csv", "b"], "nowhere.csv: no such file; give a CSV or Parquet table"),
+        (["shard", "utm", "nowhere", "b", "--cell-m", "0"], "a grid of cells of 0.0 m"),
+        (["verify", "s3://bucket/set"], "verify reads sets of this machine"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert len(printed.splitlines()) == 1
