@@ -1,4 +1,4 @@
-"""Each layout that data is distributed in, as small folders of JPEGs; faults of data sets; what is said of wrong ones."""
+"""Each layout data is distributed in, as small folders of JPEGs; faults of data sets; what is said of wrong ones."""
 
 from __future__ import annotations
 
