@@ -193,7 +193,7 @@ class RerankConfig(Section):
         description="Weight of the global cosine added to score / query's patches; 0, the original's rule, uses it for "
         "ties alone and can lower recall where retrieval is sure.",
     )
-    store: Literal["fp16", "int8"] = Field("fp16", description="Type of stored local features.")
+    store: Literal["fp32", "fp16", "int8"] = Field("fp16", description="Type of stored local features.")
     project: Literal["none", "pca", "random"] = Field(
         "none", description="Linear projection of local features, fitted on the database (pca) or drawn."
     )

@@ -1,4 +1,4 @@
-"""Compact local features: salient patches alone, projected, in fp16 or int8."""
+"""Compact local features: salient patches alone, projected, in fp32, fp16 or int8."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class LocalFeatures:
     """Kept patches of I images, one image after another."""
 
     count_I: torch.Tensor  # int64
-    codes_PC: torch.Tensor  # float16 or int8
-    scale_P: torch.Tensor  # float32, the factor of int8 codes; ones for float16
+    codes_PC: torch.Tensor  # float32, float16 or int8
+    scale_P: torch.Tensor  # float32, the factor of int8 codes; ones for the others
     cell_P2: torch.Tensor  # uint8, row and column of the patch grid
     saliency_P: torch.Tensor  # float16, min-max normalised in the image
 
@@ -82,17 +82,22 @@ def compact(
     if config.include_cls:
         scaled_BN, keep_BN = F.pad(scaled_BN, (1, 0), value=1.0), F.pad(keep_BN, (1, 0), value=True)
         cell_N2 = torch.cat([torch.full_like(cell_N2[:1], NO_CELL), cell_N2])
-    kept_PC = local_BNC[keep_BN].float()
-    if projection_CK is not None:
-        kept_PC = F.normalize(kept_PC @ projection_CK, dim=-1)
-    scale_P = torch.ones(len(kept_PC), device=kept_PC.device)
-    if config.store == "int8":
-        scale_P = kept_PC.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        codes_PC = (kept_PC / scale_P[:, None]).round().clamp(-127, 127).to(torch.int8)
-    else:
-        codes_PC = kept_PC.half()
+    codes_PC, scale_P = encode(local_BNC[keep_BN].float(), config.store, projection_CK)
     cell_P2 = cell_N2.expand(len(keep_BN), -1, -1)[keep_BN]
     return LocalFeatures(keep_BN.sum(dim=1), codes_PC, scale_P, cell_P2, scaled_BN[keep_BN].half())
+
+
+def encode(
+    local_PC: torch.Tensor, store: str, projection_CK: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of `store`'s type and the factor of each patch, after projection and L2 normalisation."""
+    if projection_CK is not None:
+        local_PC = F.normalize(local_PC @ projection_CK, dim=-1)
+    scale_P = torch.ones(len(local_PC), device=local_PC.device)
+    if store == "int8":
+        scale_P = local_PC.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        return (local_PC / scale_P[:, None]).round().clamp(-127, 127).to(torch.int8), scale_P
+    return (local_PC if store == "fp32" else local_PC.half()), scale_P
 
 
 def pca_basis(sample_SC: torch.Tensor, size: int) -> torch.Tensor:
