@@ -136,7 +136,7 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
             write_csv(command.out / "results.csv", results)
             console.print(f"written: {command.out / 'results.json'}", soft_wrap=True)
         if command.track:
-            _track(command, checkpoint, recipe, results)
+            log_to_mlflow(command, checkpoint, recipe, results)
     stop_process_group()
     return 0
 
@@ -167,7 +167,7 @@ def _sweep(console: Console, command: EvalCommand, benchmark: Benchmark, rank: R
     return run
 
 
-def _track(command: EvalCommand, checkpoint: Path | None, recipe: Recipe, results: list[Result]) -> None:
+def log_to_mlflow(command: EvalCommand, checkpoint: Path | None, recipe: Recipe, results: list[Result]) -> None:
     """One MLflow run of this evaluation, a child of the training's where that is known."""
     import json
 
