@@ -123,7 +123,7 @@ def _line(label: str, side: int, result: Result) -> list[str]:
 
 
 def _choose(model: PlaceModel, options: Options) -> dict[str, float]:
-    """The point of the grid with the largest mean gain of R@1 that lowers no recall, on pairs other than the claimed."""
+    """The grid's point with the largest mean gain of R@1 that lowers no recall, on pairs other than the claimed."""
     side = options.image_sizes[0]
     stored = RerankConfig(saliency_thresh=SALIENCY[0])
     benchmarks = [b for b in load_benchmarks(["gardens_point/all"], options.data_root) if b.name != CLAIMED]

@@ -157,8 +157,8 @@ def features_of(
     config: EvalConfig,
     store: FeatureStore,
     report: Report,
-) -> tuple[StoredFeatures, StoredFeatures, float]:
-    """Features of database and queries, and the seconds an image that extracting them took."""
+) -> tuple[StoredFeatures, StoredFeatures, float, bool]:
+    """Features of database and queries, the seconds an image that they took, and whether an earlier run began both."""
     clock, world = _Clock(model.device), dist.get_world_size()
     num_database, num_queries = len(benchmark.database), len(benchmark.queries)
     total = num_database + num_queries
@@ -171,9 +171,13 @@ def features_of(
         "local": config.rerank.model_dump(include=_STORED_AS) if config.rerank.enabled else None,
         "projection": basis,
     }
+    kept = [True]
 
     def of(paths: list[Path], offset: int) -> tuple[StoredFeatures, float]:
         key = digest({**about, "images": files_digest(paths)})
+        of_this_run = config.features is None or (tuple(paths), key) in store.held
+        if of_this_run or not (config.features / key[:16] / "index.json").is_file():  # type: ignore[operator]
+            kept.append(False)
 
         def extract_now(folder: Path) -> tuple[StoredFeatures, float]:
             def done(images: int) -> None:
@@ -186,7 +190,7 @@ def features_of(
 
     database, database_s = of(benchmark.database, 0)
     queries, queries_s = of(benchmark.queries, num_database)
-    return database, queries, (fit_s + database_s + queries_s) / total
+    return database, queries, (fit_s + database_s + queries_s) / total, all(kept)
 
 
 _STORED_AS = {
@@ -227,7 +231,7 @@ def evaluate(
     store = store or FeatureStore([benchmark])
     was_training = model.training
     model.eval()
-    database, queries, extraction_s = features_of(model, benchmark, config, store, report)
+    database, queries, extraction_s, kept = features_of(model, benchmark, config, store, report)
     timings = {"extraction_s_per_image": extraction_s}
     clock = _Clock(model.device)
     k = min(max(config.recall_at[-1], config.rerank.top_k if config.rerank.enabled else 1), num_database)
@@ -248,6 +252,8 @@ def evaluate(
         clock.lap()
 
     reranked_QK, num_left_alone, notes = None, 0, list(benchmark.notes)
+    if kept:
+        notes.append("features of an earlier run were read: the time an image is no extraction's")
     if config.rerank.enabled:
         margin = np.inf
         if config.rerank.when == "auto":

@@ -69,22 +69,30 @@ def extract(
         open_folder(folder, {"key": key, "images": len(paths)})
     dist.barrier()
     bounds = shard_bounds(len(paths), config.batch_size)
-    done = 0
+    report, done = on_progress or (lambda _: None), 0
     for number in range(rank, len(bounds), world):
         first, stop = bounds[number]
         path = shard_path(folder, number)
         if not shard_is_whole(path, key, stop - first):
-            write_shard(path, _extract_shard(model, paths[first:stop], config, projection_CK), key)
+
+            def batch_done(images: int, before: int = done) -> None:
+                report(before + images)
+
+            write_shard(path, _extract_shard(model, paths[first:stop], config, projection_CK, batch_done), key)
         done += stop - first
-        if on_progress:
-            on_progress(done)
+        report(done)
     dist.barrier()
     return StoredFeatures(folder, bounds)
 
 
 def _extract_shard(
-    model: PlaceModel, paths: list[Path], config: EvalConfig, projection_CK: torch.Tensor | None
+    model: PlaceModel,
+    paths: list[Path],
+    config: EvalConfig,
+    projection_CK: torch.Tensor | None,
+    on_progress: Callable[[int], None],
 ) -> dict[str, torch.Tensor]:
+    done = 0
     descriptors = torch.zeros(len(paths), model.descriptor_size)
     local: list[tuple[torch.Tensor, ...]] = [()] * len(paths)
     for numbers, images_B3HW in _image_batches(paths, config):
@@ -105,6 +113,8 @@ def _extract_shard(
             parts = [t.cpu().split(sizes) for t in (kept.codes_PC, kept.scale_P, kept.cell_P2, kept.saliency_P)]
             for i, number in enumerate(numbers):
                 local[number] = tuple(part[i] for part in parts)
+        done += len(numbers)
+        on_progress(done)
     if not config.rerank.enabled:
         return {"descriptors": descriptors}
     codes, scale, cell, saliency = (torch.cat(column) for column in zip(*local, strict=True))

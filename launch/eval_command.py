@@ -47,6 +47,7 @@ class EvalCommand:
 def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     """The command, the checkpoint folder that it means, and the recipe that the model is built from."""
     default, checkpoint, recipe = EvalCommand(), None, Recipe()
+    argv = _spelled_out(argv)
     given = _value_of("--checkpoint", argv)
     if given and _value_of("--weights", argv):
         raise ValueError("eval takes --checkpoint or --weights, not both")
@@ -79,6 +80,16 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     elif checkpoint is None:
         raise ValueError("eval needs --checkpoint DIR or --weights FILE")
     return command, checkpoint, recipe
+
+
+def _spelled_out(argv: list[str]) -> list[str]:
+    """`--list` and `--sweep` alone mean True."""
+    spelled = []
+    for i, arg in enumerate(argv):
+        spelled.append(arg)
+        if arg in ("--list", "--sweep") and argv[i + 1 : i + 2] not in (["True"], ["False"]):
+            spelled.append("True")
+    return spelled
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:

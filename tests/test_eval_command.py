@@ -41,14 +41,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_list_needs_no_weights(place: Path) -> None:
-    done = run(place, "--list", "True")
+    done = run(place, "--list")
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("msls_val", "tokyo247", "nordland", "eynsham", "manifest:FILE"))
 
 
 def test_results_table_csv_sweep_and_tracking(place: Path) -> None:
     flags = ("--weights", "tiny.safetensors", "--benchmarks", "manifest:mine.csv", "--image-size", "42")
-    more = ("--recall-at", "1", "3", "--out", "out", "--sweep", "True", "--rerank.saliency-thresh", "None")
+    more = ("--recall-at", "1", "3", "--out", "out", "--sweep", "--rerank.saliency-thresh", "None")
     done = run(place, *flags, *more, "--track", "sqlite:///mlflow.db", "--pictures", "3", "--rerank.when", "auto")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 4 queries have no positive" in done.stdout
