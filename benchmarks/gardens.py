@@ -1,24 +1,26 @@
 """The table of docs/results.md: Gardens Point, all six pairs, frozen and fine-tuned, before and after re-ranking.
 
 `python -m benchmarks.gardens --weights FILE --data-root DATA [--checkpoint RUN] [--json FILE] [--markdown FILE]`. First
-it chooses match threshold, saliency threshold and global weight from a grid on the frozen model, on every pair but the
-one that the claim is about; the defaults of the schema are printed beside that choice. Features are kept in
-`--features` and read again by later runs.
+it chooses depth, thresholds and global weight from a grid, over all models and sizes, on every pair but the one that
+the claim is about; the defaults of the schema are printed beside that choice. Features are kept in `--features` and read
+again by later runs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 import tyro
 
 from benchmarks.report import machine, print_table, write_json
 from configs.load import load_recipe
 from configs.schema import EvalConfig, ModelConfig, RerankConfig
-from eval.benchmarks import load_benchmarks
+from eval.benchmarks import Benchmark, load_benchmarks
 from eval.evaluate import FeatureStore, FirstStage, Result, evaluate
 from eval.recall import recall_at
 from eval.rerank import fuse, reorder
@@ -27,11 +29,13 @@ from model.network import PlaceModel, build_model
 from trainer.checkpoint import find_checkpoint, load_model_weights
 
 CLAIMED = "gardens_point/day_right/night_right"
-SALIENCY = (0.05, 0.1, 0.2, 0.3)
-MATCH = (0.5, 0.55, 0.6, 0.65, 0.7)
-WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)
+TOP_K = (10, 15, 20, 30)
+SALIENCY = (0.1, 0.2)
+MATCH = (0.6, 0.65, 0.7)
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 HELD_OUT = "100-199"  # frames that no training set of this project shows
-Point = tuple[float, float, float]
+Point = tuple[int, float, float, float]
+Run = tuple[str, PlaceModel, str]
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Options:
     image_sizes: tuple[int, ...] = (224, 322)
     """Sides in pixels."""
     choose: bool = True
-    """Also choose thresholds and weight."""
+    """Also choose depth, thresholds and weight."""
     json: Path | None = None
     """File for the figures."""
     markdown: Path | None = None
@@ -62,9 +66,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     frozen = build_model(ModelConfig(backbone="vits14", weights=str(options.weights), finetune_last_n_blocks=0))
     figures: dict[str, float] = {}
-    if options.choose:
-        figures |= _choose(frozen, options)
-    runs: list[tuple[str, PlaceModel, str]] = [("frozen", frozen, "gardens_point/all")]
+    runs: list[Run] = [("frozen", frozen, "gardens_point/all")]
     if options.checkpoint:
         found = find_checkpoint(options.checkpoint)
         recipe = load_recipe(found / "recipe.yaml")
@@ -72,6 +74,8 @@ def main() -> None:
         load_model_weights(tuned, found)
         spec = f"gardens_point/all/{HELD_OUT}"
         runs += [("frozen", frozen, spec), ("fine-tuned", tuned, spec)]
+    if options.choose:
+        figures |= _choose([run for run in runs if run[0] != "frozen" or run[2].endswith("all")], options)
     lines = []
     for label, model, spec in runs:
         for side in options.image_sizes:
@@ -122,47 +126,54 @@ def _line(label: str, side: int, result: Result) -> list[str]:
     ]
 
 
-def _choose(model: PlaceModel, options: Options) -> dict[str, float]:
-    """The grid's point with the largest mean gain of R@1 that lowers no recall, on pairs other than the claimed."""
-    side = options.image_sizes[0]
-    stored = RerankConfig(saliency_thresh=SALIENCY[0])
-    benchmarks = [b for b in load_benchmarks(["gardens_point/all"], options.data_root) if b.name != CLAIMED]
-    store = FeatureStore(benchmarks)
+def _choose(runs: list[Run], options: Options) -> dict[str, float]:
+    """The grid's point with the largest mean gain of R@1 that lowers no recall, on pairs other than the claimed one."""
+    stored = RerankConfig(saliency_thresh=SALIENCY[0], top_k=max(TOP_K))
     gains: dict[Point, list[float]] = {}
-    for benchmark in benchmarks:
-        seen: list[tuple[FirstStage, Sweep]] = []
+    for _, model, spec in runs:
+        for side in options.image_sizes:
+            benchmarks = [b for b in load_benchmarks([spec], options.data_root) if not b.name.startswith(CLAIMED)]
+            store = FeatureStore(benchmarks)
+            for benchmark in benchmarks:
+                seen: list[tuple[FirstStage, Sweep]] = []
 
-        def sweep(found: FirstStage, seen: list[tuple[FirstStage, Sweep]] = seen) -> None:
-            candidates = found.predictions_QK[:, : stored.top_k]
-            args = found.queries, found.database, candidates, stored, model.device
-            seen.append((found, sweep_thresholds(*args, saliency=SALIENCY, match=MATCH)))
+                def sweep(found: FirstStage, seen: list[tuple[FirstStage, Sweep]] = seen) -> None:
+                    args = found.queries, found.database, found.predictions_QK[:, : stored.top_k], stored
+                    seen.append((found, sweep_thresholds(*args, torch.device("cpu"), saliency=SALIENCY, match=MATCH)))
 
-        evaluate(model.eval(), benchmark, _config(side, options, stored), store=store, on_features=sweep)
-        found, swept = seen[0]
-        before = recall_at(found.predictions_QK, benchmark, [1, 5, 10])
-        for s, saliency in enumerate(swept.saliency):
-            for m, match in enumerate(swept.match):
-                for weight in WEIGHTS:
-                    scores_QT = swept.scores_SMQT[s, m]
-                    cosine_QT = found.similarities_QK[:, : scores_QT.shape[1]]
-                    key = fuse(scores_QT, cosine_QT, swept.patches_SQ[s], weight)
-                    after = recall_at(reorder(key, found.predictions_QK), benchmark, [1, 5, 10])
-                    gains.setdefault((saliency, match, weight), []).extend(after[k] - before[k] for k in (1, 5, 10))
+                config = _config(side, options, stored.model_copy(update={"top_k": 1}))
+                config = config.model_copy(update={"recall_at": [1, 5, 10, stored.top_k]})
+                evaluate(model.eval(), benchmark, config, store=store, on_features=sweep)
+                for point, gain in _gains(benchmark, *seen[0]).items():
+                    gains.setdefault(point, []).extend(gain)
     harmless = {point: gain for point, gain in gains.items() if min(gain) >= 0}
     ranked = sorted(harmless, key=lambda point: -float(np.mean(harmless[point][::3])))
     default = RerankConfig()
-    own: Point = (default.saliency_thresh or 0.0, default.nn_match_thresh, default.global_weight)
+    own: Point = (default.top_k, default.saliency_thresh or 0.0, default.nn_match_thresh, default.global_weight)
     rows = [
         [name, *(f"{x:g}" for x in point), f"{np.mean(gains[point][::3]):+.2f}", f"{min(gains[point]):+.1f}"]
         for name, point in (*((str(i + 1), point) for i, point in enumerate(ranked[:8])), ("default", own))
     ]
-    columns = ("", "saliency", "match", "weight", "mean gain of R@1", "least gain of R@1/5/10")
-    print_table(f"Frozen, {side} px, the five pairs other than {CLAIMED}", columns, rows)
+    columns = ("", "top_k", "saliency", "match", "weight", "mean gain of R@1", "least gain of R@1/5/10")
+    print_table(f"All models and sizes, pairs other than {CLAIMED}; {len(harmless)} harmless points", columns, rows)
     return {
         "choice_mean_gain_r1": float(np.mean(gains[ranked[0]][::3])),
         "default_mean_gain_r1": float(np.mean(gains[own][::3])),
         "default_least_gain": min(gains[own]),
     }
+
+
+def _gains(benchmark: Benchmark, found: FirstStage, swept: Sweep) -> dict[Point, list[float]]:
+    """Gain of R@1, R@5 and R@10 at each point of the grid."""
+    before = recall_at(found.predictions_QK, benchmark, [1, 5, 10])
+    gains: dict[Point, list[float]] = {}
+    for (s, saliency), (m, match) in product(enumerate(swept.saliency), enumerate(swept.match)):
+        for top_k, weight in product(TOP_K, WEIGHTS):
+            scores_QT, cosine_QT = swept.scores_SMQT[s, m][:, :top_k], found.similarities_QK[:, :top_k]
+            key_QT = fuse(scores_QT, cosine_QT, swept.patches_SQ[s], weight)
+            after = recall_at(reorder(key_QT, found.predictions_QK), benchmark, [1, 5, 10])
+            gains[top_k, saliency, match, weight] = [after[k] - before[k] for k in (1, 5, 10)]
+    return gains
 
 
 if __name__ == "__main__":

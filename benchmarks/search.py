@@ -50,7 +50,7 @@ class Options:
     world_sizes: tuple[int, ...] = (1, 2, 4)
     """Numbers of ranks, one thread each."""
     indices: tuple[str, ...] = ("IVF256,Flat:nprobe=16", "IVF256,PQ16:nprobe=16", "HNSW32:efSearch=128")
-    """Approximate indices FACTORY:PARAMS that are compared over the first 200,000 rows."""
+    """Approximate indices FACTORY:PARAMS that are compared over the first 50,000 rows."""
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def _approximate(options: Options) -> dict[str, float]:
-    count = min(options.rows, 200_000)
+    count = min(options.rows, 50_000)
     rows_ND = np.concatenate([rows for _, rows in _blocks(0, count, options.size, ROWS_PER_SEED)])
     queries_QD = _rows(-1, options.queries, options.size)
     figures: dict[str, float] = {}
