@@ -2,8 +2,8 @@
 
 `python -m benchmarks.gardens --weights FILE --data-root DATA [--checkpoint RUN] [--json FILE] [--markdown FILE]`. First
 it chooses depth, thresholds and global weight from a grid, over all models and sizes, on every pair but the one that
-the claim is about; the defaults of the schema are printed beside that choice. Features are kept in `--features` and read
-again by later runs.
+the claim is about; the defaults of the schema are printed beside that choice. Features are kept in `--features` and
+read again by later runs.
 """
 
 from __future__ import annotations

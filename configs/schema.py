@@ -159,7 +159,7 @@ class RerankConfig(Section):
         description="auto leaves queries alone whose first-stage margin is one at which matching changes nothing in "
         "the database itself.",
     )
-    top_k: Positive = Field(20, description="Candidates re-ranked for each query.")
+    top_k: Positive = Field(30, description="Candidates re-ranked for each query.")
     layer: int = Field(-2, description="Block whose facet gives local features; negative counts from the last.")
     facet: Literal["attn", "query", "key", "value", "token"] = Field(
         "value", description="What of the block is read out."
@@ -174,9 +174,9 @@ class RerankConfig(Section):
         description="CLS attention before or after the softmax; one threshold keeps far fewer patches after it.",
     )
     saliency_thresh: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        0.1,
-        description="Patches are kept if their min-max normalised CLS attention exceeds this (the original: 0.3, which "
-        "loses recall here); None keeps all.",
+        0.2,
+        description="Patches are kept if their min-max normalised CLS attention exceeds this (the original: 0.3); None "
+        "keeps all.",
     )
     nn_match_thresh: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.65, description="Least cosine of a mutual nearest neighbour."
@@ -189,7 +189,7 @@ class RerankConfig(Section):
     )
     geometry_cells: NonNegative = Field(2, description="Patches by which a match may miss the common shift.")
     global_weight: Annotated[float, Field(ge=0)] = Field(
-        0.5,
+        1.0,
         description="Weight of the global cosine added to score / query's patches; 0, the original's rule, uses it for "
         "ties alone and can lower recall where retrieval is sure.",
     )
