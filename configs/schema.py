@@ -240,6 +240,12 @@ class EvalConfig(Section):
 
     _check_size = field_validator("image_size")(_image_side)
 
+    @model_validator(mode="after")
+    def _attention_is_of_one_grid(self) -> EvalConfig:
+        if self.resize == "aspect" and self.rerank.enabled and self.rerank.facet == "attn":
+            raise ValueError("facet attn has a channel a patch, so all images need one size; use resize square")
+        return self
+
     @field_validator("recall_at")
     @classmethod
     def _ascending(cls, ks: list[int]) -> list[int]:

@@ -281,6 +281,16 @@ def check_k_beyond_the_database_is_one_line() -> None:
             evaluate(build_model(TINY).eval(), benchmark, _config(recall_at=[1, 30]))
 
 
+def test_settings_that_exclude_each_other_are_refused() -> None:
+    for changes, said in (
+        ({"resize": "aspect", "rerank": {"facet": "attn"}}, "facet attn has a channel a patch"),
+        ({"rerank": {"include_cls": True, "hierarchy": 1}}, "include_cls and hierarchy exclude each other"),
+        ({"rerank": {"nn_match_thresh": -0.1}}, "nn_match_thresh"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            EvalConfig.model_validate(changes)
+
+
 def check_projection_is_one_on_all_ranks_and_no_wider_than_the_facet() -> None:
     model = build_model(TINY).eval()
     with shared_folder() as folder:
