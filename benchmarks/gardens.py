@@ -52,6 +52,8 @@ class Options:
     """Folder that keeps features."""
     image_sizes: tuple[int, ...] = (224, 322)
     """Sides in pixels."""
+    frozen_held_out: bool = True
+    """Also judge the frozen model on frames 100-199 alone, beside the fine-tuned one."""
     choose: bool = True
     """Also choose depth, thresholds and weight."""
     json: Path | None = None
@@ -73,7 +75,7 @@ def main() -> None:
         tuned = build_model(recipe.model.model_copy(update={"weights": "random"}))
         load_model_weights(tuned, found)
         spec = f"gardens_point/all/{HELD_OUT}"
-        runs += [("frozen", frozen, spec), ("fine-tuned", tuned, spec)]
+        runs += [("frozen", frozen, spec)] * options.frozen_held_out + [("fine-tuned", tuned, spec)]
     if options.choose:
         figures |= _choose([run for run in runs if run[0] != "frozen" or run[2].endswith("all")], options)
     lines = []
@@ -81,6 +83,7 @@ def main() -> None:
         for side in options.image_sizes:
             for result in _evaluate(model.eval(), spec, side, options):
                 lines.append(_line(label, side, result))
+                print(" | ".join(lines[-1]), flush=True)
                 frames = "all" if spec.endswith("all") else HELD_OUT
                 for k in (1, 5, 10):
                     assert result.recall_reranked is not None
