@@ -27,7 +27,7 @@ from data_pipeline.images import normalise, read_image
 from eval.benchmarks import load_benchmarks
 from eval.evaluate import FeatureStore, features_of
 from eval.extract import extract
-from eval.local_features import encode, min_max, pca_basis, read_local
+from eval.local_features import encode, pca_basis, read_local, salient
 from eval.matching import match_scores
 from eval.recall import recall_at
 from eval.rerank import plan_batches, rerank, score_candidates
@@ -101,7 +101,9 @@ def main() -> None:
 
 
 def _measure(model: PlaceModel, top: int, options: Options) -> dict[str, float]:
-    config = EvalConfig(image_size=options.image_size, rerank=options.config, batch_size=8)
+    # Random weights say nothing of saliency: all patches are kept, which is the most that matching can cost.
+    rerank_config = options.config.model_copy(update={"saliency_thresh": None})
+    config = EvalConfig(image_size=options.image_size, rerank=rerank_config, batch_size=8)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         paths = []
@@ -117,7 +119,7 @@ def _measure(model: PlaceModel, top: int, options: Options) -> dict[str, float]:
         device = torch.device("cpu")
 
         def stored() -> object:
-            return score_candidates(queries, numbers, database, candidates_QT, options.config, device)
+            return score_candidates(queries, numbers, database, candidates_QT, rerank_config, device)
 
         stored()
         own = queries.patches(numbers[:1], device)
@@ -150,7 +152,7 @@ def _as_the_original(model: PlaceModel, query: Path, candidates: list[Path], con
     def one(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = normalise(read_image(path, config.image_size)[None])
         _, local_BNC, saliency_BN = read_local(model, inputs, config.rerank)
-        return local_BNC[0], min_max(saliency_BN)[0] > (config.rerank.saliency_thresh or 0.0)
+        return local_BNC[0], salient(saliency_BN, config.rerank.saliency_thresh)[0]
 
     own_NC, own_N = one(query)
     counts = []
