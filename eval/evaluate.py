@@ -207,6 +207,16 @@ _STORED_AS = {
 }
 
 
+def check_depth(benchmarks: list[Benchmark], config: EvalConfig) -> None:
+    """Raises ValueError if a K exceeds the database of a benchmark: that recall would say nothing."""
+    for benchmark in benchmarks:
+        if config.recall_at[-1] > len(benchmark.database):
+            raise ValueError(
+                f"eval.recall_at {config.recall_at[-1]}: {benchmark.name} has {len(benchmark.database)} database "
+                f"images; use at most {len(benchmark.database)}"
+            )
+
+
 def evaluate(
     model: PlaceModel,
     benchmark: Benchmark,
@@ -218,15 +228,9 @@ def evaluate(
     """Extracts on all ranks, searches, re-ranks if asked to; the same recalls and predictions on every rank.
 
     `on_progress(done, total, note)` is called on each rank; `store` keeps features for the benchmarks that follow;
-    `on_features` is called on each rank while the features are there. The model is left in the mode it was in. Raises
-    ValueError if a K exceeds the database.
+    `on_features` is called on each rank while the features are there. The model is left in the mode it was in.
     """
     num_database, num_queries = len(benchmark.database), len(benchmark.queries)
-    if config.recall_at[-1] > num_database:
-        raise ValueError(
-            f"eval.recall_at {config.recall_at[-1]}: {benchmark.name} has {num_database} database images; "
-            f"use at most {num_database}"
-        )
     report = on_progress or (lambda *_: None)
     store = store or FeatureStore([benchmark])
     was_training = model.training

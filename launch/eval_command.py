@@ -115,12 +115,13 @@ def main(argv: list[str]) -> int:
 
 def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, recipe: Recipe) -> int:
     from eval.benchmarks import load_benchmarks
-    from eval.evaluate import FeatureStore, evaluate
+    from eval.evaluate import FeatureStore, check_depth, evaluate
     from eval.report import draw_pictures, results_table, write_csv, write_results
     from model.network import build_model
 
     config = command.eval
     benchmarks = load_benchmarks(config.benchmarks, config.data_root)
+    check_depth(benchmarks, config)
     rank: Rank = start_process_group(recipe.engine.timeout_s)
     if checkpoint:
         model = build_model(recipe.model.model_copy(update={"weights": "random"}), seed=recipe.seed)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from configs.schema import EvalConfig, ModelConfig, RerankConfig
 from eval.benchmarks import Benchmark, make_benchmark
-from eval.evaluate import FeatureStore, FirstStage, evaluate
+from eval.evaluate import FeatureStore, FirstStage, check_depth, evaluate
 from eval.extract import extract, fit_projection, input_size
 from eval.ground_truth import frames_within
 from eval.local_features import NO_CELL, compact, min_max, pca_basis, random_basis, read_local, salient
@@ -274,11 +274,12 @@ def check_kept_features_are_used_again_and_other_weights_are_not_mistaken_for_th
         assert len(sorted((folder / "kept").glob("*/*.safetensors"))) == 2 * len(shards)
 
 
-def check_k_beyond_the_database_is_one_line() -> None:
-    with shared_folder() as folder:
-        benchmark = _benchmark(folder)
-        with pytest.raises(ValueError, match="recall_at 30: photos has 21 database images; use at most 21"):
-            evaluate(build_model(TINY).eval(), benchmark, _config(recall_at=[1, 30]))
+def test_k_beyond_the_database_is_one_line() -> None:
+    paths = [Path(f"{i}.jpg") for i in range(21)]
+    benchmark = make_benchmark("photos", "+-1", paths, paths[:10], frames_within(10, 21, 1, step=2))
+    check_depth([benchmark], _config(recall_at=[1, 21]))
+    with pytest.raises(ValueError, match="recall_at 30: photos has 21 database images; use at most 21"):
+        check_depth([benchmark], _config(recall_at=[1, 30]))
 
 
 def test_settings_that_exclude_each_other_are_refused() -> None:
