@@ -183,7 +183,9 @@ def _bytes_against_recall(options: Options) -> dict[str, float]:
     model = build_model(ModelConfig(backbone="vits14", weights=str(options.weights), finetune_last_n_blocks=0)).eval()
     store = FeatureStore([benchmark])
     database, queries, *_ = features_of(model, benchmark, config, store, lambda *_: None)
-    similarities_QK, predictions_QK = search_ranks(queries.descriptors(), database.blocks(0, 1, 1 << 30), 20)
+    similarities_QK, predictions_QK = search_ranks(
+        queries.descriptors(), database.blocks(0, 1, 1 << 30), options.config.top_k
+    )
     first_stage = recall_at(predictions_QK, benchmark, [1, 5, 10])
     sample = np.unique(np.linspace(0, len(database) - 1, 64).astype(np.int64))
     patches = database.patches(sample, torch.device("cpu"))
