@@ -1,28 +1,26 @@
-"""Descriptors and local features of a rank's slice of images, from one forward pass each."""
+"""Descriptors and local features of images, from one forward pass each, into shards that all ranks write and read."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as TF
 
-from configs.schema import EvalConfig
+from configs.schema import PATCH, EvalConfig
 from data_pipeline.images import normalise, read_image
+from eval.local_features import compact, grid_of, pca_basis, random_basis, read_local
+from eval.store import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
 from model.network import PlaceModel
 
-
-@dataclass(frozen=True)
-class Features:
-    """What a rank keeps of images start to start + I, on the model's device."""
-
-    start: int
-    descriptors_ID: torch.Tensor  # float32, L2-normalised
-    local_INC: torch.Tensor | None  # float16, L2-normalised; None where nothing is re-ranked
-    salient_IN: torch.Tensor | None  # bool
+FIT_IMAGES = 64
+FIT_PATCHES_PER_IMAGE = 256
 
 
 def slice_bounds(num_items: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -30,13 +28,25 @@ def slice_bounds(num_items: int, rank: int, world_size: int) -> tuple[int, int]:
     return num_items * rank // world_size, num_items * (rank + 1) // world_size
 
 
-def salient(saliency_BN: torch.Tensor, thresh: float | None) -> torch.Tensor:
-    """Patches whose saliency, min-max normalised in each image, exceeds `thresh` (bool [B, N]); None keeps all."""
-    if thresh is None:
-        return torch.ones_like(saliency_BN, dtype=torch.bool)
-    low_B1, high_B1 = saliency_BN.amin(dim=1, keepdim=True), saliency_BN.amax(dim=1, keepdim=True)
-    spread_B1 = (high_B1 - low_B1).clamp(min=torch.finfo(saliency_BN.dtype).tiny)
-    return (saliency_BN - low_B1) / spread_B1 > thresh
+def input_size(height: int, width: int, config: EvalConfig) -> tuple[int, int]:
+    """Height and width that an image is resized to, multiples of the patch size."""
+    if config.resize == "square":
+        return config.image_size, config.image_size
+    ratio = (height / width) ** 0.5
+    sides = (config.image_size * ratio, config.image_size / ratio)
+    tall, wide = (max(PATCH, round(side / PATCH) * PATCH) for side in sides)
+    return tall, wide
+
+
+def load_image(path: Path, config: EvalConfig) -> torch.Tensor:
+    """An image file as uint8 [3, H, W] of `input_size`. Errors name the file."""
+    if config.resize == "square":
+        return read_image(path, config.image_size)
+    try:
+        image = decode_image(str(path), mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from error
+    return TF.resize(image, list(input_size(image.shape[1], image.shape[2], config)), antialias=True)
 
 
 @torch.inference_mode()
@@ -44,55 +54,130 @@ def extract(
     model: PlaceModel,
     paths: list[Path],
     config: EvalConfig,
+    folder: Path,
     *,
-    rank: int,
-    world_size: int,
+    key: str,
+    projection_CK: torch.Tensor | None = None,
     on_progress: Callable[[int], None] | None = None,
-) -> Features:
-    """Features of this rank's slice of `paths`; `on_progress` gets the number of images done on this rank."""
-    start, stop = slice_bounds(len(paths), rank, world_size)
-    rerank, device = config.rerank, model.device
-    descriptors, local, masks = [], [], []
+) -> StoredFeatures:
+    """Features of `paths` in `folder`: rank r of W makes shards r, r + W, ... that are not there yet.
+
+    Every rank returns all of them. `on_progress` gets the number of this rank's images that are done.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        open_folder(folder, {"key": key, "images": len(paths)})
+    dist.barrier()
+    bounds = shard_bounds(len(paths), config.batch_size)
+    report, done = on_progress or (lambda _: None), 0
+    for number in range(rank, len(bounds), world):
+        first, stop = bounds[number]
+        path = shard_path(folder, number)
+        if not shard_is_whole(path, key, stop - first):
+
+            def batch_done(images: int, before: int = done) -> None:
+                report(before + images)
+
+            write_shard(path, _extract_shard(model, paths[first:stop], config, projection_CK, batch_done), key)
+        done += stop - first
+        report(done)
+    dist.barrier()
+    return StoredFeatures(folder, bounds)
+
+
+def _extract_shard(
+    model: PlaceModel,
+    paths: list[Path],
+    config: EvalConfig,
+    projection_CK: torch.Tensor | None,
+    on_progress: Callable[[int], None],
+) -> dict[str, torch.Tensor]:
     done = 0
-    for images_B3HW in _image_batches(paths[start:stop], config):
-        inputs = normalise(images_B3HW.to(device, non_blocking=True))
-        if rerank.enabled:
-            out = model.read_out(inputs, layer=rerank.layer, facet=rerank.facet, saliency_layer=rerank.saliency_layer)
-            descriptors.append(out.descriptor_BD)
-            local.append(out.local_BNC.half())
-            masks.append(salient(out.saliency_BN, rerank.saliency_thresh))
-        else:
-            descriptors.append(model(inputs))
-        if not descriptors[-1].isfinite().all():
-            broken = paths[start + done + int(descriptors[-1].isfinite().all(dim=1).int().argmin())]
+    descriptors = torch.zeros(len(paths), model.descriptor_size)
+    local: list[tuple[torch.Tensor, ...]] = [()] * len(paths)
+    for numbers, images_B3HW in _image_batches(paths, config):
+        inputs = normalise(images_B3HW.to(model.device, non_blocking=True))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            if config.rerank.enabled:
+                descriptor_BD, local_BNC, saliency_BN = read_local(model, inputs, config.rerank)
+            else:
+                descriptor_BD = model(inputs)
+        finite_B = descriptor_BD.isfinite().all(dim=1).cpu()
+        if not finite_B.all():
+            broken = paths[numbers[int(finite_B.int().argmin())]]
             raise ValueError(f"{broken}: the descriptor is not finite; are the weights?")
-        done += len(inputs)
-        if on_progress:
-            on_progress(done)
-    if not descriptors:  # more ranks than images
-        patches = (config.image_size // model.backbone.patch_embed.patch_size[0]) ** 2
-        descriptors = [torch.zeros(0, model.descriptor_size, device=device)]
-        local = [torch.zeros(0, patches, int(model.backbone.embed_dim), dtype=torch.float16, device=device)]
-        masks = [torch.zeros(0, patches, dtype=torch.bool, device=device)]
-    return Features(
-        start,
-        torch.cat(descriptors),
-        torch.cat(local) if rerank.enabled else None,
-        torch.cat(masks) if rerank.enabled else None,
-    )
+        descriptors[numbers] = descriptor_BD.float().cpu()
+        if config.rerank.enabled:
+            kept = compact(local_BNC, saliency_BN.float(), grid_of(model, inputs), config.rerank, projection_CK)
+            sizes = kept.count_I.tolist()
+            parts = [t.cpu().split(sizes) for t in (kept.codes_PC, kept.scale_P, kept.cell_P2, kept.saliency_P)]
+            for i, number in enumerate(numbers):
+                local[number] = tuple(part[i] for part in parts)
+        done += len(numbers)
+        on_progress(done)
+    if not config.rerank.enabled:
+        return {"descriptors": descriptors}
+    codes, scale, cell, saliency = (torch.cat(column) for column in zip(*local, strict=True))
+    count = torch.tensor([len(patches[0]) for patches in local])
+    return {
+        "descriptors": descriptors,
+        "count": count,
+        "codes": codes,
+        "scale": scale,
+        "cell": cell,
+        "saliency": saliency,
+    }
 
 
-def _image_batches(paths: list[Path], config: EvalConfig) -> Iterator[torch.Tensor]:
-    """uint8 batches in order, read two batches ahead."""
-    batches = [paths[i : i + config.batch_size] for i in range(0, len(paths), config.batch_size)]
+@torch.inference_mode()
+def fit_projection(model: PlaceModel, paths: list[Path], config: EvalConfig) -> torch.Tensor | None:
+    """The projection [C, K] that `config` asks for, fitted on a spread of these images; the same on every rank.
+
+    Raises ValueError if K exceeds the channels.
+    """
+    rerank = config.rerank
+    if not rerank.enabled or rerank.project == "none":
+        return None
+    numbers = np.unique(np.linspace(0, len(paths) - 1, min(FIT_IMAGES, len(paths))).astype(int))
+    sample = []
+    for _, images_B3HW in _image_batches([paths[i] for i in numbers], config):
+        _, local_BNC, _ = read_local(model, normalise(images_B3HW.to(model.device)), rerank)
+        channels = local_BNC.shape[2]
+        if rerank.project_size > channels:
+            raise ValueError(f"rerank.project_size {rerank.project_size} exceeds the {channels} channels of the facet")
+        if rerank.project == "random":
+            return random_basis(channels, rerank.project_size).to(model.device)
+        step = -(-local_BNC.shape[1] // FIT_PATCHES_PER_IMAGE)
+        sample.append(local_BNC[:, ::step].flatten(0, 1))
+    basis_CK = pca_basis(torch.cat(sample), rerank.project_size)
+    dist.broadcast(basis_CK, 0)
+    return basis_CK
+
+
+def _image_batches(paths: list[Path], config: EvalConfig) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Batches of images of one size with their numbers, read two batches ahead.
+
+    Images of one size are collected over the whole list, so few batches are short.
+    """
     with ThreadPoolExecutor(config.decode_threads, thread_name_prefix="read") as pool:
-        waiting: deque[list[Future[torch.Tensor]]] = deque()
+        waiting: deque[tuple[int, Future[torch.Tensor]]] = deque()
+        buckets: dict[torch.Size, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        upcoming = iter(enumerate(paths))
         try:
-            for batch in batches:
-                waiting.append([pool.submit(read_image, path, config.image_size) for path in batch])
-                if len(waiting) > 2:
-                    yield torch.stack([future.result() for future in waiting.popleft()])
-            while waiting:
-                yield torch.stack([future.result() for future in waiting.popleft()])
+            while True:
+                while len(waiting) < 3 * config.batch_size and (item := next(upcoming, None)):
+                    waiting.append((item[0], pool.submit(load_image, item[1], config)))
+                if not waiting:
+                    break
+                number, future = waiting.popleft()
+                image = future.result()
+                bucket = buckets[image.shape]
+                bucket.append((number, image))
+                if len(bucket) == config.batch_size:
+                    yield [n for n, _ in bucket], torch.stack([x for _, x in bucket])
+                    bucket.clear()
+            for bucket in buckets.values():
+                if bucket:
+                    yield [n for n, _ in bucket], torch.stack([x for _, x in bucket])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,8 +1,9 @@
-"""Re-ranking by mutual nearest neighbours of local features (EffoVPR; RerankVPR)."""
+"""Re-ranking by mutual nearest neighbours of local features (EffoVPR; RerankVPR), sharded over ranks by query."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,144 +11,186 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from configs.schema import RerankConfig
-from eval.extract import Features, slice_bounds
+from eval.matching import match_scores, pair_bytes
+from eval.search import search_ranks
+from eval.store import StoredFeatures
 
-QUERIES_PER_BLOCK = 16
-SIMILARITIES_PER_BLOCK = 2**25  # float32 entries of the similarity matrices held at once: 128 MB
+MAX_QUERIES_PER_BLOCK = 16
+AUTO_SAMPLE = 128
+AUTO_AT_LEAST = 20  # fewer unchanged images than this teach nothing
 
 
-def mutual_matches(
-    query_NC: torch.Tensor,
-    query_salient_N: torch.Tensor,
-    candidates_KNC: torch.Tensor,
-    candidates_salient_KN: torch.Tensor,
-    *,
-    nn_match_thresh: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Matches of a query's patches with those of each candidate, each candidate by itself.
+@dataclass(frozen=True)
+class Plan:
+    """How pairs are batched: `queries` at a time, with `candidates` of each at a time."""
 
-    A match is a pair of mutual nearest neighbours by cosine among all patches, above `nn_match_thresh`, both
-    patches salient. Features are L2-normalised. Returns for each query patch: whether it is matched (bool [K, N]),
-    its nearest patch (int64 [K, N]) and their cosine (float32 [K, N]).
+    queries: int
+    candidates: int
+
+
+def plan_batches(queries: StoredFeatures, database: StoredFeatures, depth: int, memory_mb: int) -> Plan:
+    """Batches that stay below `memory_mb`, the same at any number of ranks.
+
+    Raises ValueError if one pair of images does not fit.
     """
-    sim_KNM = torch.matmul(query_NC.float(), candidates_KNC.float().transpose(1, 2))
-    best_KN, nearest_KN = sim_KNM.max(dim=2)
-    back_KM = sim_KNM.argmax(dim=1)
-    mutual_KN = back_KM.gather(1, nearest_KN) == torch.arange(len(query_NC), device=sim_KNM.device)
-    both_KN = query_salient_N & candidates_salient_KN.gather(1, nearest_KN)
-    return mutual_KN & (best_KN > nn_match_thresh) & both_KN, nearest_KN, best_KN
-
-
-def match_scores(
-    query_NC: torch.Tensor,
-    query_salient_N: torch.Tensor,
-    candidates_KNC: torch.Tensor,
-    candidates_salient_KN: torch.Tensor,
-    *,
-    nn_match_thresh: float,
-    score: str = "count",
-) -> torch.Tensor:
-    """Number of mutual matches with each candidate, or the sum of their cosines (float32 [K]); see `mutual_matches`."""
-    step = max(1, SIMILARITIES_PER_BLOCK // (len(query_NC) * candidates_KNC.shape[1]))
-    parts = []
-    for start in range(0, len(candidates_KNC), step):
-        block = slice(start, start + step)
-        matched_KN, _, cosine_KN = mutual_matches(
-            query_NC,
-            query_salient_N,
-            candidates_KNC[block],
-            candidates_salient_KN[block],
-            nn_match_thresh=nn_match_thresh,
+    bound = memory_mb << 20
+    own = 8 * queries.max_patches * database.channels
+    pair = pair_bytes(queries.max_patches, database.max_patches, database.channels)
+    if own + pair > bound:
+        raise ValueError(
+            f"rerank.memory_mb {memory_mb}: one pair of images takes {(own + pair) / 2**20:.1f} MB; allow at least "
+            f"{-(-(own + pair) // 2**20)}"
         )
-        value_KN = matched_KN.float() if score == "count" else cosine_KN * matched_KN
-        parts.append(value_KN.sum(dim=1))
-    return torch.cat(parts) if parts else query_NC.new_zeros(0, dtype=torch.float32)
+    if own + depth * pair > bound:
+        return Plan(1, (bound - own) // pair)
+    return Plan(max(1, min(MAX_QUERIES_PER_BLOCK, bound // (own + depth * pair))), depth)
 
 
-def reorder(
+def fuse(
     scores_QT: NDArray[np.float32],
-    predictions_QK: NDArray[np.int64],
-    similarities_QK: NDArray[np.float32],
-    *,
-    num_patches: int,
+    similarities_QT: NDArray[np.float32],
+    patches_Q: NDArray[np.int64],
     global_weight: float,
-) -> NDArray[np.int64]:
-    """Predictions with the first T sorted by score, ties in first-stage order; the others stay behind them.
-
-    With a global weight the key is score / patches + weight * global cosine.
-    """
-    depth = scores_QT.shape[1]
+) -> NDArray[np.float64]:
+    """Keys that sort candidates: the score itself, or score / patches of the query + weight * global cosine."""
     key_QT = scores_QT.astype(np.float64)
     if global_weight:
-        key_QT = key_QT / num_patches + global_weight * similarities_QK[:, :depth]
+        key_QT = key_QT / np.maximum(patches_Q, 1)[:, None] + global_weight * similarities_QT
+    return key_QT
+
+
+def reorder(key_QT: NDArray[np.float64], predictions_QK: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Predictions with the first T sorted by key, ties in first-stage order; the others stay behind them."""
+    depth = key_QT.shape[1]
     order_QT = np.argsort(-key_QT, axis=1, kind="stable")
     head_QT = np.take_along_axis(predictions_QK[:, :depth], order_QT, axis=1)
     return np.concatenate([head_QT, predictions_QK[:, depth:]], axis=1)
 
 
 @torch.inference_mode()
+def score_candidates(
+    queries: StoredFeatures,
+    query_ids_Q: NDArray[np.int64],
+    database: StoredFeatures,
+    candidates_QT: NDArray[np.int64],
+    config: RerankConfig,
+    device: torch.device,
+    on_progress: Callable[[int], None] | None = None,
+) -> NDArray[np.float32]:
+    """Match scores [Q, T] of queries with their candidates, equal on every rank.
+
+    Blocks of queries go to ranks in turn; each score comes from one rank, so it is the same at any number of them.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plan = plan_batches(queries, database, candidates_QT.shape[1], config.memory_mb)
+    scores_QT = torch.zeros(candidates_QT.shape, device=device)
+    blocks = list(blocks_of(len(query_ids_Q), plan.queries))
+    for block in blocks[rank::world]:
+        own = queries.patches(query_ids_Q[block], device)
+        for start in range(0, candidates_QT.shape[1], plan.candidates):
+            part_BT = candidates_QT[block, start : start + plan.candidates]
+            others = database.patches(part_BT.ravel(), device)
+            scores_QT[block, start : start + plan.candidates] = match_scores(
+                own,
+                others,
+                nn_match_thresh=config.nn_match_thresh,
+                score=config.score,
+                geometry=config.geometry,
+                geometry_cells=config.geometry_cells,
+            )
+        if on_progress:
+            on_progress(block.stop)
+    dist.all_reduce(scores_QT)
+    return scores_QT.cpu().numpy()
+
+
+def blocks_of(count: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of `size`, the last one shorter."""
+    for first in range(0, count, size):
+        yield slice(first, min(count, first + size))
+
+
+def patch_counts(features: StoredFeatures) -> NDArray[np.int64]:
+    """Kept patches of every image."""
+    return np.concatenate([np.asarray(shard["count"]) for shard in features.shards]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """Predictions after matching, the scores of the first T, and how many queries matching left alone."""
+
+    predictions_QK: NDArray[np.int64]
+    scores_QT: NDArray[np.float32]
+    num_left_alone: int
+
+
 def rerank(
-    queries: Features,
-    database: Features,
+    queries: StoredFeatures,
+    database: StoredFeatures,
     predictions_QK: NDArray[np.int64],
     similarities_QK: NDArray[np.float32],
     config: RerankConfig,
+    device: torch.device,
+    *,
+    auto_margin: float = np.inf,
     on_progress: Callable[[int], None] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Re-ranked predictions [Q, K] and the match scores [Q, T] of the first T = top_k, equal on every rank.
+) -> Reranked:
+    """The first top_k predictions of each query re-sorted; equal on every rank and at any number of ranks.
 
-    Database features stay on the rank that extracted them and queries travel in blocks: a rank scores the pairs whose
-    candidate it holds, and the scores, each from exactly one rank, are summed over ranks.
+    Queries whose first-stage margin reaches `auto_margin` keep their order (see `learn_margin`).
     """
-    assert queries.local_INC is not None
-    assert queries.salient_IN is not None
-    assert database.local_INC is not None
-    assert database.salient_IN is not None
-    world = dist.get_world_size()
-    num_queries = len(predictions_QK)
-    candidates_QT = predictions_QK[:, : config.top_k]
-    scores_QT = torch.zeros(candidates_QT.shape, device=database.local_INC.device)
-    stop = database.start + len(database.local_INC)
-    for owner in range(world):
-        first, last = slice_bounds(num_queries, owner, world)
-        for begin in range(first, last, QUERIES_PER_BLOCK):
-            block = range(begin, min(last, begin + QUERIES_PER_BLOCK))
-            local_BNC, salient_BN = _broadcast_block(queries, block, owner)
-            for i, query in enumerate(block):
-                held_T = (candidates_QT[query] >= database.start) & (candidates_QT[query] < stop)
-                rows = torch.from_numpy(candidates_QT[query][held_T] - database.start).to(scores_QT.device)
-                scores_QT[query, torch.from_numpy(held_T).to(scores_QT.device)] = match_scores(
-                    local_BNC[i],
-                    salient_BN[i],
-                    database.local_INC[rows],
-                    database.salient_IN[rows],
-                    nn_match_thresh=config.nn_match_thresh,
-                    score=config.score,
-                )
-            if on_progress:
-                on_progress(block.stop)
-    dist.all_reduce(scores_QT)
-    scores = scores_QT.cpu().numpy()
-    ranked = reorder(
-        scores,
-        predictions_QK,
-        similarities_QK,
-        num_patches=database.local_INC.shape[1],
-        global_weight=config.global_weight,
-    )
-    return ranked, scores
+    depth = min(config.top_k, predictions_QK.shape[1])
+    matched_q = np.flatnonzero(margins(similarities_QK) < auto_margin)
+    scores_QT = np.zeros((len(predictions_QK), depth), dtype=np.float32)
+    ranked_QK = predictions_QK.copy()
+    if len(matched_q):
+        candidates = predictions_QK[matched_q, :depth]
+        found = np.maximum(candidates, 0)  # -1 stands for nothing found
+        scores = score_candidates(queries, matched_q, database, found, config, device, on_progress)
+        patches = patch_counts(queries)[matched_q]
+        key = fuse(scores, similarities_QK[matched_q, :depth], patches, config.global_weight)
+        key[candidates < 0] = -np.inf
+        scores_QT[matched_q] = scores
+        ranked_QK[matched_q] = reorder(key, predictions_QK[matched_q])
+    return Reranked(ranked_QK, scores_QT, len(predictions_QK) - len(matched_q))
 
 
-def _broadcast_block(queries: Features, block: range, owner: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Local features and masks of a block of queries from the rank that extracted them."""
-    assert queries.local_INC is not None
-    assert queries.salient_IN is not None
-    if dist.get_rank() == owner:
-        part = slice(block.start - queries.start, block.stop - queries.start)
-        local_BNC, salient_BN = queries.local_INC[part].contiguous(), queries.salient_IN[part].contiguous()
-    else:
-        local_BNC = queries.local_INC.new_empty(len(block), *queries.local_INC.shape[1:])
-        salient_BN = queries.salient_IN.new_empty(len(block), *queries.salient_IN.shape[1:])
-    dist.broadcast(local_BNC, owner)
-    dist.broadcast(salient_BN, owner)
-    return local_BNC, salient_BN
+def margins(similarities_QK: NDArray[np.float32]) -> NDArray[np.float64]:
+    """First-stage cosine of the first minus the second candidate; infinite where there is one."""
+    if similarities_QK.shape[1] < 2:
+        return np.full(len(similarities_QK), np.inf)
+    return similarities_QK[:, 0].astype(np.float64) - similarities_QK[:, 1]
+
+
+def learn_margin(
+    database: StoredFeatures, config: RerankConfig, device: torch.device, block_bytes: int
+) -> tuple[float, int]:
+    """The least first-stage margin from which on matching never changed the first candidate, and the sample's size.
+
+    Learned on the database alone, without labels: a spread of its images as queries against all others. Infinite, so
+    that nothing is left alone, where fewer than AUTO_AT_LEAST images agree.
+    """
+    sample = np.unique(np.linspace(0, len(database) - 1, min(AUTO_SAMPLE, len(database))).astype(np.int64))
+    k = min(config.top_k + 1, len(database))
+    if k < 3:
+        return np.inf, len(sample)
+    queries_SD = np.concatenate([database.descriptors(i, i + 1) for i in sample])
+    similarities_SK, ids_SK = search_ranks(queries_SD, _own_blocks(database, block_bytes), k)
+    others = [(ids != i) & (np.cumsum(ids != i) < k) for i, ids in zip(sample, ids_SK, strict=True)]
+    ids_ST = np.stack([ids[keep] for ids, keep in zip(ids_SK, others, strict=True)])
+    similarities_ST = np.stack([cos[keep] for cos, keep in zip(similarities_SK, others, strict=True)])
+    scores_ST = score_candidates(database, sample, database, ids_ST, config, device)
+    key_ST = fuse(scores_ST, similarities_ST, patch_counts(database)[sample], config.global_weight)
+    changed_S = key_ST.argmax(axis=1) != 0
+    return margin_from(margins(similarities_ST), changed_S), len(sample)
+
+
+def margin_from(margin_S: NDArray[np.float64], changed_S: NDArray[np.bool_]) -> float:
+    """The least margin above every margin of an image whose first candidate changed; infinite if too few lie above."""
+    worst = float(margin_S[changed_S].max(initial=-np.inf))
+    above = margin_S[margin_S > worst]
+    return float(above.min()) if len(above) >= AUTO_AT_LEAST else float("inf")
+
+
+def _own_blocks(database: StoredFeatures, block_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    return database.blocks(dist.get_rank(), dist.get_world_size(), block_bytes)

@@ -1,6 +1,8 @@
-"""Exact inner-product search over rows that are spread over ranks, equal to one flat index."""
+"""Inner-product search over rows that are spread over ranks and read in blocks; exact unless an index is named."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import faiss
 import numpy as np
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 
 MARGIN = 16  # rows fetched past k at first
 BLOCK_BYTES = 64 << 20
+
+Blocks = Iterable[tuple[int, NDArray[np.float32]]]
 
 
 def search_rows(
@@ -27,7 +31,7 @@ def search_rows(
     ids_Qk = np.full((num_queries, k), -1, dtype=np.int64)
     if not num_queries or not num_rows:
         return scores_Qk, ids_Qk
-    index = faiss.IndexFlatIP(rows_ND.shape[1])
+    index = _on_gpu(faiss.IndexFlatIP(rows_ND.shape[1]))
     index.add(rows_ND)
     # A float32 dot product is off by at most D * 2^-24 |q| |r| to first order, in whatever order it is summed.
     norms_Q = np.linalg.norm(queries_QD, axis=1)
@@ -39,13 +43,62 @@ def search_rows(
         for start in range(0, len(pending), block):
             part = pending[start : start + block]
             rough_PW, rows_PW = index.search(queries_QD[part], width)
-            exact_PW = np.einsum("qd,qwd->qw", queries_QD[part].astype(np.float64), rows_ND[rows_PW].astype(np.float64))
+            exact_PW = _exact(queries_QD[part], rows_ND, rows_PW)
             scores_Pk, ids_Pk = _best(exact_PW, rows_PW, k)
             scores_Qk[part, : scores_Pk.shape[1]], ids_Qk[part, : ids_Pk.shape[1]] = scores_Pk, ids_Pk
             if width < num_rows:  # could a row that was not fetched reach the k-th place?
                 still_open.append(part[rough_PW[:, -1] + slack_Q[part] >= scores_Pk[:, -1]])
         pending, width = np.concatenate(still_open) if still_open else pending[:0], min(num_rows, 4 * width)
     return scores_Qk, ids_Qk
+
+
+def search_approximately(
+    queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int, factory: str, params: str = ""
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """What an index of FAISS's factory string finds, trained on these rows, with exact scores; see `search_rows`.
+
+    Raises ValueError naming the string where FAISS does not know it or has too few rows to train it.
+    """
+    num_queries = len(queries_QD)
+    scores_Qk = np.full((num_queries, k), -np.inf)
+    ids_Qk = np.full((num_queries, k), -1, dtype=np.int64)
+    if not num_queries or not len(rows_ND):
+        return scores_Qk, ids_Qk
+    try:
+        index = faiss.index_factory(rows_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(rows_ND)
+        if params:
+            faiss.ParameterSpace().set_index_parameters(index, params)  # type: ignore[arg-type]
+        index.add(rows_ND)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+        raise ValueError(
+            f"eval.index {factory!r} (index_params {params!r}) over {len(rows_ND)} x {rows_ND.shape[1]}: {reason}"
+        ) from error
+    index = _on_gpu(index)
+    block = max(1, BLOCK_BYTES // (8 * k * rows_ND.shape[1]))
+    for start in range(0, num_queries, block):
+        part = slice(start, start + block)
+        _, found_Pk = index.search(queries_QD[part], k)
+        exact_Pk = _exact(queries_QD[part], rows_ND, np.maximum(found_Pk, 0))
+        scores_Qk[part], ids_Qk[part] = _best(exact_Pk, found_Pk, k)
+    return scores_Qk, ids_Qk
+
+
+def _exact(
+    queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], rows_QW: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    return np.einsum("qd,qwd->qw", queries_QD.astype(np.float64), rows_ND[rows_QW].astype(np.float64))
+
+
+def _on_gpu(index: faiss.Index) -> faiss.Index:
+    """The index on this rank's GPU where FAISS has one and knows the kind; as it is otherwise."""
+    if not getattr(faiss, "get_num_gpus", lambda: 0)():
+        return index
+    try:
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), torch.cuda.current_device(), index)
+    except RuntimeError:  # HNSW, for one, lives on the CPU alone
+        return index
 
 
 def _best(
@@ -57,33 +110,46 @@ def _best(
     return np.take_along_axis(scores_QC, order_Qk, axis=1), np.take_along_axis(ids_QC, order_Qk, axis=1)
 
 
-def search_ranks(
-    queries_QD: torch.Tensor, rows_ND: torch.Tensor, first_row: int, k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k best rows over all ranks: scores float32 [Q, k] and global row numbers int64 [Q, k], equal on every rank.
+def search_blocks(
+    queries_QD: NDArray[np.float32], blocks: Blocks, k: int, factory: str = "Flat", params: str = ""
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The k best rows of all blocks (first id, rows), of which one at a time is held; `Flat` equals one exact index."""
+    scores_Qk = np.full((len(queries_QD), k), -np.inf)
+    ids_Qk = np.full((len(queries_QD), k), -1, dtype=np.int64)
+    for first, rows_ND in blocks:
+        if factory == "Flat":
+            scores, ids = search_rows(queries_QD, rows_ND, k)
+        else:
+            scores, ids = search_approximately(queries_QD, rows_ND, k, factory, params)
+        ids[ids >= 0] += first
+        both = np.concatenate([scores_Qk, scores], axis=1), np.concatenate([ids_Qk, ids], axis=1)
+        scores_Qk, ids_Qk = _best(*both, k)
+    return scores_Qk, ids_Qk
 
-    Every rank gives the same queries and its own rows, numbered from `first_row`; the answer equals `search_rows` on
-    all rows together, in ids and in scores. Where the database has fewer than k rows the rest is (-inf, -1).
+
+def search_ranks(
+    queries_QD: NDArray[np.float32], blocks: Blocks, k: int, factory: str = "Flat", params: str = ""
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k best rows over all ranks: scores float32 [Q, k] and row numbers int64 [Q, k], equal on every rank.
+
+    Every rank gives the same queries and its own blocks of rows. With `Flat` the answer equals `search_rows` on all
+    rows together, in ids and in scores. Where the database has fewer than k rows the rest is (-inf, -1).
     """
-    scores_Qk, ids_Qk = search_rows(queries_QD.cpu().numpy(), rows_ND.cpu().numpy(), k)
-    ids_Qk[ids_Qk >= 0] += first_row
-    all_scores = _gather(torch.from_numpy(scores_Qk), rows_ND.device)
-    all_ids = _gather(torch.from_numpy(ids_Qk), rows_ND.device)
+    scores_Qk, ids_Qk = search_blocks(queries_QD, blocks, k, factory, params)
+    all_scores, all_ids = _gather(scores_Qk), _gather(ids_Qk)
     scores, ids = _best(np.concatenate(all_scores, axis=1), np.concatenate(all_ids, axis=1), k)
     return scores.astype(np.float32), ids
 
 
-def _gather(local: torch.Tensor, device: torch.device) -> list[np.ndarray]:
-    local = local.to(device)
-    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, local)
+def _gather(local: NDArray[np.generic]) -> list[NDArray[np.generic]]:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.from_numpy(local).to(device)
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
     return [part.cpu().numpy() for part in parts]
 
 
-def gather_slices(local_ID: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Rows of all ranks in rank order, of which rank r gives counts[r]."""
-    padded = local_ID.new_zeros(max(counts), *local_ID.shape[1:])
-    padded[: len(local_ID)] = local_ID
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+def agreement(found_Qk: NDArray[np.int64], exact_Qk: NDArray[np.int64]) -> float:
+    """Share in percent of the exact neighbours that an index found."""
+    hits = [np.isin(exact, found).mean() for found, exact in zip(found_Qk, exact_Qk, strict=True)]
+    return 100.0 * float(np.mean(hits)) if hits else 100.0

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from configs.load import load_recipe
 from configs.schema import Backbone, EvalConfig, ModelConfig, Recipe
 from trainer.checkpoint import find_checkpoint, load_model_weights
 from trainer.process_group import Rank, start_process_group, stop_process_group
 from trainer.progress import progress_bar
+
+if TYPE_CHECKING:
+    from eval.benchmarks import Benchmark
+    from eval.evaluate import FirstStage, OnFeatures, Result
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,20 @@ class EvalCommand:
     aggregator: Literal["cls", "gem"] = "cls"
     """Aggregator over --weights."""
     out: Path | None = None
-    """Folder for results.json and pictures."""
+    """Folder for results.json, results.csv and pictures."""
+    list: bool = False
+    """Lists the benchmarks: where to get each, the layouts that are read, what lies under --data-root."""
+    sweep: bool = False
+    """Also re-ranks at a grid of saliency and match thresholds; a table and, with --out, a heat map a benchmark."""
+    track: str = ""
+    """MLflow store or server that gets the results: under the training's run where --checkpoint knows it."""
     eval: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
 
 
 def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     """The command, the checkpoint folder that it means, and the recipe that the model is built from."""
     default, checkpoint, recipe = EvalCommand(), None, Recipe()
+    argv = _spelled_out(argv)
     given = _value_of("--checkpoint", argv)
     if given and _value_of("--weights", argv):
         raise ValueError("eval takes --checkpoint or --weights, not both")
@@ -46,6 +58,10 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     command = tyro.cli(
         EvalCommand, args=argv, default=default, prog="rerankvpr eval", config=(tyro.conf.FlagConversionOff,)
     )
+    if command.list:
+        return command, None, recipe
+    if command.sweep and not (command.eval.rerank.enabled and command.eval.rerank.geometry == "none"):
+        raise ValueError("eval --sweep needs --rerank.enabled True and --rerank.geometry none")
     if not command.eval.benchmarks:
         raise ValueError("eval needs --benchmarks, such as town or gardens_point/day_right/night_right/100-199")
     if command.weights:
@@ -66,6 +82,16 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     return command, checkpoint, recipe
 
 
+def _spelled_out(argv: list[str]) -> list[str]:
+    """`--list` and `--sweep` alone mean True."""
+    spelled = []
+    for i, arg in enumerate(argv):
+        spelled.append(arg)
+        if arg in ("--list", "--sweep") and argv[i + 1 : i + 2] not in (["True"], ["False"]):
+            spelled.append("True")
+    return spelled
+
+
 def _value_of(flag: str, argv: list[str]) -> str | None:
     for i, arg in enumerate(argv):
         if arg == flag and i + 1 < len(argv):
@@ -77,15 +103,25 @@ def _value_of(flag: str, argv: list[str]) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Runs one rank of an evaluation."""
+    command, checkpoint, recipe = parse(argv)
+    console = Console()
+    if command.list:
+        from eval.catalogue import catalogue_table
+
+        console.print(catalogue_table(command.eval.data_root))
+        return 0
+    return _evaluate(console, command, checkpoint, recipe)
+
+
+def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, recipe: Recipe) -> int:
     from eval.benchmarks import load_benchmarks
-    from eval.evaluate import FeatureStore, evaluate
-    from eval.report import draw_pictures, results_table, write_results
+    from eval.evaluate import FeatureStore, check_depth, evaluate
+    from eval.report import draw_pictures, results_table, write_csv, write_results
     from model.network import build_model
 
-    command, checkpoint, recipe = parse(argv)
     config = command.eval
     benchmarks = load_benchmarks(config.benchmarks, config.data_root)
-    console = Console()
+    check_depth(benchmarks, config)
     rank: Rank = start_process_group(recipe.engine.timeout_s)
     if checkpoint:
         model = build_model(recipe.model.model_copy(update={"weights": "random"}), seed=recipe.seed)
@@ -93,17 +129,75 @@ def main(argv: list[str]) -> int:
     else:
         model = build_model(recipe.model, seed=recipe.seed)
     model.to(rank.device).eval()
-    results, store = [], FeatureStore(benchmarks)
+    results: list[Result] = []
+    store = FeatureStore(benchmarks)
     for benchmark in benchmarks:
         with progress_bar(console, benchmark.name, active=rank.is_main) as update:
-            result = evaluate(model, benchmark, config, on_progress=update, store=store)
+            on_features = _sweep(console, command, benchmark, rank) if command.sweep else None
+            result = evaluate(model, benchmark, config, on_progress=update, store=store, on_features=on_features)
         results.append(result)
-        if command.out and rank.is_main and config.pictures:
-            draw_pictures(command.out / "pictures" / benchmark.name, benchmark, result, model, config)
+        if rank.is_main:
+            for note in result.notes:
+                console.print(f"[yellow]{benchmark.name}: {note}", highlight=False, soft_wrap=True)
+            if command.out and config.pictures:
+                draw_pictures(command.out / "pictures" / benchmark.name, benchmark, result, model, config)
     if rank.is_main:
         console.print(results_table(results))
         if command.out:
             write_results(command.out / "results.json", results, model=str(checkpoint or command.weights))
+            write_csv(command.out / "results.csv", results)
             console.print(f"written: {command.out / 'results.json'}", soft_wrap=True)
+        if command.track:
+            log_to_mlflow(command, checkpoint, recipe, results)
     stop_process_group()
     return 0
+
+
+def _sweep(console: Console, command: EvalCommand, benchmark: Benchmark, rank: Rank) -> OnFeatures:
+    """What to do with a benchmark's features and candidates: the sweep, its table, its picture."""
+    from eval.recall import recall_at
+    from eval.sweep import draw_heat_map, sweep_thresholds
+
+    rerank, k = command.eval.rerank, command.eval.recall_at[0]
+
+    def run(found: FirstStage) -> None:
+        depth = min(rerank.top_k, found.predictions_QK.shape[1])
+        candidates = found.predictions_QK[:, :depth]
+        sweep = sweep_thresholds(found.queries, found.database, candidates, rerank, rank.device)
+        recall_SM = sweep.recall(benchmark, found.predictions_QK, found.similarities_QK, rerank.global_weight, k)
+        if not rank.is_main:
+            return
+        first_stage = recall_at(found.predictions_QK, benchmark, [k])[k]
+        title = f"{benchmark.name}: R@{k} re-ranked; retrieved {first_stage:.1f}"
+        table = Table("saliency \\ match", *(f"{m:g}" for m in sweep.match), title=title, title_justify="left")
+        for thresh, row in zip(sweep.saliency, recall_SM, strict=True):
+            table.add_row(f"{thresh:g}", *(f"{value:.1f}" for value in row))
+        console.print(table)
+        if command.out:
+            draw_heat_map(command.out / "sweeps" / f"{benchmark.name}.png", recall_SM, sweep, title, first_stage)
+
+    return run
+
+
+def log_to_mlflow(command: EvalCommand, checkpoint: Path | None, recipe: Recipe, results: list[Result]) -> None:
+    """One MLflow run of this evaluation, a child of the training's where that is known."""
+    import json
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=command.track)
+    found = client.get_experiment_by_name(recipe.tracking.experiment)
+    experiment = found.experiment_id if found else client.create_experiment(recipe.tracking.experiment)
+    tags = {"mlflow.source.name": "rerankvpr eval"}
+    if checkpoint and (parent := json.loads((checkpoint / "state.json").read_text())["mlflow_run_id"]):
+        tags["mlflow.parentRunId"] = parent
+    run = client.create_run(experiment, run_name=f"eval {checkpoint or command.weights}", tags=tags).info.run_id
+    for key, value in command.eval.model_dump(mode="json").items():
+        client.log_param(run, f"eval.{key}", json.dumps(value)[:500])
+    for result in results:
+        for name, value in result.metrics().items():
+            client.log_metric(run, f"eval/{result.name}/{name}", value)
+    for file in ("results.json", "results.csv"):
+        if command.out:
+            client.log_artifact(run, str(command.out / file))
+    client.set_terminated(run)

@@ -10,32 +10,46 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
-FACETS = ("query", "key", "value", "token")
+FACETS = ("attn", "query", "key", "value", "token")
 
 
 @dataclass(frozen=True)
 class ReadOut:
-    """What one forward pass gives for re-ranking; N patches, class and register tokens left out."""
+    """What one forward pass gives for re-ranking; N patches, register tokens left out."""
 
     descriptor_BD: torch.Tensor  # float32, L2-normalised
-    local_BNC: torch.Tensor  # L2-normalised, heads concatenated
-    saliency_BN: torch.Tensor  # CLS row of the attention logits q.k/sqrt(d), mean over heads
+    local_BNC: torch.Tensor  # L2-normalised, heads concatenated; the class token first where it was asked for
+    saliency_BN: torch.Tensor  # CLS row of the attention over the patches, mean over heads
 
 
 class FacetReader:
     """Collects one block's facet and another's CLS attention while it is attached to a ViT.
 
     Values, keys and queries are slices of the block's qkv product, so they cost nothing; of the N x N attention map
-    only the CLS row is computed.
+    only the CLS row is computed, except for facet `attn`: a patch's attention to all patches, mean over heads.
+    `saliency` is the CLS row of the logits q.k/sqrt(d), or of their softmax over all tokens.
     """
 
-    def __init__(self, vit: VisionTransformer, *, layer: int, facet: str, saliency_layer: int) -> None:
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        *,
+        layer: int,
+        facet: str,
+        saliency_layer: int,
+        saliency: str = "logits",
+        include_cls: bool = False,
+    ) -> None:
         if facet not in FACETS:
             raise ValueError(f"facet {facet!r} is not known; use one of {', '.join(FACETS)}")
+        if saliency not in ("logits", "softmax"):
+            raise ValueError(f"saliency {saliency!r} is not known; use logits or softmax")
         self.vit = vit
         self.layer = self._index(layer)
         self.facet = facet
         self.saliency_layer = self._index(saliency_layer)
+        self.saliency = saliency
+        self.include_cls = include_cls
         self.local_BNC: torch.Tensor
         self.saliency_BN: torch.Tensor
 
@@ -46,12 +60,22 @@ class FacetReader:
         return layer % depth
 
     def _take_local(self, tokens_BTC: torch.Tensor) -> None:
-        patches_BNC = tokens_BTC[:, self.vit.num_prefix_tokens :]
-        self.local_BNC = F.normalize(patches_BNC.float(), dim=-1)
+        kept_BNC = tokens_BTC[:, self.vit.num_prefix_tokens :]
+        if self.include_cls:
+            kept_BNC = torch.cat([tokens_BTC[:, :1], kept_BNC], dim=1)
+        self.local_BNC = F.normalize(kept_BNC.float(), dim=-1)
 
     def _take_qkv(self, _module: object, _inputs: object, qkv_BTX: torch.Tensor) -> None:
         part = ("query", "key", "value").index(self.facet)
         self._take_local(qkv_BTX.chunk(3, dim=-1)[part])
+
+    def _take_attn(self, _module: object, _inputs: object, qkv_BTX: torch.Tensor) -> None:
+        heads = self.vit.blocks[self.layer].attn.num_heads
+        scale = self.vit.blocks[self.layer].attn.scale
+        q_BTC, k_BTC, _ = qkv_BTX.float().chunk(3, dim=-1)
+        q_BHTd, k_BHTd = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q_BTC, k_BTC))
+        attn_BTT = (q_BHTd @ k_BHTd.transpose(-1, -2) * scale).softmax(dim=-1).mean(dim=1)
+        self._take_local(attn_BTT[:, :, self.vit.num_prefix_tokens :])
 
     def _take_token(self, _module: object, _inputs: object, tokens_BTC: torch.Tensor) -> None:
         self._take_local(tokens_BTC)
@@ -60,21 +84,46 @@ class FacetReader:
         attn = self.vit.blocks[self.saliency_layer].attn
         q_BTC, k_BTC, _ = qkv_BTX.float().chunk(3, dim=-1)
         q_BHd = q_BTC[:, 0].unflatten(-1, (attn.num_heads, -1))
-        k_BNHd = k_BTC[:, self.vit.num_prefix_tokens :].unflatten(-1, (attn.num_heads, -1))
-        self.saliency_BN = torch.einsum("bhd,bnhd->bn", q_BHd, k_BNHd) * attn.scale / attn.num_heads
+        k_BTHd = k_BTC.unflatten(-1, (attn.num_heads, -1))
+        row_BHT = torch.einsum("bhd,bthd->bht", q_BHd, k_BTHd) * attn.scale
+        if self.saliency == "softmax":
+            row_BHT = row_BHT.softmax(dim=-1)
+        self.saliency_BN = row_BHT[:, :, self.vit.num_prefix_tokens :].mean(dim=1)
 
     @contextmanager
     def attached(self) -> Iterator[FacetReader]:
         """Hooks the blocks for the forward passes inside the `with`."""
         block = self.vit.blocks[self.layer]
-        handles = [
-            block.register_forward_hook(self._take_token)
-            if self.facet == "token"
-            else block.attn.qkv.register_forward_hook(self._take_qkv),
-            self.vit.blocks[self.saliency_layer].attn.qkv.register_forward_hook(self._take_saliency),
-        ]
+        if self.facet == "token":
+            local = block.register_forward_hook(self._take_token)
+        else:
+            local = block.attn.qkv.register_forward_hook(self._take_attn if self.facet == "attn" else self._take_qkv)
+        handles = [local, self.vit.blocks[self.saliency_layer].attn.qkv.register_forward_hook(self._take_saliency)]
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def log_bin(local_BNC: torch.Tensor, grid: tuple[int, int], hierarchy: int) -> torch.Tensor:
+    """Each patch with the averages of its surroundings appended, L2-normalised: [B, N, C * (1 + 8 * hierarchy)].
+
+    Ring k < hierarchy holds the eight neighbours at 3^k patches, each averaged over 3^k x 3^k patches of the image;
+    positions beyond the border are clamped to it (log-binning of dino-vit-features, by pooling and one gather).
+    """
+    rows, columns = grid
+    map_BCHW = local_BNC.transpose(1, 2).unflatten(2, grid)
+    y_N = torch.arange(rows, device=local_BNC.device).repeat_interleave(columns)
+    x_N = torch.arange(columns, device=local_BNC.device).repeat(rows)
+    bins = [local_BNC]
+    for k in range(hierarchy):
+        reach = 3**k
+        mean_BNC = F.avg_pool2d(map_BCHW, reach, stride=1, padding=reach // 2, count_include_pad=False)
+        mean_BNC = mean_BNC.flatten(2).transpose(1, 2)
+        for dy in (-reach, 0, reach):
+            for dx in (-reach, 0, reach):
+                if dy or dx:
+                    at_N = (y_N + dy).clamp(0, rows - 1) * columns + (x_N + dx).clamp(0, columns - 1)
+                    bins.append(mean_BNC[:, at_N])
+    return F.normalize(torch.cat(bins, dim=-1), dim=-1)

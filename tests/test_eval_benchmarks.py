@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from eval.benchmarks import GARDENS_TRAVERSES, Benchmark, load_benchmarks, utm_benchmark
-from eval.evaluate import FeatureStore
-from eval.extract import Features
+from eval.benchmarks import load_benchmarks
+from eval.layouts import utm_folder
+from eval.sequences import GARDENS_TRAVERSES
 
 
 def _touch(path: Path) -> Path:
@@ -32,7 +31,7 @@ def test_utm_folder_takes_the_radius_with_its_border(tmp_path: Path) -> None:
     for part, places in points.items():
         for i, (east, north) in enumerate(places):
             _touch(tmp_path / "images/test" / part / f"@{548000 + east:.1f}@{4180000 + north:.1f}@10@S@@@{i}@.jpg")
-    benchmark = utm_benchmark("town", tmp_path)
+    benchmark = utm_folder("town", tmp_path)
     near = {benchmark.database[i].name.split("@")[-2] for i in benchmark.positives(0)}
     assert near == {"0", "1", "3"}
     assert len(benchmark.positives(1)) == 0
@@ -44,7 +43,7 @@ def test_utm_name_without_position_is_named(tmp_path: Path) -> None:
     for part in ("database", "queries"):
         _touch(tmp_path / "images/test" / part / "photo.jpg")
     with pytest.raises(ValueError, match=r"photo\.jpg.*@UTM_east@UTM_north@"):
-        utm_benchmark("town", tmp_path)
+        utm_folder("town", tmp_path)
 
 
 def test_gardens_point_alone_is_three_pairs(gardens: Path) -> None:
@@ -95,20 +94,7 @@ def test_missing_folder_and_short_traverse_are_named(gardens: Path, tmp_path: Pa
         load_benchmarks(["gardens_point"], gardens)
 
 
-def test_a_gallery_is_extracted_once_and_let_go_after_its_last_use() -> None:
-    gallery, night, rain = [Path("a"), Path("b")], [Path("n")], [Path("r")]
-    none = np.zeros(2, dtype=np.int64)
-    pairs = [Benchmark(name, "p", gallery, queries, none, none[:0]) for name, queries in (("x", night), ("y", rain))]
-    store = FeatureStore(pairs)
-    extracted: list[list[Path]] = []
-
-    def take(paths: list[Path]) -> object:
-        features = Features(0, torch.zeros(len(paths), 3), None, None)
-        return store.take(paths, lambda: (extracted.append(paths), (features, 1.0))[1])
-
-    first = take(gallery)
-    take(night)
-    assert take(gallery) is first
-    take(rain)
-    assert extracted == [gallery, night, rain]
-    assert not store.held
+def test_gardens_point_all_is_six_pairs(gardens: Path) -> None:
+    names = [b.name for b in load_benchmarks(["gardens_point/all/100-199"], gardens)]
+    assert len(names) == len(set(names)) == 6
+    assert all(name.endswith("/100-199") for name in names)

@@ -7,27 +7,49 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-
-@pytest.mark.skipif(
+photographs = pytest.mark.skipif(
     not (os.environ.get("RERANKVPR_TEST_DATA") and os.environ.get("RERANKVPR_TEST_WEIGHTS")),
     reason="RERANKVPR_TEST_DATA and RERANKVPR_TEST_WEIGHTS are not set: no real photographs or weights",
 )
-def test_frozen_weights_reach_the_known_recalls_on_gardens_point(tmp_path: Path) -> None:
-    """Figures of the same frozen weights and protocol computed with timm alone; one query is 0.5 points."""
+
+
+def evaluate(out: Path, *flags: str) -> dict[str, Any]:
+    """The command's result for day_right -> night_right on two ranks."""
     command = [
         *(sys.executable, "-m", "rerankvpr", "launch", "--nproc-per-node", "2", "--", "eval"),
         *("--weights", os.environ["RERANKVPR_TEST_WEIGHTS"], "--data-root", os.environ["RERANKVPR_TEST_DATA"]),
-        *("--benchmarks", "gardens_point/day_right/night_right", "--rerank.saliency-thresh", "None"),
-        *("--pictures", "2", "--out", str(tmp_path)),
+        *("--benchmarks", "gardens_point/day_right/night_right", "--out", str(out), *flags),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert result["protocol"] == "+-2 frames, frames 0-199"
+    (result,) = json.loads((out / "results.json").read_text())["results"]
     assert list(result["recall"].values()) == pytest.approx([20.0, 45.5, 56.5], abs=0.51)
+    return dict(result)
+
+
+@photographs
+def test_frozen_weights_reach_the_known_recalls_on_gardens_point(tmp_path: Path) -> None:
+    """Figures of the same frozen weights and protocol computed with timm alone; one query is 0.5 points."""
+    plain = ("--rerank.saliency-thresh", "None", "--rerank.global-weight", "0", "--pictures", "2")
+    result = evaluate(tmp_path, *plain)
+    assert result["protocol"] == "+-2 frames, frames 0-199"
     assert list(result["recall_reranked"].values()) == pytest.approx([46.5, 64.5, 69.5], abs=0.51)
     assert all(seconds > 0 for seconds in result["timings"].values())
     assert len(list(tmp_path.glob("pictures/**/*.png"))) == 2
+
+
+@photographs
+def test_defaults_gain_25_points_and_int8_keeps_them_below_100_kb_an_image(tmp_path: Path) -> None:
+    """Matching by the defaults, and in int8; the sweep draws its heat map on the way."""
+    result = evaluate(tmp_path / "defaults", "--pictures", "0")
+    assert result["gain"]["1"][0] >= 25
+    assert min(gain for gain, _, _ in result["gain"].values()) >= 0
+    small = ("--rerank.store", "int8", "--sweep", "True")
+    compact = evaluate(tmp_path / "compact", "--pictures", "0", *small)
+    assert compact["kb_local_per_image"] < 100 < result["kb_local_per_image"]
+    assert compact["recall_reranked"]["1"] >= result["recall_reranked"]["1"] - 1
+    assert list((tmp_path / "compact").glob("sweeps/**/*.png"))

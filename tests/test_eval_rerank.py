@@ -1,131 +1,261 @@
-"""Mutual nearest neighbours against plain loops, masks by candidate, ties, and the same ranking at any world size."""
+"""Mutual nearest neighbours against plain loops in float64, ties, margins, and one ranking at any world size."""
 
 from __future__ import annotations
+
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import eval.rerank
 from configs.schema import RerankConfig
-from eval.extract import Features, salient, slice_bounds
-from eval.rerank import match_scores, reorder, rerank
+from eval.benchmarks import Benchmark
+from eval.matching import match_scores, pair_bytes
+from eval.rerank import (
+    fuse,
+    learn_margin,
+    margin_from,
+    patch_counts,
+    plan_batches,
+    reorder,
+    rerank,
+    score_candidates,
+)
+from eval.store import StoredFeatures
+from eval.sweep import sweep_thresholds
 from tests.ranks import on_ranks
+from tests.stored import shared_folder, store
+
+CPU = torch.device("cpu")
 
 
-def _features(count: int, patches: int, size: int, seed: int, spread: float = 0.6) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float16 local features of images that share patches, and random masks."""
-    g = torch.Generator().manual_seed(seed)
-    shared_NC = torch.randn(patches, size, generator=torch.Generator().manual_seed(0))
-    local = torch.stack([shared_NC[torch.randperm(patches, generator=g)] for _ in range(count)])
-    local = F.normalize(local + spread * torch.randn(local.shape, generator=g), dim=-1).half()
-    return local, torch.rand(count, patches, generator=g) > 0.4
-
-
-def _naive(
-    query_NC: torch.Tensor, query_mask: torch.Tensor, cand_NC: torch.Tensor, cand_mask: torch.Tensor, thresh: float
-) -> tuple[int, float]:
-    sim = (query_NC.double() @ cand_NC.double().T).tolist()
-    count, total = 0, 0.0
+def brute_force(
+    query: torch.Tensor,
+    candidate: torch.Tensor,
+    thresh: float,
+    cells: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tolerance: int = 0,
+) -> tuple[float, float]:
+    """Number of matches and sum of their cosines by plain loops; the first of equally near patches counts."""
+    sim = (query.half().double() @ candidate.half().double().T).tolist()
+    found: dict[int, tuple[int, float]] = {}
     for i, row in enumerate(sim):
+        if not row:
+            continue
         j = row.index(max(row))
-        column = [other[j] for other in sim]
-        if column.index(max(column)) == i and row[j] > thresh and query_mask[i] and cand_mask[j]:
-            count, total = count + 1, total + row[j]
-    return count, total
+        if row[j] > thresh and row[j] == max(other[j] for other in sim) and j not in found:
+            found[j] = (i, row[j])
+    if cells is None:
+        return len(found), sum(cos for _, cos in found.values())
+    best = (0.0, 0.0)
+    shifts = [(*(cells[1][j] - cells[0][i]).tolist(), cos) for j, (i, cos) in found.items()]
+    for y in range(-20, 21):
+        for x in range(-20, 21):
+            near = [cos for dy, dx, cos in shifts if abs(dy - y) <= tolerance and abs(dx - x) <= tolerance]
+            best = max(best[0], len(near)), max(best[1], sum(near))
+    return best
 
 
-@pytest.mark.parametrize(("patches", "size", "candidates"), [(17, 24, 5), (9, 7, 1), (30, 40, 11)])
-@pytest.mark.parametrize("thresh", [0.65, 0.3])
-def test_scores_equal_plain_loops(patches: int, size: int, candidates: int, thresh: float) -> None:
-    (query,), (query_mask,) = _features(1, patches, size, 1)
-    cands, masks = _features(candidates, patches, size, 2)
-    expected = [_naive(query, query_mask, c, m, thresh) for c, m in zip(cands, masks, strict=True)]
-    assert max(count for count, _ in expected) > 0
-    counts = match_scores(query, query_mask, cands, masks, nn_match_thresh=thresh)
-    sums = match_scores(query, query_mask, cands, masks, nn_match_thresh=thresh, score="similarity")
-    assert counts.tolist() == [count for count, _ in expected]
-    torch.testing.assert_close(sums, torch.tensor([total for _, total in expected]), rtol=1e-5, atol=1e-5)
+# Channels are small multiples of 1/4: products and sums are exact in float32, so ties are ties.
+vector = st.lists(st.integers(-2, 2).map(lambda x: x / 4), min_size=3, max_size=3)
+patches = st.lists(vector, min_size=0, max_size=6).map(lambda rows: torch.tensor(rows).reshape(-1, 3))
 
 
-def test_blocks_do_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    (query,), (query_mask,) = _features(1, 19, 24, 3)
-    cands, masks = _features(13, 19, 24, 4)
-    whole = match_scores(query, query_mask, cands, masks, nn_match_thresh=0.5)
-    monkeypatch.setattr(eval.rerank, "SIMILARITIES_PER_BLOCK", 4 * 19 * 19)
-    assert torch.equal(match_scores(query, query_mask, cands, masks, nn_match_thresh=0.5), whole)
+@settings(max_examples=60, deadline=None)
+@given(
+    queries=st.lists(patches, min_size=1, max_size=4),
+    database=st.lists(patches, min_size=1, max_size=7),
+    thresh=st.sampled_from([0.0, 0.2, 0.35]),
+    score=st.sampled_from(["count", "similarity_sum"]),
+    geometry=st.sampled_from(["none", "translation"]),
+    weight=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 99),
+)
+def test_scores_and_order_equal_plain_loops(
+    queries: list[torch.Tensor],
+    database: list[torch.Tensor],
+    thresh: float,
+    score: str,
+    geometry: str,
+    weight: float,
+    seed: int,
+) -> None:
+    """Ragged, empty and single-patch images, duplicates and ties; sums of quarters are exact."""
+    rng = np.random.default_rng(seed)
+    grids = [[torch.from_numpy(rng.integers(0, 5, (len(x), 2))) for x in images] for images in (queries, database)]
+    config = RerankConfig(
+        nn_match_thresh=thresh, score=score, geometry=geometry, geometry_cells=1, global_weight=weight
+    )
+    ids_QK = np.stack([rng.permutation(len(database)) for _ in queries])
+    cosine_QK = -np.sort(-rng.integers(0, 3, ids_QK.shape).astype(np.float32) / 4, axis=1)
+    with tempfile.TemporaryDirectory() as name:
+        stored_q = store(Path(name) / "q", queries, cells=grids[0], shard=2)
+        stored_d = store(Path(name) / "d", database, cells=grids[1], shard=3)
+        own = stored_q.patches(np.arange(len(queries)), CPU)
+        others = stored_d.patches(ids_QK.ravel(), CPU)
+        counts = patch_counts(stored_q)
+    scores_QT = match_scores(
+        own, others, nn_match_thresh=thresh, score=score, geometry=geometry, geometry_cells=1
+    ).numpy()
+    expected = np.zeros(ids_QK.shape)
+    for q, row in enumerate(ids_QK):
+        for t, i in enumerate(row):
+            cells = (grids[0][q], grids[1][i]) if geometry == "translation" else None
+            pair = brute_force(queries[q], database[i], thresh, cells, tolerance=1)
+            expected[q, t] = pair[score == "similarity_sum"]
+    np.testing.assert_array_equal(scores_QT, expected)
+    ranked = reorder(fuse(scores_QT, cosine_QK, counts, config.global_weight), ids_QK)
+    for q, row in enumerate(ranked):
+        keys = [
+            s / max(1, len(queries[q])) + weight * c if weight else s
+            for s, c in zip(expected[q], cosine_QK[q], strict=True)
+        ]
+        assert row.tolist() == [ids_QK[q][t] for t in sorted(range(len(keys)), key=lambda t: (-keys[t], t))]
 
 
-def test_each_candidate_has_its_own_mask() -> None:
+def test_each_candidate_has_its_own_patches(tmp_path: Path) -> None:
     """The union of the candidates' masks, the original's fault, would give both candidates every patch."""
-    (query,), _ = _features(1, 16, 24, 5)
-    cands = query.expand(2, -1, -1).contiguous()
-    everything, masks = torch.ones(16, dtype=torch.bool), torch.zeros(2, 16, dtype=torch.bool)
-    masks[0, :5] = masks[1, 5:8] = True
-    assert match_scores(query, everything, cands, masks, nn_match_thresh=0.65).tolist() == [5, 3]
-
-
-def test_neighbours_are_sought_among_all_patches_not_only_salient_ones() -> None:
-    query = torch.eye(2, 3)
-    cand = F.normalize(torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.0, 0.4]]), dim=-1)[None]
-    # The nearest patch of query patch 0 is patch 0, which is not salient; patch 1 is near enough but not the nearest.
-    both, second = torch.tensor([True, True]), torch.tensor([[False, True]])
-    assert match_scores(query, both, cand, second, nn_match_thresh=0.65).tolist() == [0]
-
-
-def test_saliency_is_scaled_in_each_image_and_a_constant_map_is_no_division_by_zero() -> None:
-    saliency = torch.tensor([[-4.0, 0.0, -2.0], [10.0, 20.0, 12.9], [3.0, 3.0, 3.0]])
-    assert salient(saliency, 0.3).tolist() == [[False, True, True], [False, True, False], [False] * 3]
-    assert salient(saliency, None).all()
+    query = F.normalize(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), dim=1)
+    stored_q, stored_d = store(tmp_path / "q", [query]), store(tmp_path / "d", [query[:5], query[5:8]])
+    scores = match_scores(
+        stored_q.patches(np.array([0]), CPU),
+        stored_d.patches(np.array([0, 1]), CPU),
+        nn_match_thresh=0.65,
+        score="count",
+        geometry="none",
+        geometry_cells=0,
+    )
+    assert scores.tolist() == [[5, 3]]
 
 
 def test_ties_keep_the_order_of_retrieval_and_the_rest_stays_behind() -> None:
     ids = np.array([[7, 3, 9, 1, 5, 0]])
-    cosine = np.array([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4]], dtype=np.float32)
+    cosine, patches_Q = np.array([[0.9, 0.8, 0.7, 0.6]], dtype=np.float32), np.array([10])
     scores = np.array([[2, 5, 2, 5]], dtype=np.float32)
-    ranked = reorder(scores, ids, cosine, num_patches=10, global_weight=0.0)
-    assert ranked.tolist() == [[3, 1, 7, 9, 5, 0]]
-    ranked = reorder(np.full((1, 4), 4, np.float32), ids, cosine, num_patches=10, global_weight=0.0)
-    assert ranked.tolist() == ids.tolist()
+    assert reorder(fuse(scores, cosine, patches_Q, 0.0), ids).tolist() == [[3, 1, 7, 9, 5, 0]]
+    assert reorder(fuse(np.full((1, 4), 4, np.float32), cosine, patches_Q, 0.0), ids).tolist() == ids.tolist()
 
 
 def test_global_weight_adds_the_cosine_to_the_share_of_matches() -> None:
-    ids = np.array([[4, 2, 8]])
+    ids, patches_Q = np.array([[4, 2, 8]]), np.array([10])
     cosine = np.array([[0.9, 0.5, 0.1]], dtype=np.float32)
     scores = np.array([[0, 3, 6]], dtype=np.float32)  # 0, 0.3 and 0.6 of the patches
-    assert reorder(scores, ids, cosine, num_patches=10, global_weight=0.5).tolist() == [[8, 2, 4]]  # .45 .55 .65
-    assert reorder(scores, ids, cosine, num_patches=10, global_weight=2.0).tolist() == [[4, 2, 8]]  # 1.8 1.3 0.8
+    assert reorder(fuse(scores, cosine, patches_Q, 0.5), ids).tolist() == [[8, 2, 4]]  # .45 .55 .65
+    assert reorder(fuse(scores, cosine, patches_Q, 2.0), ids).tolist() == [[4, 2, 8]]  # 1.8 1.3 0.8
+
+
+def test_batches_stay_below_the_bound_and_what_cannot_is_said(tmp_path: Path) -> None:
+    images = [torch.randn(60, 500) for _ in range(5)]
+    features = store(tmp_path, images)
+    pair, own = pair_bytes(60, 60, 500), 8 * 60 * 500
+    for depth in (1, 7, 400):
+        plan = plan_batches(features, features, depth, 2)
+        assert plan.queries * (own + plan.candidates * pair) <= 2 << 20
+        assert plan.candidates == depth or plan.queries == 1
+    big = store(tmp_path / "big", [torch.zeros(600, 500)])
+    with pytest.raises(ValueError, match=r"rerank.memory_mb 1: one pair of images takes .* MB; allow at least \d+"):
+        plan_batches(big, big, 1, 1)
+
+
+def test_margin_is_the_least_above_all_that_changed() -> None:
+    margin = np.arange(40) / 100
+    changed = np.zeros(40, dtype=bool)
+    changed[[3, 12]] = True
+    assert margin_from(margin, changed) == pytest.approx(0.13)
+    changed[30] = True
+    assert margin_from(margin, changed) == np.inf  # nine agreeing images teach nothing
+
+
+def _photos(count: int, seed: int) -> list[torch.Tensor]:
+    """Images that share patches, of odd counts."""
+    g = torch.Generator().manual_seed(seed)
+    shared = torch.randn(18, 24, generator=torch.Generator().manual_seed(0))
+    images = []
+    for i in range(count):
+        chosen = shared[torch.randperm(18, generator=g)[: (i * 7 + seed) % 19]]
+        images.append(F.normalize(chosen + 0.6 * torch.randn(chosen.shape, generator=g), dim=1))
+    return images
 
 
 def check_ranking_equals_the_single_process() -> None:
-    import torch.distributed as dist
+    with shared_folder() as folder:
+        cases = (
+            (23, 37, RerankConfig(top_k=6, nn_match_thresh=0.5, global_weight=0.0)),
+            (23, 5, RerankConfig(top_k=50, nn_match_thresh=0.5, score="similarity_sum", global_weight=0.3)),
+            (3, 1, RerankConfig(top_k=2, nn_match_thresh=0.5)),
+            (23, 37, RerankConfig(top_k=9, nn_match_thresh=0.5, memory_mb=1)),
+        )
+        for number, (num_database, num_queries, config) in enumerate(cases):
+            database, queries = _photos(num_database, 1), _photos(num_queries, 2)
+            if dist.get_rank() == 0:
+                store(folder / f"d{number}", database)
+                store(folder / f"q{number}", queries)
+            dist.barrier()
+            bounds_d, bounds_q = ([(i, min(i + 3, n)) for i in range(0, n, 3)] for n in (num_database, num_queries))
+            stored_d = StoredFeatures(folder / f"d{number}", bounds_d)
+            stored_q = StoredFeatures(folder / f"q{number}", bounds_q)
+            order = np.random.default_rng(num_queries)
+            ids_QK = np.stack([order.permutation(num_database) for _ in range(num_queries)])
+            cosine_QK = -np.sort(-order.random(ids_QK.shape).astype(np.float32), axis=1)
+            found = rerank(stored_q, stored_d, ids_QK, cosine_QK, config, CPU)
+            expected = np.zeros_like(found.scores_QT)
+            for q, row in enumerate(ids_QK[:, : config.top_k]):
+                for t, i in enumerate(row):
+                    pair = brute_force(queries[q], database[i], config.nn_match_thresh)
+                    expected[q, t] = pair[config.score == "similarity_sum"]
+            np.testing.assert_allclose(found.scores_QT, expected, rtol=1e-5, atol=1e-5)
+            key = fuse(found.scores_QT, cosine_QK[:, : config.top_k], patch_counts(stored_q), config.global_weight)
+            np.testing.assert_array_equal(found.predictions_QK, reorder(key, ids_QK))
+            half = float(np.median(cosine_QK[:, 0].astype(np.float64) - cosine_QK[:, 1]))
+            some = rerank(stored_q, stored_d, ids_QK, cosine_QK, config, CPU, auto_margin=half)
+            alone = cosine_QK[:, 0].astype(np.float64) - cosine_QK[:, 1] >= half
+            assert some.num_left_alone == alone.sum()
+            np.testing.assert_array_equal(some.predictions_QK[alone], ids_QK[alone])
+            np.testing.assert_array_equal(some.predictions_QK[~alone], found.predictions_QK[~alone])
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for num_database, num_queries, config in (
-        (23, 37, RerankConfig(top_k=6, nn_match_thresh=0.5)),
-        (23, 5, RerankConfig(top_k=50, nn_match_thresh=0.5, score="similarity", global_weight=0.3)),
-        (3, 1, RerankConfig(top_k=2, nn_match_thresh=0.5)),
-    ):
-        cands, cand_masks = _features(num_database, 18, 24, seed=num_database)
-        queries, query_masks = _features(num_queries, 18, 24, seed=100 + num_queries)
 
-        def mine(local: torch.Tensor, masks: torch.Tensor) -> Features:
-            start, stop = slice_bounds(len(local), rank, world)
-            return Features(start, torch.zeros(stop - start, 4), local[start:stop], masks[start:stop])
+def check_sweep_gives_the_scores_of_single_runs() -> None:
+    with shared_folder() as folder:
+        images, queries = _photos(9, 3), _photos(7, 4)
+        if dist.get_rank() == 0:
+            store(folder / "d", images)
+            store(folder / "q", queries)
+        dist.barrier()
+        stored_d = StoredFeatures(folder / "d", [(0, 3), (3, 6), (6, 9)])
+        stored_q = StoredFeatures(folder / "q", [(0, 3), (3, 6), (6, 7)])
+        ids_QT = np.stack([np.random.default_rng(q).permutation(9)[:5] for q in range(7)])
+        config = RerankConfig(saliency_thresh=None)
+        sweep = sweep_thresholds(stored_q, stored_d, ids_QT, config, CPU, saliency=(0.0, 0.5), match=(0.3, 0.5, 0.7))
+        for m, thresh in enumerate(sweep.match):
+            single = RerankConfig(saliency_thresh=None, nn_match_thresh=thresh)
+            expected = score_candidates(stored_q, np.arange(7), stored_d, ids_QT, single, CPU)
+            for s in range(2):  # all patches here have saliency 1
+                np.testing.assert_array_equal(sweep.scores_SMQT[s, m], expected)
+        benchmark = Benchmark("x", "x", [], [], np.arange(8), np.arange(7) % 9)
+        cosine = np.zeros((7, 5), dtype=np.float32)
+        assert sweep.recall(benchmark, ids_QT, cosine, 0.0, 1).shape == (2, 3)
 
-        order = np.random.default_rng(num_queries)
-        ids_QK = np.stack([order.permutation(num_database) for _ in range(num_queries)])
-        cosine_QK = -np.sort(-order.random((num_queries, num_database)).astype(np.float32), axis=1)
-        ranked, scores = rerank(mine(queries, query_masks), mine(cands, cand_masks), ids_QK, cosine_QK, config)
-        expected = np.zeros_like(scores)
-        for q, row in enumerate(ids_QK[:, : config.top_k]):
-            for t, i in enumerate(row):
-                pair = _naive(queries[q], query_masks[q], cands[i], cand_masks[i], config.nn_match_thresh)
-                expected[q, t] = pair[config.score == "similarity"]
-        np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
-        again = reorder(expected, ids_QK, cosine_QK, num_patches=18, global_weight=config.global_weight)
-        np.testing.assert_array_equal(ranked, again)
+
+def check_margin_is_learned_from_the_database_alone() -> None:
+    """Forty pairs of images whose patches agree with their descriptors, then ten that contradict them."""
+    g = torch.Generator().manual_seed(5)
+    base = F.normalize(torch.randn(40, 16, generator=g), dim=1)
+    descriptors = F.normalize(torch.cat([base, base + 0.05 * torch.randn(40, 16, generator=g)]), dim=1)
+    scenes = [F.normalize(torch.randn(6, 24, generator=g), dim=1) for _ in range(40)]
+    with shared_folder() as folder:
+        for name, images in (("agree", scenes + scenes), ("contradict", scenes + scenes[::-1])):
+            if dist.get_rank() == 0:
+                store(folder / name, images, descriptors_ID=descriptors)
+            dist.barrier()
+            features = StoredFeatures(folder / name, [(i, min(i + 3, 80)) for i in range(0, 80, 3)])
+            margin, sample = learn_margin(features, RerankConfig(top_k=79, global_weight=0.0), CPU, 1 << 20)
+            assert sample == 80
+            assert (margin < 0.5) if name == "agree" else (margin == np.inf)
 
 
 test_on_ranks = on_ranks(__file__)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from eval.benchmarks import Benchmark
 from eval.extract import slice_bounds
-from eval.recall import recall_at
-from eval.search import gather_slices, search_ranks, search_rows
+from eval.recall import bootstrap_means, gain_intervals, recall_at, recall_intervals
+from eval.search import agreement, search_approximately, search_blocks, search_ranks, search_rows
 from tests.ranks import on_ranks
 
 
@@ -33,7 +33,8 @@ def _truth(queries_QD: np.ndarray, rows_ND: np.ndarray, k: int) -> tuple[np.ndar
 def _assert_sharded_equals_single(rows_ND: np.ndarray, queries_QD: np.ndarray, k: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     start, stop = slice_bounds(len(rows_ND), rank, world)
-    scores, ids = search_ranks(torch.from_numpy(queries_QD), torch.from_numpy(rows_ND[start:stop]), start, k)
+    blocks = [(first, rows_ND[first : min(first + 17, stop)]) for first in range(start, stop, 17)]
+    scores, ids = search_ranks(queries_QD, blocks, k)
     single_scores, single_ids = search_rows(queries_QD, rows_ND, k)
     np.testing.assert_array_equal(ids, single_ids)
     np.testing.assert_array_equal(scores, single_scores.astype(np.float32))
@@ -76,13 +77,16 @@ def check_more_ranks_than_rows() -> None:
     _assert_sharded_equals_single(_unit(3, 12, 13), _unit(1, 12, 14), 2)
 
 
-def check_gather_slices_of_odd_and_empty_ranks() -> None:
+def check_indices_of_factory_strings_over_ranks() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    for count in (0, 1, 3, 11):
-        whole = torch.arange(2.0 * count).reshape(count, 2)
-        bounds = [slice_bounds(count, r, world) for r in range(world)]
-        mine = whole[slice(*bounds[rank])]
-        assert torch.equal(gather_slices(mine, [stop - start for start, stop in bounds]), whole)
+    rows_ND, queries_QD = _unit(1200, 16, 30), _unit(11, 16, 31)
+    start, stop = slice_bounds(len(rows_ND), rank, world)
+    _, exact = search_ranks(queries_QD, [(start, rows_ND[start:stop])], 10)
+    for factory, params, least in (("IVF4,Flat", "nprobe=4", 100), ("IVF4,PQ4x4", "nprobe=2", 10), ("HNSW16", "", 80)):
+        scores, ids = search_ranks(queries_QD, [(start, rows_ND[start:stop])], 10, factory, params)
+        assert agreement(ids, exact) >= least
+        np.testing.assert_allclose(scores[:, 0], (queries_QD * rows_ND[ids[:, 0]]).sum(axis=1), atol=1e-6)
+        assert (np.diff(scores, axis=1) <= 0).all()
 
 
 def test_ids_of_one_flat_index() -> None:
@@ -101,6 +105,44 @@ def test_slices_cover_everything_once_and_evenly(count: int, world: int) -> None
     assert [i for start, stop in bounds for i in range(start, stop)] == list(range(count))
     sizes = [stop - start for start, stop in bounds]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_blocks_equal_one_index_bitwise_with_ties_across_them() -> None:
+    rows_ND = np.tile(_unit(31, 24, 22), (5, 1))
+    queries_QD = _unit(9, 24, 23)
+    whole = search_rows(queries_QD, rows_ND, 12)
+    for size in (1, 7, 64):
+        blocks = ((first, rows_ND[first : first + size]) for first in range(0, len(rows_ND), size))
+        for part, expected in zip(search_blocks(queries_QD, blocks, 12), whole, strict=True):
+            np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize(("factory", "params"), [("IVF9999,Flat", ""), ("Nonsense", ""), ("HNSW8", "nprobe=3")])
+def test_indices_that_faiss_refuses_are_named(factory: str, params: str) -> None:
+    with pytest.raises(ValueError, match=f"eval.index '{factory}'") as caught:
+        search_approximately(_unit(2, 8, 0), _unit(50, 8, 1), 3, factory, params)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])
+def test_bootstrap_equals_resampling_queries_one_by_one(share: float) -> None:
+    values = (np.arange(400) < 400 * share).astype(float)
+    rng = np.random.default_rng(1)
+    plain = np.percentile([values[rng.integers(0, 400, 400)].mean() for _ in range(4000)], [2.5, 97.5])
+    np.testing.assert_allclose(bootstrap_means(values, 4000), plain, atol=0.006)
+
+
+def test_paired_gain_is_surer_than_two_recalls() -> None:
+    benchmark = _benchmark([[0]] * 100)
+    before = np.array([[0, 1]] * 50 + [[1, 0]] * 50)
+    after = np.array([[0, 1]] * 60 + [[1, 0]] * 40)
+    gain, low, high = gain_intervals(before, after, benchmark, [1], 4000)[1]
+    assert gain == pytest.approx(10.0)
+    assert 4 <= low <= 6
+    assert 15 <= high <= 17
+    low, high = recall_intervals(before, benchmark, [1], 4000)[1]
+    assert high - low > 18
+    assert gain_intervals(before, before, benchmark, [1], 100)[1] == (0.0, 0.0, 0.0)
 
 
 def _benchmark(positives: list[list[int]]) -> Benchmark:

@@ -1,0 +1,161 @@
+"""Pictures of an evaluation: queries with their candidates, and what the re-ranker saw of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+
+from configs.schema import EvalConfig
+from data_pipeline.images import normalise, read_image
+from eval.benchmarks import Benchmark
+from eval.evaluate import Result
+from eval.extract import load_image
+from eval.local_features import NO_CELL, LocalFeatures, compact, grid_of, read_local
+from eval.matching import mutual_matches
+from model.network import PlaceModel
+
+mpl.use("Agg")
+
+RIGHT, WRONG = "#2e9e4f", "#cc3b3b"
+SHOWN = 3
+LINES = 60
+
+
+def draw_pictures(
+    folder: Path, benchmark: Benchmark, result: Result, model: PlaceModel, config: EvalConfig
+) -> list[Path]:
+    """Pictures of `config.pictures` queries, wrong ones first: `retrieval.png`, and `matches.png` if re-ranked."""
+    if not config.pictures:
+        return []
+    final_QK = result.predictions_QK if result.reranked_QK is None else result.reranked_QK
+    is_right = [bool(np.isin(row[0], benchmark.positives(q))) for q, row in enumerate(final_QK)]
+    wrong = [q for q, right in enumerate(is_right) if not right]
+    right = [q for q, right in enumerate(is_right) if right]
+    wanted = config.pictures
+    num_wrong = min(len(wrong), max(wanted - len(right), wanted // 2 + wanted % 2))
+    chosen = _spread(wrong, num_wrong) + _spread(right, wanted - num_wrong)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [_draw_retrieval(folder / "retrieval.png", benchmark, result, chosen)]
+    if result.reranked_QK is not None:
+        paths.append(_draw_matches(folder / "matches.png", benchmark, result.reranked_QK, chosen, model, config))
+    return paths
+
+
+def _spread(items: list[int], n: int) -> list[int]:
+    """At most n of the items, evenly spread."""
+    return [items[i] for i in sorted({int(x) for x in np.linspace(0, len(items) - 1, n)})] if items and n else []
+
+
+def _frame(axis: Any, path: Path, title: str, colour: str | None) -> None:
+    axis.imshow(read_image(path, 224).permute(1, 2, 0).numpy())
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(title, fontsize=8)
+    for spine in axis.spines.values():
+        spine.set_visible(colour is not None)
+        spine.set_color(colour or "black")
+        spine.set_linewidth(4)
+
+
+def _draw_retrieval(path: Path, benchmark: Benchmark, result: Result, chosen: list[int]) -> Path:
+    from matplotlib.figure import Figure
+
+    stages = [("retrieved", result.predictions_QK)]
+    if result.reranked_QK is not None:
+        stages.append(("re-ranked", result.reranked_QK))
+    shown = min(SHOWN, result.num_database)
+    columns = 1 + shown * len(stages)
+    figure = Figure(figsize=(1.7 * columns, 1.85 * len(chosen)), layout="constrained")
+    axes = figure.subplots(len(chosen), columns, squeeze=False)
+    for row, query in zip(axes, chosen, strict=True):
+        _frame(row[0], benchmark.queries[query], f"query {query}", None)
+        for stage, (label, predictions_QK) in enumerate(stages):
+            for place in range(shown):
+                number = int(predictions_QK[query, place])
+                colour = RIGHT if number in benchmark.positives(query) else WRONG
+                _frame(row[1 + stage * shown + place], benchmark.database[number], f"{label} {place + 1}", colour)
+    figure.suptitle(f"{benchmark.name} ({benchmark.protocol}): green is the place of the query", fontsize=10)
+    figure.savefig(path, dpi=90)
+    return path
+
+
+@torch.inference_mode()
+def _draw_matches(
+    path: Path,
+    benchmark: Benchmark,
+    ranked_QK: np.ndarray,
+    chosen: list[int],
+    model: PlaceModel,
+    config: EvalConfig,
+) -> Path:
+    """Saliency and mutual matches of each query with its best candidate, of features before any projection."""
+    from matplotlib.figure import Figure
+
+    was_training = model.training
+    model.eval()
+    figure = Figure(figsize=(8.4, 2.25 * len(chosen)), layout="constrained")
+    axes = figure.subplots(len(chosen), 2, squeeze=False, width_ratios=(2, 2))
+    for (left, right), query in zip(axes, chosen, strict=True):
+        number = int(ranked_QK[query, 0])
+        images = [load_image(p, config) for p in (benchmark.queries[query], benchmark.database[number])]
+        features, heats = zip(*(_read_one(image, model, config) for image in images), strict=True)
+        codes_PC = [f.codes_PC.float() * f.scale_P[:, None] for f in features]
+        sim_NM = torch.zeros(max(1, len(codes_PC[0])), max(1, len(codes_PC[1])), device=codes_PC[0].device)
+        sim_NM[: len(codes_PC[0]), : len(codes_PC[1])] = codes_PC[0] @ codes_PC[1].T
+        matches = mutual_matches(sim_NM[None, :, None], config.rerank.nn_match_thresh)
+        picture, shift = _side_by_side(images)
+        for image, heat, start in zip(images, heats, (0, shift), strict=True):
+            height, width = image.shape[1:]
+            left.imshow(
+                heat, extent=(start, start + width, height, 0), cmap="inferno", interpolation="bilinear", zorder=1
+            )
+        left.imshow(picture, alpha=0.45, zorder=2)
+        left.set_title(f"query {query} and its best candidate: CLS attention", fontsize=8)
+        right.imshow(picture)
+        matched = torch.nonzero(matches.matched_BNT[0, :, 0]).flatten()
+        drawn = [
+            patch
+            for patch in matched[matches.cosine_BNT[0, matched, 0].argsort(descending=True)].tolist()
+            if int(features[0].cell_P2[patch, 0]) != NO_CELL
+        ][:LINES]
+        side = model.backbone.patch_embed.patch_size[0]
+        for patch in drawn:
+            other = int(matches.nearest_BNT[0, patch, 0])
+            (y0, x0), (y1, x1) = features[0].cell_P2[patch].tolist(), features[1].cell_P2[other].tolist()
+            x, y = [(x0 + 0.5) * side, shift + (x1 + 0.5) * side], [(y0 + 0.5) * side, (y1 + 0.5) * side]
+            right.plot(x, y, linewidth=0.6, color="#39d6ff", marker="o", markersize=1.5, alpha=0.8)
+        is_right = number in benchmark.positives(query)
+        verdict = "the place" if is_right else "another place"
+        shown = f", {len(drawn)} drawn" if len(drawn) < len(matched) else ""
+        right.set_title(f"{len(matched)} matches{shown}: {verdict}", fontsize=8, color=RIGHT if is_right else WRONG)
+        for axis in (left, right):
+            axis.set_axis_off()
+            axis.set_xlim(0, picture.shape[1])
+            axis.set_ylim(picture.shape[0], 0)
+    figure.suptitle(f"{benchmark.name}: what re-ranking sees", fontsize=10)
+    figure.savefig(path, dpi=110)
+    model.train(was_training)
+    return path
+
+
+def _read_one(image: torch.Tensor, model: PlaceModel, config: EvalConfig) -> tuple[LocalFeatures, np.ndarray]:
+    inputs = normalise(image[None].to(model.device))
+    _, local_BNC, saliency_BN = read_local(model, inputs, config.rerank)
+    features = compact(local_BNC, saliency_BN, grid_of(model, inputs), config.rerank)
+    heat = saliency_BN[0].unflatten(0, grid_of(model, inputs)).cpu().numpy()
+    return features, heat
+
+
+def _side_by_side(images: list[torch.Tensor]) -> tuple[np.ndarray, int]:
+    """Two images on one canvas, and where the second begins."""
+    height = max(image.shape[1] for image in images)
+    canvas = torch.full((3, height, sum(image.shape[2] for image in images)), 255, dtype=torch.uint8)
+    x = 0
+    for image in images:
+        canvas[:, : image.shape[1], x : x + image.shape[2]] = image
+        x += image.shape[2]
+    return canvas.permute(1, 2, 0).numpy(), images[0].shape[2]

@@ -1,0 +1,228 @@
+"""Features on disk: memory-mapped shards of images with an index, each shard whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+MAX_SHARD_IMAGES = 4096
+SHARDS_WANTED = 64  # so that many ranks have work, and an interrupted run loses little
+DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8, "I64": np.int64}
+
+
+class StoreError(ValueError):
+    """Stored features that are damaged or belong to something else; one line naming the file."""
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Local features of a few images, padded to the largest count; padding is zero."""
+
+    codes_BMC: torch.Tensor  # float32
+    count_B: torch.Tensor  # int64
+    cell_BM2: torch.Tensor  # int64
+    saliency_BM: torch.Tensor  # float32; -1 in the padding
+
+
+def shard_bounds(num_images: int, batch_size: int) -> list[tuple[int, int]]:
+    """First and past-the-last image of each shard: a matter of the images and the batch alone, not of the ranks."""
+    size = -(-num_images // SHARDS_WANTED)
+    size = min(MAX_SHARD_IMAGES, -(-size // batch_size) * batch_size)
+    size = max(size, batch_size)
+    return [(first, min(first + size, num_images)) for first in range(0, num_images, size)]
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """File of a shard."""
+    return folder / f"features-{number:06d}.safetensors"
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of something JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over the names and bytes of all parameters and buffers."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def files_digest(paths: list[Path]) -> str:
+    """SHA-256 over names, sizes and times of files. Raises FileNotFoundError naming a file that is not there."""
+    sha = hashlib.sha256()
+    for path in paths:
+        stat = path.stat()
+        sha.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return sha.hexdigest()
+
+
+def open_folder(folder: Path, about: dict[str, Any]) -> None:
+    """Makes the folder of one extraction, or checks that an existing one is of the same.
+
+    `about` says what the features are of: weights, preprocessing, images. Raises StoreError naming what differs.
+    """
+    file = folder / "index.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.is_file():
+        try:
+            stored = json.loads(file.read_text())
+        except ValueError as error:
+            raise StoreError(f"{file} is damaged; remove {folder} and the features are made again") from error
+        differing = sorted(key for key in {*stored, *about} if stored.get(key) != about.get(key))
+        if differing:
+            key = differing[0]
+            raise StoreError(
+                f"{folder} holds features of other {key} ({stored.get(key)!s:.40}, asked for {about.get(key)!s:.40}); "
+                "give another --features or remove that folder"
+            )
+        return
+    partial = folder / f"index.{os.getpid()}.partial"
+    partial.write_text(json.dumps(about, indent=1, default=str))
+    partial.replace(file)
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
+    """A shard of features; it appears whole or not at all."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, metadata={"key": key})
+    partial.replace(path)
+
+
+def shard_is_whole(path: Path, key: str, num_images: int) -> bool:
+    """Whether a shard of this extraction is there. Raises StoreError where another one's, or a damaged one, is."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found, rows = (file.metadata() or {}).get("key"), file.get_slice("descriptors").get_shape()[0]
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"feature shard {path} is damaged ({error}); remove it and it is made again") from error
+    if found != key or rows != num_images:
+        raise StoreError(f"feature shard {path} is of other weights, preprocessing or images; remove it")
+    return True
+
+
+class StoredFeatures:
+    """Features of a list of images, read from their shards as they are needed."""
+
+    def __init__(self, folder: Path, bounds: list[tuple[int, int]]) -> None:
+        self.folder, self.bounds = folder, bounds
+        self.starts = np.array([first for first, _ in bounds], dtype=np.int64)
+        self.shards = [_map_shard(shard_path(folder, number)) for number in range(len(bounds))]
+
+    def __len__(self) -> int:
+        return self.bounds[-1][1] if self.bounds else 0
+
+    @property
+    def has_local(self) -> bool:
+        """Whether local features were stored."""
+        return bool(self.shards) and "codes" in self.shards[0]
+
+    @cached_property
+    def offsets(self) -> list[NDArray[np.int64]]:
+        """First patch of each image in its shard."""
+        return [np.concatenate([[0], np.cumsum(shard["count"])]).astype(np.int64) for shard in self.shards]
+
+    @cached_property
+    def max_patches(self) -> int:
+        """Patches of the image with most of them."""
+        return max((int(shard["count"].max(initial=0)) for shard in self.shards), default=0)
+
+    @property
+    def channels(self) -> int:
+        """C of the local features."""
+        return int(self.shards[0]["codes"].shape[1])
+
+    @property
+    def bytes_per_image(self) -> float:
+        """Mean bytes on disk of an image's descriptor and local features."""
+        return sum(shard_path(self.folder, n).stat().st_size for n in range(len(self.bounds))) / max(1, len(self))
+
+    @property
+    def local_bytes_per_image(self) -> float:
+        """Mean bytes of an image's local features."""
+        total = sum(a.nbytes for shard in self.shards for name, a in shard.items() if name != "descriptors")
+        return total / max(1, len(self))
+
+    def descriptors(self, first: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Global descriptors [stop - first, D] of a run of images."""
+        stop = len(self) if stop is None else stop
+        parts = [
+            np.asarray(shard["descriptors"][max(first - low, 0) : stop - low])
+            for shard, (low, high) in zip(self.shards, self.bounds, strict=True)
+            if low < stop and first < high
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
+
+    def blocks(self, rank: int, world_size: int, block_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """First image and descriptors of the runs of shards that a rank searches, a bounded block at a time."""
+        first, stop = len(self.shards) * rank // world_size, len(self.shards) * (rank + 1) // world_size
+        start = first
+        while start < stop:
+            end, size = start, 0
+            while end < stop and (end == start or size + self.shards[end]["descriptors"].nbytes <= block_bytes):
+                size += self.shards[end]["descriptors"].nbytes
+                end += 1
+            yield self.bounds[start][0], self.descriptors(self.bounds[start][0], self.bounds[end - 1][1])
+            start = end
+
+    def patches(self, images: NDArray[np.int64], device: torch.device, width: int = 0) -> Patches:
+        """Local features of some images, padded to the largest count among them, or to `width`."""
+        shard_B = np.searchsorted(self.starts, images, side="right") - 1
+        rows = [int(image - self.starts[s]) for image, s in zip(images, shard_B, strict=True)]
+        spans = [(int(self.offsets[s][r]), int(self.offsets[s][r + 1])) for s, r in zip(shard_B, rows, strict=True)]
+        counts = [stop - first for first, stop in spans]
+        width = max(width, *counts, 1)
+        dtype = self.shards[0]["codes"].dtype
+        codes_BMC = np.zeros((len(images), width, self.channels), dtype=dtype)
+        scale_BM = np.zeros((len(images), width), dtype=np.float32)
+        cell_BM2 = np.zeros((len(images), width, 2), dtype=np.int64)
+        saliency_BM = np.full((len(images), width), -1.0, dtype=np.float32)
+        for i, (s, (first, stop), count) in enumerate(zip(shard_B, spans, counts, strict=True)):
+            shard = self.shards[s]
+            codes_BMC[i, :count] = shard["codes"][first:stop]
+            scale_BM[i, :count] = shard["scale"][first:stop]
+            cell_BM2[i, :count] = shard["cell"][first:stop]
+            saliency_BM[i, :count] = shard["saliency"][first:stop]
+        codes = torch.from_numpy(codes_BMC).to(device).float()
+        if dtype == np.int8:
+            codes *= torch.from_numpy(scale_BM).to(device)[:, :, None]
+        return Patches(
+            codes,
+            torch.tensor(counts, device=device),
+            torch.from_numpy(cell_BM2).to(device),
+            torch.from_numpy(saliency_BM).to(device),
+        )
+
+
+def _map_shard(path: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file as read-only memory maps."""
+    if not path.is_file():
+        raise StoreError(f"feature shard {path} is not there; do all nodes see the folder of --features?")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    arrays = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            dtype, first = DTYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0]
+            shape = tuple(entry["shape"])
+            empty = 0 in shape  # nothing to map
+            arrays[name] = np.zeros(shape, dtype) if empty else np.memmap(path, dtype, "r", first, shape)
+    return arrays
