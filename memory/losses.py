@@ -61,7 +61,7 @@ class MultiSimilarityLoss:
     alpha: float = 1.0
     beta: float = 50.0
     base: float = 0.0
-    arrays = 3
+    arrays = 2
     weighs_anchors = False
 
     def __call__(self, tile: Tile, mined: Mined) -> list[Term]:

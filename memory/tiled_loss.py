@@ -7,6 +7,7 @@ and takes what the positive slots of other ranks and empty ones write.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -114,10 +115,12 @@ class TiledLoss:
             [anchors_AD.new_zeros(num_batch), memory.log_weight_m.to(anchors_AD), anchors_AD.new_zeros(1)]
         )
         row_bytes = anchors_AD.element_size() * (self.loss.arrays * (pairing.widest + 1) + 8 * max(counts))
-        num_rows = max(1, min(len(anchors_AD), self.tile_bytes // row_bytes))
+        num_tiles = math.ceil(len(anchors_AD) / max(1, self.tile_bytes // row_bytes))
+        num_rows = math.ceil(len(anchors_AD) / num_tiles)
+        buffer_AR = anchors_AD.new_empty(num_rows, num_columns + 1)  # one for all tiles: fresh memory costs time
         for start in range(0, len(anchors_AD), num_rows):
             rows = slice(start, start + num_rows)
-            similarity_AR = anchors_AD.new_empty(len(anchors_AD[rows]), num_columns + 1)
+            similarity_AR = buffer_AR[: len(anchors_AD[rows])].detach()
             torch.mm(anchors_AD[rows], batch_CD.T, out=similarity_AR[:, :num_batch])
             torch.mm(anchors_AD[rows], memory.descriptors_mD.T, out=similarity_AR[:, num_batch:num_columns])
             similarity_AR[:, num_columns] = -torch.inf

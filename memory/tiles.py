@@ -140,20 +140,21 @@ def euclidean(similarity: torch.Tensor) -> torch.Tensor:
 def log_sum_exp_of_negatives(tile: Tile, kept_AR: torch.Tensor | None, *, scale: float, base: float) -> torch.Tensor:
     """log of the sum over kept negatives of weight * exp(scale * (similarity - base)), over all ranks [A].
 
-    -inf where none is kept. The gradient with respect to the similarities is exact also where exp would overflow.
+    -inf where none is kept; `kept_AR` None keeps all, and is overwritten otherwise. The gradient with respect to the
+    similarities is exact also where exp would overflow.
     """
     out: torch.Tensor = _LogSumExpOfNegatives.apply(tile.negative_AR, kept_AR, tile, scale, base)
     return out
 
 
 class _LogSumExpOfNegatives(torch.autograd.Function):
-    """One array of the tile's size beside its inputs: exponents in place, then each term's share of the sum."""
+    """In the place of `kept_AR`: exponents, then each term's share of the sum, then the gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, negative_AR: torch.Tensor, kept_AR: torch.Tensor | None, tile: Tile, scale: float, base: float
     ) -> torch.Tensor:
-        x_AR = kept_AR.log() if kept_AR is not None else torch.zeros_like(negative_AR)
+        x_AR = kept_AR.log_() if kept_AR is not None else torch.zeros_like(negative_AR)
         x_AR.add_(tile.log_weight_R - scale * base).add_(negative_AR, alpha=scale)
         top_A = tile.columns.max(x_AR.amax(dim=1))
         top_A = top_A.masked_fill(top_A == -torch.inf, 0)
