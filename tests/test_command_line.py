@@ -104,6 +104,8 @@ def test_weights_of_another_size_name_the_keys(tmp_path: Path, capfd: pytest.Cap
         "town",
         "--data-root",
         str(tmp_path),
+        "--recall-at",
+        "1",
     ]
     for part in ("database", "queries"):
         folder = tmp_path / "town" / "images" / "test" / part

@@ -34,7 +34,16 @@ def evaluate(out: Path, *flags: str) -> dict[str, Any]:
 @photographs
 def test_frozen_weights_reach_the_known_recalls_on_gardens_point(tmp_path: Path) -> None:
     """Figures of the same frozen weights and protocol computed with timm alone; one query is 0.5 points."""
-    plain = ("--rerank.saliency-thresh", "None", "--rerank.global-weight", "0", "--pictures", "2")
+    plain = (
+        "--rerank.saliency-thresh",
+        "None",
+        "--rerank.global-weight",
+        "0",
+        "--rerank.top-k",
+        "20",
+        "--pictures",
+        "2",
+    )
     result = evaluate(tmp_path, *plain)
     assert result["protocol"] == "+-2 frames, frames 0-199"
     assert list(result["recall_reranked"].values()) == pytest.approx([46.5, 64.5, 69.5], abs=0.51)

@@ -361,7 +361,8 @@ def train(recipe: Recipe, rank: Rank, console: Console, *, resume: bool) -> Summ
     """Trains a recipe on all ranks, from the newest valid checkpoint if `resume`, and evaluates it before and after."""
     training = Training(recipe, rank, console, resume=resume)
     try:
-        return training.run()
+        with training.stop_signal:
+            return training.run()
     except BaseException as error:
         training.tracker.close("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
         raise
