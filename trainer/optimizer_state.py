@@ -71,11 +71,13 @@ def load_optimizer(engine: Any, folder: Path, weights: dict[str, torch.Tensor], 
 
     engine.module.load_state_dict(weights)
     saved = dict(_saved_tensors(folder))
+    described = json.loads((folder / "optimizer.json").read_text())
+    stepped = any(not name.endswith(":master") for name in saved)  # else it was saved before any update: moments are 0
     for name, parameter in _trained(engine):
         if _is_zero(engine):
             master = saved[f"{name}:master"]() if f"{name}:master" in saved else weights[name]
             safe_set_full_fp32_param(parameter, master.to(parameter.device, torch.float32))
-        for key in _state_keys(engine):
+        for key in _state_keys(engine) if stepped else ():
             if f"{name}:{key}" not in saved:
                 raise ValueError(f"{folder} has no {key} of {name}; it was written by another optimizer")
             tensor = saved[f"{name}:{key}"]().to(parameter.device)
@@ -83,10 +85,9 @@ def load_optimizer(engine: Any, folder: Path, weights: dict[str, torch.Tensor], 
                 safe_set_full_optimizer_state(parameter, tensor, key)
             else:
                 engine.optimizer.state[parameter][key].copy_(tensor)
-    described = json.loads((folder / "optimizer.json").read_text())
     for state in _inner(engine).state.values():
-        for key, value in described["counts"].items():
-            state[key] = torch.as_tensor(value, dtype=state[key].dtype).to(state[key].device)
+        for key in [key for key, x in state.items() if torch.is_tensor(x) and not x.ndim]:
+            state[key].fill_(described["counts"].get(key, 0.0))
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     for key, value in described["scaler"].items():
         if hasattr(scaler, key):
