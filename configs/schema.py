@@ -93,8 +93,14 @@ class ModelConfig(Section):
     aggregator: Literal["cls", "gem"] = Field(
         "cls", description="Global descriptor: CLS token or GeM over patch tokens."
     )
+    finetune: Literal["all", "last_n_blocks", "head"] = Field(
+        "last_n_blocks", description="What is trained: everything, the last blocks and the head, or the aggregator."
+    )
     finetune_last_n_blocks: NonNegative = Field(
         4, description="Blocks trained, counted from the last; all of them trains the embeddings too."
+    )
+    frozen_precision: Literal["same", "bf16"] = Field(
+        "same", description="Precision of the frozen blocks and embeddings; same is engine.precision."
     )
 
 
