@@ -179,7 +179,7 @@ def choose_checkpoint(folder: Path, given: Path | None) -> tuple[Path | None, li
 
 
 def set_aside_newer(folder: Path, checkpoint: Path | None) -> None:
-    """Renames checkpoints newer than the one gone on from, which do not verify or are left behind: `unused-step-...`."""
+    """Renames to `unused-step-...` the checkpoints newer than the one gone on from: damaged, or left behind."""
     for newer in sorted(folder.glob("step-*")):
         if checkpoint is None or newer.name > checkpoint.name:
             shutil.rmtree(folder / f"unused-{newer.name}", ignore_errors=True)

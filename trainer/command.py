@@ -26,8 +26,9 @@ def parse(argv: list[str]) -> tuple[Recipe, Path | None, bool]:
     shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     description = (
         f"Trains RECIPE, a YAML file or one of the shipped recipes ({shipped}), and evaluates it before and after. "
-        "Every key of a recipe is a flag; defaults below are the recipe's. --resume (or --resume auto) goes on from the "
-        "newest valid checkpoint of --output, or starts where it has none; --resume FOLDER from that one. SIGTERM and SIGUSR1 save after the running step and end with status 75."
+        "Every key of a recipe is a flag; defaults below are the recipe's. --resume (or --resume auto) goes on from "
+        "the newest valid checkpoint of --output, or starts where it has none; --resume FOLDER from that one. SIGTERM "
+        "and SIGUSR1 save after the running step and end with status 75."
     )
     flags = partial(tyro.cli, Recipe, prog=USAGE, description=description, config=(tyro.conf.FlagConversionOff,))
     if not rest or rest[0].startswith("-"):

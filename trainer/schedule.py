@@ -13,8 +13,8 @@ def learning_rate(
 ) -> float:
     """Learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule.
 
-    cosine and linear reach `min_lr_ratio` over the steps that remain after warm-up; plateau looks at `recalls`, those of
-    the validations so far; the others count epochs or steps, as `schedule_unit` says, from the start of training.
+    cosine and linear reach `min_lr_ratio` over the steps that remain after warm-up; plateau looks at `recalls`, those
+    of the validations so far; the others count epochs or steps, as `schedule_unit` says, from the start of training.
     step, multi_step, exp, cosine_with_restarts and plateau are torch.optim.lr_scheduler's.
     """
     if step < optim.warmup_steps:
