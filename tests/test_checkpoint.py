@@ -6,7 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -172,31 +172,17 @@ def check_ranks_write_a_checkpoint_together_while_they_go_on() -> None:
 test_on_ranks = on_ranks(__file__)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.usefixtures("single_process")
 def test_a_full_disk_voids_the_checkpoint_and_keeps_the_one_before(small_disk: Path) -> None:
     said: list[str] = []
     folder = small_disk / "checkpoints"
     writer = CheckpointWriter(folder, keep_last=2, say=said.append)
-    writer.begin(1, contents(1, 100_000))
+    writer.begin(1, contents(1, 2_000_000))
     assert writer.finish()
-    writer.begin(2, contents(2, 200_000))
+    writer.begin(2, contents(2, 4_000_000))
     assert not writer.finish()
     assert "No space left" in said[0]
     assert newest_valid(folder) == (folder / step_name(1), [])
-    writer.begin(3, contents(3, 100_000))  # what was begun is out of the way again
+    writer.begin(3, contents(3, 2_000_000))  # what was begun is out of the way again
     assert writer.finish()
     assert find_checkpoint(folder) == folder / step_name(3)

@@ -211,6 +211,44 @@ def test_asked_to_stop_it_saves_and_goes_on_later(workplace: Path, straight: Pat
     assert [one[s]["train/loss"] for s in sorted(one)] == [other[s]["train/loss"] for s in sorted(other)]
 
 
+def faulty_ranks(workplace: Path, output: Path, faults: dict[str, object], *flags: str) -> subprocess.Popen[str]:
+    """Two ranks in which something goes wrong (see tests.faulty)."""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.faulty")
+    recipe = str(workplace / "recipe.yaml")
+    return start(workplace, *launcher, json.dumps(faults), recipe, "--output", str(output), *flags)
+
+
+def test_faults_are_skipped_survived_or_named(workplace: Path, small_disk: Path) -> None:
+    """In one training: NaN in one rank's descriptors and in one rank's gradient, a disk that is full for some steps,
+    then a rank that stops. It skips, goes on, and ends with the rank's name; resumed, it comes to its end."""
+    output = small_disk / "run"
+    faults = {
+        "nan_descriptor": {"rank": 1, "step": 1},
+        "full": {"rank": 0, "step": 3, "until": 6, "folder": str(small_disk)},
+        "nan_gradient": {"rank": 0, "step": 7},
+        "stop": {"rank": 1, "step": 9},
+    }
+    flags = ("--eval.benchmarks", "--tracking.enabled", "False", "--trainer.max-skipped-steps", "2")
+    process = faulty_ranks(workplace, output, faults, *flags, "--engine.stall-s", "6")
+    began = time.monotonic()
+    text, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode != 0
+    assert "rank 1 on " in text
+    assert "is silent since section forward of step 9" in text, text
+    assert "could not be written" in text
+    assert "No space left" in text
+    assert (output / "stalled-rank-00000.txt").exists()
+    skipped = [json.loads(line) for line in (output / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["why"]) for line in skipped] == [(1, "loss is nan"), (7, "the gradient is not finite")]
+    assert all(len(line["place_ids"]) == 4 for line in skipped)
+    assert time.monotonic() - began < TIMEOUT_S
+    text = finish(faulty_ranks(workplace, output, {}, *flags, "--resume"))
+    assert "resumed from" in text
+    assert f"trained {STEPS} steps" in text
+    assert logged(output)[STEPS]["train/skipped_steps"] == 2
+    assert not any(p.name.startswith(".") for p in (output / "checkpoints").iterdir())
+
+
 def one_rank(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
     """By torchrun on the trainer's module, untracked."""
     return start(
