@@ -36,6 +36,7 @@ def test_a_silent_rank_is_named_wherever_the_others_are(orders: list[tuple[int, 
     after = moved(before, silent)
     rank, text = culprit(before, after, len(orders))
     assert rank == min(silent)
-    assert f"rank {rank} on n{rank} is silent since section {orders[rank][1]} of step {orders[rank][0]}" in text
+    assert f"rank {rank} on n{rank} is silent" in text
+    assert f"last heard of in section {orders[rank][1]} of step {orders[rank][0]}" in text
     gone = {r: p for r, p in after.items() if r != rank}
     assert culprit(before, gone, len(orders))[1].startswith(f"rank {rank} does not answer")
