@@ -42,6 +42,7 @@ from trainer.checkpoint import (
 from trainer.engine import build_engine, optimizer_step, set_learning_rate
 from trainer.process_group import Rank
 from trainer.progress import Update, progress_bar
+from trainer.provenance import provenance
 from trainer.schedule import learning_rate
 from trainer.stop_signal import Stopped, StopSignal
 from trainer.tracking import Tracker
@@ -124,8 +125,14 @@ class Training:
             self.progress = load_checkpoint(found, self.engine, self.queue, self.drift, recipe)
             self.say(f"resumed from {found}, step {self.progress.step} of {self.total_steps}")
         self.bad_images_before = self.progress.bad_images
-        self.tracker = Tracker(recipe, recipe.output, console, run_id=self.progress.mlflow_run_id, active=rank.is_main)
-        self.progress.mlflow_run_id = self.tracker.run_id
+        self.tracker = Tracker(
+            recipe,
+            recipe.output,
+            console,
+            run_id=self.progress.mlflow_run_id,
+            active=rank.is_main,
+            facts=provenance(world_size=world, device=rank.device),
+        )
         if rank.is_main:
             (recipe.output / "recipe.yaml").write_text(recipe_text(recipe))
             self.tracker.artifact(recipe.output / "recipe.yaml")
@@ -167,6 +174,7 @@ class Training:
             path = self.recipe.output / "results.json"
             write_results(path, results, model=str(checkpoint), before=self.progress.before)
             self.tracker.artifact(path)
+            self.tracker.model(find_checkpoint(self.checkpoints))
         self.tracker.close("FINISHED")
         return Summary(self.progress.step, checkpoint, self.progress.before, [result.as_dict() for result in results])
 
@@ -315,6 +323,7 @@ class Training:
 
     def _save(self) -> Path:
         self.tracker.flush()  # a killed run goes on from here, and its curves with it
+        self.progress.mlflow_run_id = self.tracker.run_id
         path = save_checkpoint(self.checkpoints, self.engine, self.queue, self.drift, self.progress, self.recipe)
         if self.rank.is_main:
             prune(self.checkpoints, self.recipe.trainer.keep_last)
@@ -348,9 +357,8 @@ class Training:
                 result = evaluate(self.model, benchmark, config, on_progress=update, store=store)
             results.append(result)
             self.say(f"{label}: {result.line()}")
-            self.tracker.metrics(
-                {f"eval/{benchmark.name}/{k}": v for k, v in result.metrics().items()}, self.progress.step
-            )
+            params = {"benchmark": benchmark.name, "protocol": result.protocol, "weights": label, "rerank": rerank}
+            self.tracker.evaluation(benchmark.name, self.progress.step, params, result.metrics())
             if pictures and self.rank.is_main:
                 for picture in draw_pictures(pictures / benchmark.name, benchmark, result, self.model, config):
                     self.tracker.artifact(picture, f"pictures/{benchmark.name}")
