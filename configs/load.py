@@ -87,7 +87,15 @@ def _nearest(name: str, names: list[str], prefix: str = "") -> str:
 
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as YAML, every key written out; without the secrets of its addresses, for it goes with the results."""
-    return without_secrets(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    return yaml.safe_dump(_shareable(recipe.model_dump(mode="json")), sort_keys=False)
+
+
+def _shareable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_shareable(key): _shareable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shareable(part) for part in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def without_secrets(text: str) -> str:

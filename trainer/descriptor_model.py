@@ -28,7 +28,7 @@ class DescriptorModel(PythonModel):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network = build_model(ModelConfig.model_validate({**stored, "weights": file})).to(self.device).eval()
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> NDArray[np.float32]:  # noqa: ARG002
+    def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> NDArray[np.float32]:  # noqa: ARG002
         """uint8 RGB images [B, 3, H, W] -> float32 L2-normalised descriptors [B, D]; H and W are multiples of 14."""
         shape = tuple(model_input.shape)
         if len(shape) != 4 or shape[1] != 3 or shape[2] % PATCH or shape[3] % PATCH:

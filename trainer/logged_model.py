@@ -60,7 +60,7 @@ def log_model(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     if register_as:
-        _register(client, register_as, run_id, model.model_id)
+        _register(client, register_as, run_id, model)
 
 
 def save_pyfunc(network: Path, config: ModelConfig, out: Path, run_id: str, model_id: str) -> None:
@@ -100,11 +100,13 @@ def _attach(client: Any, run_id: str, model_id: str) -> None:
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
 
 
-def _register(client: Any, name: str, run_id: str, model_id: str) -> None:
+def _register(client: Any, name: str, run_id: str, model: Any) -> None:
+    """Makes the model a version of `name`, once."""
     from mlflow.exceptions import MlflowException
 
     with contextlib.suppress(MlflowException):  # it exists; another reason is raised by the next call
         client.create_registered_model(name)
     versions = client.search_model_versions(f"name = '{name}' AND run_id = '{run_id}'")
-    if not any(version.source == f"models:/{model_id}" for version in versions):
-        client.create_model_version(name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id)
+    source = model.artifact_location  # models:/<id> would be looked up in MLflow's global store
+    if not any(version.source == source for version in versions):
+        client.create_model_version(name, source=source, run_id=run_id, model_id=model.model_id)

@@ -35,6 +35,7 @@ def _quiet_mlflow() -> None:
     # A server that is down costs seconds, not the minutes of MLflow's own retries: the sender has its own.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow  # noqa: F401 - sets levels of its own
 
     for name in ("alembic", "mlflow", "urllib3"):
@@ -265,6 +266,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) and {"uri", "run_id", "offset"} <= state.keys() else {}
+
+
+def run_of(checkpoint: Path) -> str | None:
+    """The MLflow run of a checkpoint's training: the checkpoint's own word, else its output folder's."""
+    run_id = json.loads((checkpoint / "state.json").read_text()).get("mlflow_run_id")
+    return run_id or read_state(checkpoint.parent.parent).get("run_id")
 
 
 def first_line(error: BaseException) -> str:
