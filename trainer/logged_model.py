@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from configs.schema import PATCH, ModelConfig
 from model.network import build_model
@@ -43,17 +43,19 @@ def log_model(
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND {of_this}", max_results=1)
     model = found[0] if found else None
     if model is None or model.status != "READY":
-        scratch = Path(tempfile.mkdtemp(prefix=".model-", dir=checkpoint.parent))
+        scratch = checkpoint.parent / ".model.partial"  # one name: what a killed process left is replaced
+        shutil.rmtree(scratch, ignore_errors=True)
         try:
-            exported = export_network(checkpoint, scratch / "network.safetensors")
             model = model or client.create_logged_model(
                 experiment, NAME, source_run_id=run_id, tags=tags, model_type="descriptor"
             )
-            save_pyfunc(exported.file, exported.recipe.model, scratch / "model", run_id, model.model_id)
-        except OSError as error:
-            say(f"the model of {checkpoint} is not logged: {error}")
-            return
-        else:
+            try:
+                exported = export_network(checkpoint, scratch / "network.safetensors")
+                save_pyfunc(exported.file, exported.recipe.model, scratch / "model", run_id, model.model_id)
+            except (OSError, ValueError, SafetensorError) as error:
+                say(f"the model of {checkpoint} is not logged: {error}")
+                client.finalize_logged_model(model.model_id, "FAILED")
+                return
             client.log_model_artifacts(model.model_id, str(scratch / "model"))
             _attach(client, run_id, model.model_id)
             client.finalize_logged_model(model.model_id, "READY")

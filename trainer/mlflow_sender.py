@@ -123,6 +123,8 @@ class Sender:
     def _send_metrics(self, lines: list[list[Any]]) -> None:
         """In one call; where the store refuses that, line by line."""
         together = [metric for line in lines for metric in line]
+        if not together:
+            return
         if not self._accepted(lambda: self._client.log_batch(self.run_id, metrics=together), say=len(lines) == 1):
             if len(lines) > 1:
                 for line in lines:

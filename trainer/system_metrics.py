@@ -10,16 +10,23 @@ from collections.abc import Callable
 class SystemMetrics(threading.Thread):
     """Gives `log` the CPU, memory, disk, network and GPU use of this machine every `every_s` seconds, as `system/...`.
 
-    Units are in the names: percentage, megabytes (10^6 bytes), watts. Network counts from the start.
+    Units are in the names: percentage, megabytes (10^6 bytes), watts. Network counts from the start. A sample that
+    fails is the last one and told to `say`.
     """
 
-    def __init__(self, log: Callable[[dict[str, float]], None], every_s: float) -> None:
+    def __init__(self, log: Callable[[dict[str, float]], None], every_s: float, say: Callable[[str], None]) -> None:
         super().__init__(name="system metrics", daemon=True)
-        self._log, self._every_s = log, every_s
+        self._log, self._every_s, self._say = log, every_s, say
         self._ended = threading.Event()
 
     def run(self) -> None:
         """Samples until `stop`."""
+        try:
+            self._sample()
+        except Exception as error:  # noqa: BLE001 - a driver may raise anything, and no training should end of it
+            self._say(f"no more system metrics: {error}")
+
+    def _sample(self) -> None:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor

@@ -71,7 +71,8 @@ class Tracker:
             self._sending = _SenderThread(Sender(folder, tracking.uri, self._say), self._say)
             self._sending.start()
             if tracking.system_metrics_every_s:
-                self._system = SystemMetrics(lambda v: self.metrics(v, self._step), tracking.system_metrics_every_s)
+                every_s = tracking.system_metrics_every_s
+                self._system = SystemMetrics(lambda values: self.metrics(values, self._step), every_s, self._say)
                 self._system.start()
 
     @property
