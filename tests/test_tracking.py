@@ -67,7 +67,7 @@ class Server:
                 start_new_session=True,
                 env=env,
             )
-        wait_until(self.answers, 180)
+        wait_until(self.answers, 240)
 
     def answers(self) -> bool:
         assert self.process is not None
