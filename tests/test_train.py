@@ -106,8 +106,9 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
 
     client = MlflowClient(f"sqlite:///{workplace}/mlflow.db")
     experiment = client.get_experiment_by_name("rerankvpr")
-    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
-    ids = {f: json.loads((last_checkpoint(f) / "state.json").read_text())["mlflow_run_id"] for f in (straight, folder)}
+    found = client.search_runs([experiment.experiment_id])
+    runs = {run.info.run_id: run for run in found if "mlflow.parentRunId" not in run.data.tags}
+    ids = {f: json.loads((f / "metrics.sent").read_text())["run_id"] for f in (straight, folder)}
     assert set(runs) == set(ids.values())  # one run a training, whatever the ranks and the kills
     for path, run_id in ids.items():
         assert runs[run_id].info.status == "FINISHED"
@@ -115,7 +116,10 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
         assert "tracking.uri" not in runs[run_id].data.params
         steps = {m.step for m in client.get_metric_history(run_id, "train/loss")}
         assert steps == set(range(1, STEPS + 1)), path
-        assert {"recipe.yaml", "results.json", "pictures"} <= {f.path for f in client.list_artifacts(run_id)}
+        files = {f.path for f in client.list_artifacts(run_id)}
+        assert {"recipe.yaml", "environment.json", "results.json", "pictures"} <= files
+        (model,) = client.search_logged_models([experiment.experiment_id], f"source_run_id = '{run_id}'")
+        assert (model.name, model.status) == ("best", "READY")
 
 
 def test_asked_to_stop_it_saves_and_goes_on_later(workplace: Path, straight: Path) -> None:

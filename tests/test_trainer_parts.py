@@ -82,22 +82,15 @@ def test_validations_are_counted_from_the_first_best_one() -> None:
     assert [validations_since_best(r) for r in ([], [3.0], [3.0, 3.0], [1.0, 3.0, 2.0, 3.0])] == [0, 0, 1, 2]
 
 
-def test_a_store_that_does_not_answer_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    recipe = Recipe.model_validate({"tracking": {"uri": "http://127.0.0.1:9"}})
-    console = Console(record=True, quiet=False, width=200, file=(tmp_path / "said.txt").open("w"))
-    tracker = Tracker(recipe, tmp_path / "out", console, run_id=None, active=True)
-    tracker.metrics({"train/loss": 1.5}, 3)
-    tracker.artifact(tmp_path / "said.txt")
-    tracker.close("FINISHED")
-    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text()) == {"step": 3, "train/loss": 1.5}
-    assert console.export_text().count("MLflow does not answer") == 1
-
-
 def test_other_ranks_track_nothing(tmp_path: Path) -> None:
     tracker = Tracker(Recipe(), tmp_path / "out", Console(), run_id=None, active=False)
     tracker.metrics({"a": 1.0}, 0)
+    tracker.evaluation("town", 0, {}, {"recall_1": 50.0})
+    tracker.artifact(tmp_path / "picture.png")
+    tracker.model(tmp_path)
+    tracker.flush()
     tracker.close("FINISHED")
+    assert tracker.run_id is None
     assert not (tmp_path / "out").exists()
 
 
