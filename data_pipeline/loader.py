@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from configs.schema import DataConfig
 from data_pipeline.cache import RangeCache
-from data_pipeline.images import decode
+from data_pipeline.images import decode_into, empty_batch
 from data_pipeline.index import PlaceRange
 from data_pipeline.plan import EpochPlan
 from data_pipeline.storage import RangeReader, is_remote
@@ -170,8 +170,8 @@ class PlaceLoader:
     def _empty(self, step: _Step) -> torch.Tensor:
         """The step's batch to be filled, as [P, K, 3, side, side]."""
         side, shape_PK = self.config.image_size, step.views_PK.shape
-        step.images_B3HW = torch.empty(step.views_PK.size, 3, side, side, dtype=torch.uint8, pin_memory=self._pinned)
-        return step.images_B3HW.view(*shape_PK, 3, side, side)
+        step.images_B3HW = empty_batch(step.views_PK.size, side, pin_memory=self._pinned)
+        return step.images_B3HW.unflatten(0, shape_PK)
 
     def _read(self, place: PlaceRange, stop: threading.Event | None = None) -> bytes:
         """The bytes of a place; where they came over a network and differ from the index, once more from the source."""
@@ -196,7 +196,7 @@ class PlaceLoader:
                 self._note(place, planned, candidate, "its bytes differ from the index's crc32")
                 continue
             try:
-                out.copy_(decode(_jpeg(planned, data, candidate), self.config.image_size, self.config.interpolation))
+                decode_into(out, _jpeg(planned, data, candidate), self.config.interpolation)
             except ValueError as error:
                 self._note(place, planned, candidate, str(error))
             else:
