@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.index import ShardIndex
 from data_pipeline.listing import PlaceListing
+
+_STAT_THREADS = 16
 
 
 def changed_photograph(
@@ -48,3 +51,25 @@ def _crc32_by_image(listing: PlaceListing, index: ShardIndex, bad: set[str]) -> 
     images = listing.images.select(["city", "place"]).append_column("at", pa.array(np.arange(listing.num_images)))
     in_order = images.take(rows).sort_by([(name, "ascending") for name in ("city", "place", "at")])["at"]
     return dict(zip(in_order.to_pylist(), index.crc32.tolist(), strict=True))
+
+
+def file_stats(source: Path, files: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bytes of each file (-1 where there is none), and when it changed last, in nanoseconds."""
+
+    def stats(some: list[str]) -> list[tuple[int, int]]:
+        return [file_stat(source / file) for file in some]
+
+    step = -(-len(files) // (8 * _STAT_THREADS)) or 1
+    with ThreadPoolExecutor(_STAT_THREADS, "stat") as pool:
+        parts = pool.map(stats, [files[start : start + step] for start in range(0, len(files), step)])
+        sizes, changed_ns = np.array([stat for part in parts for stat in part], dtype=np.int64).reshape(-1, 2).T
+    return np.ascontiguousarray(sizes), changed_ns
+
+
+def file_stat(path: Path) -> tuple[int, int]:
+    """A file's bytes and its last change in nanoseconds; (-1, 0) where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, 0
+    return stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)

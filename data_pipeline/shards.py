@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.changes import changed_photograph
+from data_pipeline.changes import changed_photograph, file_stat, file_stats
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX,
@@ -44,7 +45,6 @@ from data_pipeline.tar_writer import (
 
 SHARD_BYTES = 256 * 2**20
 _JOBS_AHEAD = 2
-_STAT_THREADS = 16
 
 Progress = Callable[[int, int], None]
 
@@ -110,7 +110,7 @@ def write_shards(
         if not (listing.source / folder).is_dir():
             raise FileNotFoundError(f"{listing.source}: no folder {folder}, which the CSV's city_id names")
     files = listing.images["file"].to_pylist()
-    sizes, changed_ns = _file_stats(listing.source, files)
+    sizes, changed_ns = file_stats(listing.source, files)
     options = f"{FORMAT_VERSION} {shard_bytes} {listing.min_images_per_place}"
     if max_side is not None:
         options += f" {max_side} {quality}"
@@ -276,27 +276,6 @@ def _in_place_order(table: pa.Table) -> pa.Table:
     return table.set_column(0, SCHEMA.field("place_id"), pa.array(np.cumsum(first) - 1, pa.int64()))
 
 
-def _file_stats(source: Path, files: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bytes of each file (-1 where there is none), and when it changed last, in nanoseconds."""
-
-    def stats(some: list[str]) -> list[tuple[int, int]]:
-        return [_file_stat(source / file) for file in some]
-
-    step = -(-len(files) // (8 * _STAT_THREADS)) or 1
-    with ThreadPoolExecutor(_STAT_THREADS, "stat") as pool:
-        parts = pool.map(stats, [files[start : start + step] for start in range(0, len(files), step)])
-        sizes, changed_ns = np.array([stat for part in parts for stat in part], dtype=np.int64).reshape(-1, 2).T
-    return np.ascontiguousarray(sizes), changed_ns
-
-
-def _file_stat(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return -1, 0
-    return stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)
-
-
 def _digest(*parts: str | bytes) -> str:
     return hashlib.sha256(b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)).hexdigest()
 
@@ -333,6 +312,11 @@ def _folder_for(out: Path, set_digest: str, part: tuple[int, int] | None, mine: 
                         f"{path}: of another shard set (other images or options); remove {out} or give another folder"
                     )
             yield
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                what = f"{out}: no space left on the disk; run again with more, finished tars are kept"
+                raise OSError(errno.ENOSPC, what) from error
+            raise
         finally:
             left = [path for tar in mine for path in unfinished(tar)] if part else [*shards.glob("train-*.tmp")]
             for path in [*left, *out.glob(f"{INDEX}*.tmp")]:
@@ -368,7 +352,7 @@ def _reuse_complete(
         raise ValueError(f"{out}: holds another shard set (other images or options); remove it or give another folder")
     written_ns = (out / INDEX).stat().st_mtime_ns
     for shard in metadata.shards:
-        size, _ = _file_stat(out / shard.name)
+        size, _ = file_stat(out / shard.name)
         if size != shard.size:
             raise ValueError(f"{out / shard.name}: missing or not {shard.size} bytes; remove {out} and shard again")
         written_ns = min(written_ns, (out / shard.name).stat().st_mtime_ns)
