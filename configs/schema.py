@@ -60,6 +60,9 @@ class DataConfig(Section):
     augmentation: Literal["randaugment", "none"] = Field("randaugment", description="Augmentation of training images.")
     augment_ops: NonNegative = Field(3, description="RandAugment: operations applied to an image.")
     augment_magnitude: Annotated[int, Field(ge=0, le=30)] = Field(15, description="RandAugment: strength, 0 to 30.")
+    decode: Literal["cpu", "nvjpeg"] = Field(
+        "cpu", description="cpu: libjpeg-turbo in threads; nvjpeg: decoded and resized on the rank's NVIDIA GPU."
+    )
     decode_threads: NonNegative = Field(
         2, description="Threads a rank decodes JPEGs with; 0 decodes in the training thread."
     )
