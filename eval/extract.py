@@ -19,6 +19,7 @@ from eval.local_features import compact, grid_of, pca_basis, random_basis, read_
 from eval.store import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
 from model.network import PlaceModel
 
+USER_ERRORS = (ValueError, OSError)
 FIT_IMAGES = 64
 FIT_PATCHES_PER_IMAGE = 256
 
@@ -62,27 +63,47 @@ def extract(
 ) -> StoredFeatures:
     """Features of `paths` in `folder`: rank r of W makes shards r, r + W, ... that are not there yet.
 
-    Every rank returns all of them. `on_progress` gets the number of this rank's images that are done.
+    Every rank returns all of them. `on_progress` gets the number of this rank's images that are done. A file that
+    cannot be read ends it on all ranks, once each has finished the shard it is at, with the file and the rank's number.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
+    fault: Exception | None = None
     if rank == 0:
-        open_folder(folder, {"key": key, "images": len(paths)})
-    dist.barrier()
+        try:
+            open_folder(folder, {"key": key, "images": len(paths)})
+        except USER_ERRORS as error:
+            fault = error
+    _raise_together(fault)
     bounds = shard_bounds(len(paths), config.batch_size)
     report, done = on_progress or (lambda _: None), 0
-    for number in range(rank, len(bounds), world):
-        first, stop = bounds[number]
-        path = shard_path(folder, number)
-        if not shard_is_whole(path, key, stop - first):
+    for turn in range(0, len(bounds), world):
+        if turn + rank < len(bounds):
+            first, stop = bounds[turn + rank]
+            path = shard_path(folder, turn + rank)
 
             def batch_done(images: int, before: int = done) -> None:
                 report(before + images)
 
-            write_shard(path, _extract_shard(model, paths[first:stop], config, projection_CK, batch_done), key)
-        done += stop - first
+            try:
+                if not shard_is_whole(path, key, stop - first):
+                    write_shard(path, _extract_shard(model, paths[first:stop], config, projection_CK, batch_done), key)
+            except USER_ERRORS as error:
+                fault = error
+            done += stop - first
+        _raise_together(fault)
         report(done)
-    dist.barrier()
     return StoredFeatures(folder, bounds)
+
+
+def _raise_together(fault: Exception | None) -> None:
+    """Raises ValueError on every rank where one of them has a fault, naming the first such rank; waits for all."""
+    said: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if fault is None else str(fault))
+    if fault and len(said) == 1:
+        raise fault
+    for rank, text in enumerate(said):
+        if text is not None:
+            raise ValueError(f"rank {rank}: {text}") from fault
 
 
 def _extract_shard(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -117,6 +118,7 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
     from eval.benchmarks import load_benchmarks
     from eval.evaluate import FeatureStore, check_depth, evaluate
     from eval.report import draw_pictures, results_table, write_csv, write_results
+    from launch.eval_tracking import log_evaluation
     from model.network import build_model
 
     config = command.eval
@@ -148,7 +150,16 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
             write_csv(command.out / "results.csv", results)
             console.print(f"written: {command.out / 'results.json'}", soft_wrap=True)
         if command.track:
-            log_to_mlflow(command, checkpoint, recipe, results)
+            log_evaluation(
+                command.track,
+                recipe.tracking.experiment,
+                results,
+                model=str(checkpoint or command.weights),
+                params={f"eval.{key}": value for key, value in config.model_dump(mode="json").items()},
+                out=command.out,
+                parent=_training_run(checkpoint),
+                console=console,
+            )
     stop_process_group()
     return 0
 
@@ -179,25 +190,9 @@ def _sweep(console: Console, command: EvalCommand, benchmark: Benchmark, rank: R
     return run
 
 
-def log_to_mlflow(command: EvalCommand, checkpoint: Path | None, recipe: Recipe, results: list[Result]) -> None:
-    """One MLflow run of this evaluation, a child of the training's where that is known."""
-    import json
-
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=command.track)
-    found = client.get_experiment_by_name(recipe.tracking.experiment)
-    experiment = found.experiment_id if found else client.create_experiment(recipe.tracking.experiment)
-    tags = {"mlflow.source.name": "rerankvpr eval"}
-    if checkpoint and (parent := json.loads((checkpoint / "state.json").read_text())["mlflow_run_id"]):
-        tags["mlflow.parentRunId"] = parent
-    run = client.create_run(experiment, run_name=f"eval {checkpoint or command.weights}", tags=tags).info.run_id
-    for key, value in command.eval.model_dump(mode="json").items():
-        client.log_param(run, f"eval.{key}", json.dumps(value)[:500])
-    for result in results:
-        for name, value in result.metrics().items():
-            client.log_metric(run, f"eval/{result.name}/{name}", value)
-    for file in ("results.json", "results.csv"):
-        if command.out:
-            client.log_artifact(run, str(command.out / file))
-    client.set_terminated(run)
+def _training_run(checkpoint: Path | None) -> str | None:
+    """The MLflow run of the training that a checkpoint is of."""
+    if checkpoint is None:
+        return None
+    run: str | None = json.loads((checkpoint / "state.json").read_text())["mlflow_run_id"]
+    return run

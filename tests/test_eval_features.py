@@ -161,7 +161,7 @@ def test_shards_are_a_matter_of_the_images_alone() -> None:
         bounds = shard_bounds(count, batch)
         assert [i for first, stop in bounds[:3] for i in (first, stop)][:1] == ([0] if count else [])
         assert sum(stop - first for first, stop in bounds) == count
-        assert all(stop - first <= 4096 for first, stop in bounds)
+        assert all(stop - first <= 1024 for first, stop in bounds)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
 
 
