@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -305,27 +306,43 @@ def check_projection_is_one_on_all_ranks_and_no_wider_than_the_facet() -> None:
             fit_projection(model, paths, _config(rerank={"project": "pca", "project_size": 500}))
 
 
-def test_a_killed_extraction_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Kill -9 between shards; what was finished is neither redone nor changed, the end equals an unbroken run's."""
+def check_a_photograph_that_cannot_be_read_ends_all_ranks_by_name() -> None:
+    world = dist.get_world_size()
+    with shared_folder() as folder:
+        benchmark = _benchmark(folder)
+        last = benchmark.database[4 * (world - 1) + 2]  # in the first shard of the last rank
+        if dist.get_rank() == 0:
+            last.write_bytes(b"no photograph")
+        dist.barrier()
+        said = f"rank {world - 1}: {last}: " if world > 1 else f"{last}: "
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}") as caught:
+            extract(build_model(TINY).eval(), benchmark.database, _config(), folder / "features", key="k")
+        assert "\n" not in str(caught.value)
+        dist.barrier()
+
+
+def test_a_killed_rank_s_extraction_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Kill -9 of one rank of two; what was finished is neither redone nor changed, the end equals an unbroken run's."""
     write_photos(tmp_path / "photos", 40)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-    def start(folder: Path, pause_s: float) -> subprocess.Popen[bytes]:
+    def start(folder: Path, pause_s: float, world: int, group: str) -> list[subprocess.Popen[bytes]]:
         command = [sys.executable, "-m", "tests.test_eval_features", "extract", str(tmp_path / "photos"), str(folder)]
-        return subprocess.Popen([*command, str(pause_s)], cwd=ROOT, env=env)
+        about = [str(pause_s), str(tmp_path / group), str(world)]
+        return [subprocess.Popen([*command, *about, str(rank)], cwd=ROOT, env=env) for rank in range(world)]
 
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    process = start(broken, 0.5)
+    ranks = start(broken, 0.5, 2, "killed")
     deadline = time.monotonic() + 240
     while len(list(broken.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
-        assert process.poll() is None, "ended before it could be killed"
+        assert ranks[1].poll() is None, "ended before it could be killed"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    ranks[1].send_signal(signal.SIGKILL)
+    assert ranks[0].wait(timeout=60) != 0  # it does not wait for the dead
     finished = {path: path.stat().st_mtime_ns for path in broken.glob("*.safetensors")}
     assert 3 <= len(finished) < 10
-    for folder in (broken, whole):
-        assert start(folder, 0).wait() == 0
+    for folder, world in ((broken, 2), (whole, 1)):
+        assert [rank.wait(timeout=240) for rank in start(folder, 0, world, folder.name + "-group")] == [0] * world
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     names = sorted(path.name for path in whole.glob("*.safetensors"))
     assert len(names) == 10
@@ -355,6 +372,7 @@ if __name__ == "__main__":
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         _said_main(folder, rank, world)
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        _extract_main(folder, Path(sys.argv[3]), float(sys.argv[4]))
+        pause_s, group, world, rank = float(sys.argv[4]), sys.argv[5], int(sys.argv[6]), int(sys.argv[7])
+        dist.init_process_group("gloo", store=dist.FileStore(group, world), rank=rank, world_size=world)
+        _extract_main(folder, Path(sys.argv[3]), pause_s)
     dist.destroy_process_group()
