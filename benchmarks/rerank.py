@@ -34,7 +34,6 @@ from eval.search import search_ranks
 from eval.store import Patches, StoredFeatures, shard_path, write_shard
 from model.network import PlaceModel, build_model
 
-PAIRS = ["gardens_point/day_right/night_right", "gardens_point/day_right/day_left"]
 STORES: dict[str, tuple[str, int]] = {
     "fp32": ("fp32", 0),
     "fp16": ("fp16", 0),
@@ -67,6 +66,8 @@ class Options:
     """ViT-S/14 weights for the recall at each way of storing."""
     recall_sizes: tuple[int, ...] = (224, 322)
     """Sides at which that recall is measured; `kb_per_image` is the last one's."""
+    pairs: tuple[str, ...] = ("gardens_point/day_right/night_right", "gardens_point/day_right/day_left")
+    """Benchmarks of that recall."""
     data_root: Path = Path("data")
     """Folder that holds gardens_point/."""
     features: Path | None = None
@@ -199,10 +200,10 @@ def _seconds(run: Callable[[], object], times: int) -> list[float]:
 
 
 def _bytes_against_recall(side: int, options: Options) -> dict[str, float]:
-    """Recall over two pairs of traverses with each way of storing, from features that are extracted once."""
+    """Mean recall over pairs of traverses with each way of storing, from features that are extracted once."""
     rerank_config = options.config.model_copy(update={"store": "fp32"})
     config = EvalConfig(data_root=options.data_root, rerank=rerank_config, features=options.features, image_size=side)
-    benchmarks = load_benchmarks(PAIRS, options.data_root)
+    benchmarks = load_benchmarks(list(options.pairs), options.data_root)
     model = build_model(ModelConfig(backbone="vits14", weights=str(options.weights), finetune_last_n_blocks=0)).eval()
     store = FeatureStore(benchmarks)
     with tempfile.TemporaryDirectory() as name:

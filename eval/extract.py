@@ -15,10 +15,11 @@ from torchvision.transforms.v2 import functional as TF
 
 from configs.schema import PATCH, EvalConfig
 from data_pipeline.images import normalise, read_image
-from eval.local_features import compact, grid_of, pca_basis, random_basis, read_local
+from eval.local_features import NO_CELL, compact, grid_of, pca_basis, random_basis, read_local
 from eval.store import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
 from model.network import PlaceModel
 
+MAX_SIDE = (NO_CELL - 1) * PATCH  # rows and columns of patches are stored in a byte
 USER_ERRORS = (ValueError, OSError)
 FIT_IMAGES = 64
 FIT_PATCHES_PER_IMAGE = 256
@@ -33,8 +34,10 @@ def input_size(height: int, width: int, config: EvalConfig) -> tuple[int, int]:
     """Height and width that an image is resized to, multiples of the patch size."""
     if config.resize == "square":
         return config.image_size, config.image_size
-    ratio = (height / width) ** 0.5
-    sides = (config.image_size * ratio, config.image_size / ratio)
+    sides: tuple[float, float] = (height, width)
+    if config.resize == "aspect":
+        ratio = (height / width) ** 0.5
+        sides = (config.image_size * ratio, config.image_size / ratio)
     tall, wide = (max(PATCH, round(side / PATCH) * PATCH) for side in sides)
     return tall, wide
 
@@ -47,7 +50,10 @@ def load_image(path: Path, config: EvalConfig) -> torch.Tensor:
         image = decode_image(str(path), mode=ImageReadMode.RGB)
     except RuntimeError as error:
         raise ValueError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from error
-    return TF.resize(image, list(input_size(image.shape[1], image.shape[2], config)), antialias=True)
+    sides = input_size(image.shape[1], image.shape[2], config)
+    if max(sides) > MAX_SIDE:
+        raise ValueError(f"{path}: {sides[1]} x {sides[0]} pixels, at most {MAX_SIDE} a side; use eval.resize aspect")
+    return TF.resize(image, list(sides), antialias=True)
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from PIL import Image
 from configs.schema import EvalConfig, ModelConfig, RerankConfig
 from eval.benchmarks import Benchmark, make_benchmark
 from eval.evaluate import FeatureStore, FirstStage, check_depth, evaluate
-from eval.extract import extract, fit_projection, input_size
+from eval.extract import extract, fit_projection, input_size, load_image
 from eval.ground_truth import frames_within
 from eval.local_features import NO_CELL, compact, min_max, pca_basis, random_basis, read_local, salient
 from eval.store import StoreError, open_folder, shard_bounds, shard_is_whole, shard_path
@@ -155,6 +155,15 @@ def test_aspect_is_kept_at_the_area_of_the_square(height: int, width: int) -> No
     assert tall * wide == pytest.approx(224 * 224, rel=0.15)
     assert tall / wide == pytest.approx(height / width, rel=0.15)
     assert input_size(height, width, EvalConfig(image_size=224)) == (224, 224)
+    own = input_size(height, width, EvalConfig(resize="native"))
+    assert all(side % 14 == 0 and abs(side - side_of) <= 7 for side, side_of in zip(own, (height, width), strict=True))
+
+
+def test_an_image_with_more_patches_than_a_byte_counts_is_named(tmp_path: Path) -> None:
+    Image.new("L", (30, 3600)).save(tmp_path / "tower.png")
+    assert load_image(tmp_path / "tower.png", EvalConfig(resize="aspect")).shape[1] < 3600
+    with pytest.raises(ValueError, match=r"tower\.png: 28 x 3598 pixels, at most 3556 a side; use eval.resize aspect"):
+        load_image(tmp_path / "tower.png", EvalConfig(resize="native"))
 
 
 def test_shards_are_a_matter_of_the_images_alone() -> None:
@@ -197,7 +206,7 @@ def _benchmark(folder: Path) -> Benchmark:
 SAME_AT_ANY_SIZE = (
     _config(),
     _config(resize="aspect", rerank={"store": "int8", "project": "pca", "project_size": 16}),
-    _config(rerank={"when": "auto", "geometry": "translation", "score": "similarity_sum"}),
+    _config(resize="native", rerank={"when": "auto", "geometry": "translation", "score": "similarity_sum"}),
 )
 
 
@@ -286,6 +295,7 @@ def test_k_beyond_the_database_is_one_line() -> None:
 def test_settings_that_exclude_each_other_are_refused() -> None:
     for changes, said in (
         ({"resize": "aspect", "rerank": {"facet": "attn"}}, "facet attn has a channel a patch"),
+        ({"resize": "native", "rerank": {"facet": "attn"}}, "facet attn has a channel a patch"),
         ({"rerank": {"include_cls": True, "hierarchy": 1}}, "include_cls and hierarchy exclude each other"),
         ({"rerank": {"nn_match_thresh": -0.1}}, "nn_match_thresh"),
     ):
