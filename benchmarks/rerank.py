@@ -136,6 +136,9 @@ def _measure(model: PlaceModel, options: Options) -> Iterator[tuple[int, dict[st
             for part, of in (("database", database_paths), ("queries", query_paths))
         )
         numbers, device = np.arange(options.queries) % len(query_paths), torch.device("cpu")
+        start = time.process_time()
+        _as_the_original(model, query_paths[0], database_paths[: options.reencoded - 1], config)
+        an_image = (time.process_time() - start) / options.reencoded
         for top in options.top:
             candidates_QT = np.tile(np.arange(top), (options.queries, 1))
             own = queries.patches(numbers[:1], device)
@@ -152,17 +155,13 @@ def _measure(model: PlaceModel, options: Options) -> Iterator[tuple[int, dict[st
             def products(own: Patches = own, products_CX: torch.Tensor = products_CX) -> object:
                 return own.codes_BMC[0] @ products_CX
 
-            sample = database_paths[: options.reencoded - 1]
-            start = time.process_time()
-            _as_the_original(model, query_paths[0], sample, config)
-            # One image after another, each loaded, encoded and matched: linear in the candidates.
-            reencode = (time.process_time() - start) / options.reencoded * (top + 1)
             taken = np.array(_seconds(stored, options.repeats)) / options.queries
             batches = top / len(others.codes_BMC)
             yield (
                 top,
                 {
-                    "reencode": reencode,
+                    # One image after another, each loaded, encoded and matched: linear in the candidates.
+                    "reencode": an_image * (top + 1),
                     "rerank": float(np.median(taken)),
                     "fastest": float(taken.min()),
                     "slowest": float(taken.max()),
