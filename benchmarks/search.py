@@ -1,7 +1,8 @@
-"""Search over ranks and blocks against one flat index: time, memory, and whether ids and scores are the same.
+"""Search over ranks and blocks against one flat FAISS index: work, memory, and whether the neighbours are the same.
 
-`python -m benchmarks.search [--rows N] [--json FILE]`. The rows are random and made a block at a time, so a database
-larger than memory can be searched; the processes are real gloo ranks on this machine.
+`python -m benchmarks.search [--json FILE]`. The processes are real gloo ranks on this machine, one thread each. Their
+work is the CPU time of all ranks together, without making the rows: on one machine, more ranks than cores are no
+faster. Rows are random and made a block at a time, so that a database larger than memory can be searched.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Options:
     json: Path | None = None
     """File for the figures."""
     rows: int = 1_000_000
-    """Database rows."""
+    """Database rows of the comparison with one index."""
+    large_rows: int = 10_000_000
+    """Database rows that are searched in blocks alone; 0 for none."""
     size: int = 64
     """Channels of a row."""
     queries: int = 100
@@ -49,6 +52,10 @@ class Options:
     """Rows held at a time, in MB; rounded up to a multiple of 65,536 rows."""
     world_sizes: tuple[int, ...] = (1, 2, 4)
     """Numbers of ranks, one thread each."""
+    large_world: int = 2
+    """Ranks that search the large database."""
+    repeats: int = 3
+    """Times that each is run, in turn; the table shows the median, and the ratios of each turn."""
     indices: tuple[str, ...] = ("IVF256,Flat:nprobe=16", "IVF256,PQ16:nprobe=16", "HNSW32:efSearch=128")
     """Approximate indices FACTORY:PARAMS that are compared over the first 50,000 rows."""
 
@@ -59,31 +66,75 @@ def main() -> None:
         _rank(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
         return
     options = tyro.cli(Options, prog="python -m benchmarks.search")
-    rows: list[list[str]] = []
-    figures: dict[str, float] = {}
-    single: tuple[object, object] | None = None
-    for world in (0, *options.world_sizes):
-        found = _run(options, world)
-        answer = found["ids"], found["scores"]
-        single = single or answer
-        if answer != single:
-            raise SystemExit(f"{world} ranks do not give what one index gives")
-        name = f"{world} ranks" if world else "one index over all rows"
-        rows.append([name, f"{found['seconds']:.2f}", f"{found['cpu']:.2f}", f"{found['mb']:.0f}", "yes"])
-        key = f"world{world}" if world else "single"
-        figures |= {f"{key}_s": found["seconds"], f"{key}_cpu_s": found["cpu"], f"{key}_peak_mb": found["mb"]}
-    print_table(
-        f"{options.queries} queries, top {options.k}, in {options.rows:,} x {options.size} rows",
-        ["", "s", "CPU s, sum", "peak MB above start, a rank", "same ids and scores"],
-        rows,
-    )
+    figures = _against_one_index(options)
+    if options.large_rows:
+        figures |= _large(options)
     figures |= _approximate(options)
     write_json(options.json, figures)
 
 
+def _against_one_index(options: Options) -> dict[str, float]:
+    worlds = (0, *options.world_sizes)
+    runs = [{world: _run(options, world, options.rows) for world in worlds} for _ in range(options.repeats)]
+    first = runs[0][worlds[1]]
+    figures: dict[str, float] = {}
+    rows: list[list[str]] = []
+    for world in worlds:
+        ofs = [run[world] for run in runs]
+        if world and any((of["ids"], of["scores"]) != (first["ids"], first["scores"]) for of in ofs):
+            raise SystemExit(f"{world} ranks do not give what {worlds[1]} give")
+        cpu = float(np.median([of["cpu"] for of in ofs]))
+        ratios = [run[world]["cpu"] / run[0]["cpu"] for run in runs]
+        same = np.mean([sorted(a) == sorted(b) for a, b in zip(runs[0][0]["ids"], ofs[0]["ids"], strict=True)])
+        rows.append(
+            [
+                f"{world} ranks" if world else "one IndexFlatIP, bare",
+                f"{cpu:.2f}",
+                f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if world else "",
+                f"{ofs[0]['mb']:.0f}",
+                f"{100 * same:.1f} %" if world else "",
+                "yes" if world else "",
+            ]
+        )
+        key = f"world{world}" if world else "flat"
+        figures |= {f"{key}_cpu_s": cpu, f"{key}_peak_mb": ofs[0]["mb"]}
+        if world:
+            figures |= {f"{key}_over_flat": float(np.median(ratios)), f"{key}_same_neighbours": float(same)}
+    columns = [
+        "",
+        "CPU s, all ranks",
+        "of the bare index's (range)",
+        "peak MB above start, a rank",
+        "queries with its neighbours",
+        "ids, scores equal at any number of ranks",
+    ]
+    title = f"{options.queries} queries, top {options.k}, in {options.rows:,} x {options.size} rows"
+    print_table(f"{title}, blocks of {options.block_mb} MB; {options.repeats} turns", columns, rows)
+    return figures
+
+
+def _large(options: Options) -> dict[str, float]:
+    """A database in blocks, and the memory that it takes beside what the rows would take."""
+    found = _run(options, options.large_world, options.large_rows)
+    whole_mb = options.large_rows * options.size * 4 / 2**20
+    row = [f"{options.large_world} ranks", f"{found['wall']:.1f}", f"{found['cpu']:.1f}", f"{found['mb']:.0f}"]
+    print_table(
+        f"{options.queries} queries, top {options.k}, in {options.large_rows:,} x {options.size} rows",
+        ["", "s", "CPU s, all ranks", "peak MB above start, a rank", "MB of a block", "MB of all rows"],
+        [[*row, f"{_block_rows(options.block_mb, options.size) * options.size * 4 / 2**20:.0f}", f"{whole_mb:.0f}"]],
+    )
+    return {
+        "large_rows": float(options.large_rows),
+        "large_s": found["wall"],
+        "large_cpu_s": found["cpu"],
+        "large_peak_mb": found["mb"],
+        "large_rows_mb": whole_mb,
+    }
+
+
 def _approximate(options: Options) -> dict[str, float]:
     count = min(options.rows, 50_000)
-    rows_ND = np.concatenate([rows for _, rows in _blocks(0, count, options.size, ROWS_PER_SEED)])
+    ((_, rows_ND),) = _blocks(0, count, options.size, count, [0.0])
     queries_QD = _rows(-1, options.queries, options.size)
     figures: dict[str, float] = {}
     rows: list[list[str]] = []
@@ -100,23 +151,21 @@ def _approximate(options: Options) -> dict[str, float]:
     return figures
 
 
-def _run(options: Options, world: int) -> dict[str, Any]:
-    """Searches in `world` processes, or in one index over all rows where that is 0."""
+def _run(options: Options, world: int, rows: int) -> dict[str, Any]:
+    """Searches in `world` processes, or in one bare index over all rows where that is 0; the work of all ranks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "options.json").write_text(json.dumps({**vars(options), "json": None}))
+        (folder / "options.json").write_text(json.dumps({**vars(options), "json": None, "rows": rows}))
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         start = [sys.executable, "-m", "benchmarks.search", "rank", name]
         ranks = [subprocess.Popen([*start, str(rank), str(world)], env=env) for rank in range(max(1, world))]
         if sum(process.wait() != 0 for process in ranks):
             raise SystemExit("a rank failed")
-        found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(max(1, world))]
-    return {
-        **found[0],
-        "seconds": max(one["seconds"] for one in found),
-        "cpu": sum(one["cpu"] for one in found),
-        "mb": max(one["mb"] for one in found),
-    }
+        found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(ranks))]
+    if any((of["ids"], of["scores"]) != (found[0]["ids"], found[0]["scores"]) for of in found):
+        raise SystemExit(f"the {world} ranks do not agree")
+    slowest = {key: max(of[key] for of in found) for key in ("wall", "mb")}
+    return {**found[0], **slowest, "cpu": sum(of["cpu"] for of in found)}
 
 
 def _rank(folder: Path, rank: int, world: int) -> None:
@@ -125,40 +174,59 @@ def _rank(folder: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     queries_QD = _rows(-1, options["queries"], size)
-    per_block = -(-(options["block_mb"] << 20) // (4 * size * ROWS_PER_SEED)) * ROWS_PER_SEED
+    search_blocks(queries_QD[:20], [(0, _rows(0, 4096, size))], 5)  # loads what FAISS loads at its first call
     if world:
         store = dist.FileStore(str(folder / "store"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         dist.barrier()
     before_mb, start, cpu = _peak_mb(), time.perf_counter(), time.process_time()
+    making = [0.0]
     if world:
         seeds = -(-rows // ROWS_PER_SEED)
         first, stop = (min(rows, seeds * r // world * ROWS_PER_SEED) for r in (rank, rank + 1))
-        scores, ids = search_ranks(queries_QD, _blocks(first, stop, size, per_block), k)
-        dist.destroy_process_group()
+        scores, ids = search_ranks(
+            queries_QD, _blocks(first, stop, size, _block_rows(options["block_mb"], size), making), k
+        )
     else:
-        exact, ids = search_blocks(queries_QD, _blocks(0, rows, size, rows + ROWS_PER_SEED), k)
-        scores = exact.astype(np.float32)
+        ((_, rows_ND),) = _blocks(0, rows, size, rows, making)
+        index = faiss.IndexFlatIP(size)
+        index.add(rows_ND)
+        del rows_ND
+        making[0] = time.process_time() - cpu  # the index is there: its search alone is what is compared
+        scores, ids = index.search(queries_QD, k)
     figures = {
-        "seconds": time.perf_counter() - start,
-        "cpu": time.process_time() - cpu,
+        "wall": time.perf_counter() - start,
+        "cpu": time.process_time() - cpu - making[0],
         "mb": _peak_mb() - before_mb,
         "ids": ids.tolist(),
         "scores": scores.tolist(),
     }
     (folder / f"{rank}.json").write_text(json.dumps(figures))
+    if world:
+        dist.destroy_process_group()
 
 
-def _blocks(first: int, stop: int, size: int, per_block: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Rows first to stop (`first` a multiple of ROWS_PER_SEED) in blocks, the same rows however they are cut."""
-    per_block = max(ROWS_PER_SEED, per_block // ROWS_PER_SEED * ROWS_PER_SEED)
+def _block_rows(block_mb: int, size: int) -> int:
+    """Rows of a block, a multiple of ROWS_PER_SEED."""
+    return -(-(block_mb << 20) // (4 * size * ROWS_PER_SEED)) * ROWS_PER_SEED
+
+
+def _blocks(
+    first: int, stop: int, size: int, per_block: int, making: list[float]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Rows first to stop (`first` a multiple of ROWS_PER_SEED) in blocks, the same rows however they are cut.
+
+    The CPU seconds that making them took are added to `making[0]`.
+    """
     for low in range(first, stop, per_block):
-        high = min(stop, low + per_block)
+        cpu, high = time.process_time(), min(stop, low + per_block)
         rows_ND = np.empty((high - low, size), dtype=np.float32)
         for start in range(low, high, ROWS_PER_SEED):
             count = min(ROWS_PER_SEED, high - start)
             rows_ND[start - low : start - low + count] = _rows(start // ROWS_PER_SEED, count, size)
+        making[0] += time.process_time() - cpu
         yield low, rows_ND
+        del rows_ND
 
 
 def _rows(seed: int, count: int, size: int) -> NDArray[np.float32]:

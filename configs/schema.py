@@ -335,8 +335,10 @@ class EvalConfig(Section):
     )
     data_root: Path = Field(Path("data"), description="Folder that holds a folder for each benchmark.")
     image_size: int = Field(224, description="Side in pixels of the square that images are resized to; multiple of 14.")
-    resize: Literal["square", "aspect"] = Field(
-        "square", description="aspect keeps width to height, at the area of the square and in multiples of 14."
+    resize: Literal["square", "aspect", "native"] = Field(
+        "square",
+        description="aspect keeps width to height, at the area of the square; native keeps the image's own size; both "
+        "in multiples of 14.",
     )
     batch_size: Positive = Field(32, description="Images in a forward pass of a rank.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Precision of the forward pass.")
@@ -360,7 +362,7 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _attention_is_of_one_grid(self) -> EvalConfig:
-        if self.resize == "aspect" and self.rerank.enabled and self.rerank.facet == "attn":
+        if self.resize != "square" and self.rerank.enabled and self.rerank.facet == "attn":
             raise ValueError("facet attn has a channel a patch, so all images need one size; use resize square")
         return self
 

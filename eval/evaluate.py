@@ -77,6 +77,7 @@ class Result:
         """Flat figures for a tracker."""
         flat = {f"recall_{k}": value for k, value in self.recall.items()}
         flat |= {f"reranked_recall_{k}": value for k, value in (self.recall_reranked or {}).items()}
+        flat |= {f"gain_{k}": gain for k, (gain, _, _) in self.gain.items()}
         return flat | self.timings | {"mb_per_image": self.mb_per_image}
 
     def line(self) -> str:

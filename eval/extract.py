@@ -15,10 +15,12 @@ from torchvision.transforms.v2 import functional as TF
 
 from configs.schema import PATCH, EvalConfig
 from data_pipeline.images import normalise, read_image
-from eval.local_features import compact, grid_of, pca_basis, random_basis, read_local
+from eval.local_features import NO_CELL, compact, grid_of, pca_basis, random_basis, read_local
 from eval.store import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
 from model.network import PlaceModel
 
+MAX_SIDE = (NO_CELL - 1) * PATCH  # rows and columns of patches are stored in a byte
+USER_ERRORS = (ValueError, OSError)
 FIT_IMAGES = 64
 FIT_PATCHES_PER_IMAGE = 256
 
@@ -32,8 +34,10 @@ def input_size(height: int, width: int, config: EvalConfig) -> tuple[int, int]:
     """Height and width that an image is resized to, multiples of the patch size."""
     if config.resize == "square":
         return config.image_size, config.image_size
-    ratio = (height / width) ** 0.5
-    sides = (config.image_size * ratio, config.image_size / ratio)
+    sides: tuple[float, float] = (height, width)
+    if config.resize == "aspect":
+        ratio = (height / width) ** 0.5
+        sides = (config.image_size * ratio, config.image_size / ratio)
     tall, wide = (max(PATCH, round(side / PATCH) * PATCH) for side in sides)
     return tall, wide
 
@@ -46,7 +50,10 @@ def load_image(path: Path, config: EvalConfig) -> torch.Tensor:
         image = decode_image(str(path), mode=ImageReadMode.RGB)
     except RuntimeError as error:
         raise ValueError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from error
-    return TF.resize(image, list(input_size(image.shape[1], image.shape[2], config)), antialias=True)
+    sides = input_size(image.shape[1], image.shape[2], config)
+    if max(sides) > MAX_SIDE:
+        raise ValueError(f"{path}: {sides[1]} x {sides[0]} pixels, at most {MAX_SIDE} a side; use eval.resize aspect")
+    return TF.resize(image, list(sides), antialias=True)
 
 
 @torch.inference_mode()
@@ -62,27 +69,47 @@ def extract(
 ) -> StoredFeatures:
     """Features of `paths` in `folder`: rank r of W makes shards r, r + W, ... that are not there yet.
 
-    Every rank returns all of them. `on_progress` gets the number of this rank's images that are done.
+    Every rank returns all of them. `on_progress` gets the number of this rank's images that are done. A file that
+    cannot be read ends it on all ranks, once each has finished the shard it is at, with the file and the rank's number.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
+    fault: Exception | None = None
     if rank == 0:
-        open_folder(folder, {"key": key, "images": len(paths)})
-    dist.barrier()
+        try:
+            open_folder(folder, {"key": key, "images": len(paths)})
+        except USER_ERRORS as error:
+            fault = error
+    _raise_together(fault)
     bounds = shard_bounds(len(paths), config.batch_size)
     report, done = on_progress or (lambda _: None), 0
-    for number in range(rank, len(bounds), world):
-        first, stop = bounds[number]
-        path = shard_path(folder, number)
-        if not shard_is_whole(path, key, stop - first):
+    for turn in range(0, len(bounds), world):
+        if turn + rank < len(bounds):
+            first, stop = bounds[turn + rank]
+            path = shard_path(folder, turn + rank)
 
             def batch_done(images: int, before: int = done) -> None:
                 report(before + images)
 
-            write_shard(path, _extract_shard(model, paths[first:stop], config, projection_CK, batch_done), key)
-        done += stop - first
+            try:
+                if not shard_is_whole(path, key, stop - first):
+                    write_shard(path, _extract_shard(model, paths[first:stop], config, projection_CK, batch_done), key)
+            except USER_ERRORS as error:
+                fault = error
+            done += stop - first
+        _raise_together(fault)
         report(done)
-    dist.barrier()
     return StoredFeatures(folder, bounds)
+
+
+def _raise_together(fault: Exception | None) -> None:
+    """Raises ValueError on every rank where one of them has a fault, naming the first such rank; waits for all."""
+    said: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if fault is None else str(fault))
+    if fault and len(said) == 1:
+        raise fault
+    for rank, text in enumerate(said):
+        if text is not None:
+            raise ValueError(f"rank {rank}: {text}") from fault
 
 
 def _extract_shard(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import faiss
 import numpy as np
@@ -13,42 +15,53 @@ from numpy.typing import NDArray
 MARGIN = 16  # rows fetched past k at first
 BLOCK_BYTES = 64 << 20
 
+GPU_MAX_K = 2048  # FAISS's kernels select no more
+
 Blocks = Iterable[tuple[int, NDArray[np.float32]]]
+Find = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 
 def search_rows(
-    queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], k: int
+    queries_QD: NDArray[np.float32],
+    rows_ND: NDArray[np.float32],
+    k: int,
+    floor_Q: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The k best rows of each query by (score desc, row asc): scores float64 [Q, k] and rows int64 [Q, k].
 
-    FAISS finds candidates, and more of them until none that it left out can reach the k-th place. Their scores are
-    summed again in float64, pair by pair, so that they depend neither on the other rows nor on the blocks of a matrix
-    product.
-    Where fewer than k rows exist the rest is (-inf, -1).
+    FAISS finds candidates in float32, and more of them until none that it left out can reach the k-th place. Those
+    that can are summed again in float64, pair by pair, so that scores depend neither on the other rows nor on the
+    blocks of a matrix product. Rows that score less than `floor_Q`, such as the k-th best found elsewhere, may be left
+    out. Where fewer than k rows are found the rest is (-inf, -1).
     """
     num_queries, num_rows = len(queries_QD), len(rows_ND)
     scores_Qk = np.full((num_queries, k), -np.inf)
     ids_Qk = np.full((num_queries, k), -1, dtype=np.int64)
     if not num_queries or not num_rows:
         return scores_Qk, ids_Qk
-    index = _on_gpu(faiss.IndexFlatIP(rows_ND.shape[1]))
-    index.add(rows_ND)
-    # A float32 dot product is off by at most D * 2^-24 |q| |r| to first order, in whatever order it is summed.
+    floor_Q = np.full(num_queries, -np.inf) if floor_Q is None else floor_Q
+    find = _flat(rows_ND)
+    # A float32 dot product is off by at most D * 2^-24 |q| |r| to first order, in whatever order it is summed; two of
+    # them change places within twice that.
     norms_Q = np.linalg.norm(queries_QD, axis=1)
-    slack_Q = norms_Q * np.linalg.norm(rows_ND, axis=1).max() * rows_ND.shape[1] * 2.0**-23
+    slack_Q = norms_Q * np.sqrt(np.einsum("nd,nd->n", rows_ND, rows_ND).max()) * rows_ND.shape[1] * 2.0**-23
     pending, width = np.arange(num_queries), min(num_rows, k + MARGIN)
     while len(pending):
         still_open = []
-        block = max(1, BLOCK_BYTES // (8 * width * rows_ND.shape[1]))
+        block = max(1, BLOCK_BYTES // (24 * width * rows_ND.shape[1]))
         for start in range(0, len(pending), block):
             part = pending[start : start + block]
-            rough_PW, rows_PW = index.search(queries_QD[part], width)
-            exact_PW = _exact(queries_QD[part], rows_ND, rows_PW)
-            scores_Pk, ids_Pk = _best(exact_PW, rows_PW, k)
-            scores_Qk[part, : scores_Pk.shape[1]], ids_Qk[part, : ids_Pk.shape[1]] = scores_Pk, ids_Pk
-            if width < num_rows:  # could a row that was not fetched reach the k-th place?
-                still_open.append(part[rough_PW[:, -1] + slack_Q[part] >= scores_Pk[:, -1]])
-        pending, width = np.concatenate(still_open) if still_open else pending[:0], min(num_rows, 4 * width)
+            rough_PW, rows_PW = find(queries_QD[part], width)
+            least_P = np.maximum(floor_Q[part], rough_PW[:, min(k, width) - 1]) - slack_Q[part]
+            closed_P = (rough_PW[:, -1] < least_P) | (width == num_rows)  # no row that was not fetched can reach it
+            still_open.append(part[~closed_P])
+            keep_PW = (rough_PW >= least_P[:, None]) & closed_P[:, None]
+            of_X = part[np.nonzero(keep_PW)[0]]
+            exact_PW = np.full(rough_PW.shape, -np.inf)
+            exact_PW[keep_PW] = _exact(queries_QD[of_X], rows_ND[rows_PW[keep_PW]])
+            best = _best(exact_PW, np.where(keep_PW, rows_PW, -1), k)
+            scores_Qk[part, : best[0].shape[1]], ids_Qk[part, : best[1].shape[1]] = best
+        pending, width = np.concatenate(still_open), min(num_rows, 4 * width)
     return scores_Qk, ids_Qk
 
 
@@ -76,27 +89,51 @@ def search_approximately(
             f"eval.index {factory!r} (index_params {params!r}) over {len(rows_ND)} x {rows_ND.shape[1]}: {reason}"
         ) from error
     index = _on_gpu(index)
-    block = max(1, BLOCK_BYTES // (8 * k * rows_ND.shape[1]))
+    block = max(1, BLOCK_BYTES // (24 * k * rows_ND.shape[1]))
     for start in range(0, num_queries, block):
         part = slice(start, start + block)
         _, found_Pk = index.search(queries_QD[part], k)
-        exact_Pk = _exact(queries_QD[part], rows_ND, np.maximum(found_Pk, 0))
+        is_found_Pk = found_Pk >= 0
+        exact_Pk = np.full(found_Pk.shape, -np.inf)
+        of_X = start + np.nonzero(is_found_Pk)[0]
+        exact_Pk[is_found_Pk] = _exact(queries_QD[of_X], rows_ND[found_Pk[is_found_Pk]])
         scores_Qk[part], ids_Qk[part] = _best(exact_Pk, found_Pk, k)
     return scores_Qk, ids_Qk
 
 
-def _exact(
-    queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], rows_QW: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    return np.einsum("qd,qwd->qw", queries_QD.astype(np.float64), rows_ND[rows_QW].astype(np.float64))
+def _exact(queries_XD: NDArray[np.float32], rows_XD: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.einsum("xd,xd->x", queries_XD.astype(np.float64), rows_XD.astype(np.float64))
+
+
+def _flat(rows_ND: NDArray[np.float32]) -> Find:
+    """FAISS's exact search over rows where they lie, or over a copy of them on this rank's GPU."""
+
+    def on_cpu(queries_QD: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        scores, ids = faiss.knn(queries_QD, rows_ND, k, metric=faiss.METRIC_INNER_PRODUCT)
+        return scores, ids
+
+    if not _has_gpu():
+        return on_cpu
+    index = _on_gpu(faiss.IndexFlatIP(rows_ND.shape[1]))
+    index.add(rows_ND)
+    return lambda queries_QD, k: index.search(queries_QD, k) if k <= GPU_MAX_K else on_cpu(queries_QD, k)
+
+
+def _has_gpu() -> bool:
+    return bool(torch.cuda.is_available() and getattr(faiss, "get_num_gpus", lambda: 0)())
+
+
+@functools.cache
+def _gpu_resources() -> Any:
+    return faiss.StandardGpuResources()
 
 
 def _on_gpu(index: faiss.Index) -> faiss.Index:
     """The index on this rank's GPU where FAISS has one and knows the kind; as it is otherwise."""
-    if not getattr(faiss, "get_num_gpus", lambda: 0)():
+    if not _has_gpu():
         return index
     try:
-        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), torch.cuda.current_device(), index)
+        return faiss.index_cpu_to_gpu(_gpu_resources(), torch.cuda.current_device(), index)
     except RuntimeError:  # HNSW, for one, lives on the CPU alone
         return index
 
@@ -118,12 +155,15 @@ def search_blocks(
     ids_Qk = np.full((len(queries_QD), k), -1, dtype=np.int64)
     for first, rows_ND in blocks:
         if factory == "Flat":
-            scores, ids = search_rows(queries_QD, rows_ND, k)
+            scores, ids = search_rows(queries_QD, rows_ND, k, scores_Qk[:, -1])
         else:
             scores, ids = search_approximately(queries_QD, rows_ND, k, factory, params)
+        del rows_ND  # before the next block is made
         ids[ids >= 0] += first
-        both = np.concatenate([scores_Qk, scores], axis=1), np.concatenate([ids_Qk, ids], axis=1)
-        scores_Qk, ids_Qk = _best(*both, k)
+        found = int((ids >= 0).sum(axis=1).max(initial=0))
+        if found:
+            both_Qk = np.concatenate([scores_Qk, scores[:, :found]], axis=1)
+            scores_Qk, ids_Qk = _best(both_Qk, np.concatenate([ids_Qk, ids[:, :found]], axis=1), k)
     return scores_Qk, ids_Qk
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from configs.load import load_recipe
 from configs.schema import Backbone, EvalConfig, ModelConfig, Recipe
 from trainer.checkpoint import find_checkpoint, load_model_weights
+from trainer.mlflow_sender import run_of
 from trainer.process_group import Rank, start_process_group, stop_process_group
 from trainer.progress import progress_bar
 
@@ -117,6 +118,7 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
     from eval.benchmarks import load_benchmarks
     from eval.evaluate import FeatureStore, check_depth, evaluate
     from eval.report import draw_pictures, results_table, write_csv, write_results
+    from launch.eval_tracking import log_evaluation
     from model.network import build_model
 
     config = command.eval
@@ -148,7 +150,16 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
             write_csv(command.out / "results.csv", results)
             console.print(f"written: {command.out / 'results.json'}", soft_wrap=True)
         if command.track:
-            log_to_mlflow(command, checkpoint, recipe, results)
+            log_evaluation(
+                command.track,
+                recipe.tracking.experiment,
+                results,
+                model=str(checkpoint or command.weights),
+                params={f"eval.{key}": value for key, value in config.model_dump(mode="json").items()},
+                out=command.out,
+                parent=run_of(checkpoint) if checkpoint else None,
+                console=console,
+            )
     stop_process_group()
     return 0
 
@@ -177,29 +188,3 @@ def _sweep(console: Console, command: EvalCommand, benchmark: Benchmark, rank: R
             draw_heat_map(command.out / "sweeps" / f"{benchmark.name}.png", recall_SM, sweep, title, first_stage)
 
     return run
-
-
-def log_to_mlflow(command: EvalCommand, checkpoint: Path | None, recipe: Recipe, results: list[Result]) -> None:
-    """One MLflow run of this evaluation, a child of the training's where that is known."""
-    import json
-
-    from mlflow import MlflowClient
-
-    from trainer.mlflow_sender import run_of
-
-    client = MlflowClient(tracking_uri=command.track)
-    found = client.get_experiment_by_name(recipe.tracking.experiment)
-    experiment = found.experiment_id if found else client.create_experiment(recipe.tracking.experiment)
-    tags = {"mlflow.source.name": "rerankvpr eval"}
-    if checkpoint and (parent := run_of(checkpoint)):
-        tags["mlflow.parentRunId"] = parent
-    run = client.create_run(experiment, run_name=f"eval {checkpoint or command.weights}", tags=tags).info.run_id
-    for key, value in command.eval.model_dump(mode="json").items():
-        client.log_param(run, f"eval.{key}", json.dumps(value)[:500])
-    for result in results:
-        for name, value in result.metrics().items():
-            client.log_metric(run, f"eval/{result.name}/{name}", value)
-    for file in ("results.json", "results.csv"):
-        if command.out:
-            client.log_artifact(run, str(command.out / file))
-    client.set_terminated(run)

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
-from configs.load import recipe_text
-from configs.schema import ModelConfig, Recipe
+from eval.evaluate import Result
+from launch.eval_tracking import log_evaluation
 from model.backbone import build_backbone
 from tests.ranks import ROOT
 from tests.test_eval_features import write_photos
@@ -69,6 +71,10 @@ def test_results_table_csv_sweep_and_tracking(place: Path) -> None:
     experiment = client.get_experiment_by_name("rerankvpr")
     assert experiment is not None
     (logged,) = client.search_runs([experiment.experiment_id])
+    artifacts = {file.path for file in client.list_artifacts(logged.info.run_id)}
+    assert artifacts == {"results.json", "results.csv", "pictures", "sweeps"}
+    assert logged.data.params["eval.image_size"] == "42"
+    assert logged.data.metrics["eval/mine/rerank_s_per_query"] > 0
     assert logged.data.metrics["eval/mine/recall_1"] == pytest.approx(result["recall"]["1"])
     assert logged.info.status == "FINISHED"
 
@@ -93,22 +99,74 @@ def test_mistakes_get_one_line(place: Path, flags: tuple[str, ...], said: str) -
     assert said in lines[0]
 
 
-def test_a_child_run_hangs_under_the_trainings(place: Path) -> None:
-    """The run id of a checkpoint's state becomes the parent of the evaluation's run."""
+def _result() -> Result:
+    ranked = np.array([[0, 1], [1, 0]])
+    return Result(
+        name="mine: all",
+        protocol="same place",
+        num_database=2,
+        num_queries=2,
+        num_without_positive=0,
+        image_size=42,
+        recall={1: 50.0},
+        recall_reranked={1: 100.0},
+        timings={"rerank_s_per_query": 0.25},
+        predictions_QK=ranked,
+        reranked_QK=ranked,
+        gain={1: (50.0, 0.0, 100.0)},
+    )
+
+
+def test_a_run_hangs_under_the_trainings_where_the_store_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real SQLite store: nested in the training's experiment, or alone; recalls, timings, results and pictures."""
     from mlflow import MlflowClient
 
-    from launch.eval_command import EvalCommand, log_to_mlflow
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/pictures/mine").mkdir(parents=True)
+    (tmp_path / "out/pictures/mine/matches.png").write_bytes(b"picture")
+    client = MlflowClient(tracking_uri="sqlite:///child.db")
+    parent = client.create_run(client.create_experiment("of the training")).info.run_id
+    console = Console(record=True, width=200)
+    runs = [
+        log_evaluation(
+            "sqlite:///child.db",
+            "evaluations",
+            [_result()],
+            model="step-00000007",
+            params={"eval.image_size": 42},
+            out=tmp_path / "out",
+            parent=of,
+            console=console,
+        )
+        for of in (parent, None, "0123456789abcdef0123456789abcdef")
+    ]
+    assert all(runs)
+    nested, alone, elsewhere = (client.get_run(str(run)) for run in runs)
+    assert nested.data.tags["mlflow.parentRunId"] == parent
+    assert nested.info.experiment_id == client.get_run(parent).info.experiment_id
+    for run in (alone, elsewhere):
+        assert "mlflow.parentRunId" not in run.data.tags
+        assert client.get_experiment(run.info.experiment_id).name == "evaluations"
+    assert "the training's run is not in this store" in console.export_text()
+    assert nested.data.params == {"model": "step-00000007", "eval.image_size": "42"}
+    assert nested.data.metrics == {
+        "eval/mine_ all/recall_1": 50.0,
+        "eval/mine_ all/reranked_recall_1": 100.0,
+        "eval/mine_ all/gain_1": 50.0,
+        "eval/mine_ all/rerank_s_per_query": 0.25,
+        "eval/mine_ all/mb_per_image": 0.0,
+    }
+    assert {file.path for file in client.list_artifacts(str(runs[0]))} == {"pictures", "results.csv", "results.json"}
+    assert [f.path for f in client.list_artifacts(str(runs[0]), "pictures/mine")] == ["pictures/mine/matches.png"]
+    assert nested.info.status == "FINISHED"
 
-    uri = f"sqlite:///{place / 'child.db'}"
-    client = MlflowClient(tracking_uri=uri)
-    parent = client.create_run(client.create_experiment("rerankvpr")).info.run_id
-    checkpoint = place / "step"
-    checkpoint.mkdir()
-    (checkpoint / "state.json").write_text(json.dumps({"mlflow_run_id": parent}))
-    recipe = Recipe(model=ModelConfig(backbone="tiny14", weights="random"))
-    (checkpoint / "recipe.yaml").write_text(recipe_text(recipe))
-    log_to_mlflow(EvalCommand(track=uri), checkpoint, recipe, [])
-    experiment = client.get_experiment_by_name("rerankvpr")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    assert [run.data.tags.get("mlflow.parentRunId") for run in runs if run.info.run_id != parent] == [parent]
+
+def test_a_store_that_fails_is_one_line_and_no_end() -> None:
+    console = Console(record=True, width=300)
+    for uri in ("http://127.0.0.1:9", "nonsense://nowhere"):
+        assert (
+            log_evaluation(uri, "x", [_result()], model="m", params={}, out=None, parent=None, console=console) is None
+        )
+    assert console.export_text().count("MLflow does not answer (") == 2

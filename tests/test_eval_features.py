@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from PIL import Image
 from configs.schema import EvalConfig, ModelConfig, RerankConfig
 from eval.benchmarks import Benchmark, make_benchmark
 from eval.evaluate import FeatureStore, FirstStage, check_depth, evaluate
-from eval.extract import extract, fit_projection, input_size
+from eval.extract import extract, fit_projection, input_size, load_image
 from eval.ground_truth import frames_within
 from eval.local_features import NO_CELL, compact, min_max, pca_basis, random_basis, read_local, salient
 from eval.store import StoreError, open_folder, shard_bounds, shard_is_whole, shard_path
@@ -154,6 +155,15 @@ def test_aspect_is_kept_at_the_area_of_the_square(height: int, width: int) -> No
     assert tall * wide == pytest.approx(224 * 224, rel=0.15)
     assert tall / wide == pytest.approx(height / width, rel=0.15)
     assert input_size(height, width, EvalConfig(image_size=224)) == (224, 224)
+    own = input_size(height, width, EvalConfig(resize="native"))
+    assert all(side % 14 == 0 and abs(side - side_of) <= 7 for side, side_of in zip(own, (height, width), strict=True))
+
+
+def test_an_image_with_more_patches_than_a_byte_counts_is_named(tmp_path: Path) -> None:
+    Image.new("L", (30, 3600)).save(tmp_path / "tower.png")
+    assert load_image(tmp_path / "tower.png", EvalConfig(resize="aspect")).shape[1] < 3600
+    with pytest.raises(ValueError, match=r"tower\.png: 28 x 3598 pixels, at most 3556 a side; use eval.resize aspect"):
+        load_image(tmp_path / "tower.png", EvalConfig(resize="native"))
 
 
 def test_shards_are_a_matter_of_the_images_alone() -> None:
@@ -161,7 +171,7 @@ def test_shards_are_a_matter_of_the_images_alone() -> None:
         bounds = shard_bounds(count, batch)
         assert [i for first, stop in bounds[:3] for i in (first, stop)][:1] == ([0] if count else [])
         assert sum(stop - first for first, stop in bounds) == count
-        assert all(stop - first <= 4096 for first, stop in bounds)
+        assert all(stop - first <= 1024 for first, stop in bounds)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
 
 
@@ -196,7 +206,7 @@ def _benchmark(folder: Path) -> Benchmark:
 SAME_AT_ANY_SIZE = (
     _config(),
     _config(resize="aspect", rerank={"store": "int8", "project": "pca", "project_size": 16}),
-    _config(rerank={"when": "auto", "geometry": "translation", "score": "similarity_sum"}),
+    _config(resize="native", rerank={"when": "auto", "geometry": "translation", "score": "similarity_sum"}),
 )
 
 
@@ -285,6 +295,7 @@ def test_k_beyond_the_database_is_one_line() -> None:
 def test_settings_that_exclude_each_other_are_refused() -> None:
     for changes, said in (
         ({"resize": "aspect", "rerank": {"facet": "attn"}}, "facet attn has a channel a patch"),
+        ({"resize": "native", "rerank": {"facet": "attn"}}, "facet attn has a channel a patch"),
         ({"rerank": {"include_cls": True, "hierarchy": 1}}, "include_cls and hierarchy exclude each other"),
         ({"rerank": {"nn_match_thresh": -0.1}}, "nn_match_thresh"),
     ):
@@ -305,27 +316,43 @@ def check_projection_is_one_on_all_ranks_and_no_wider_than_the_facet() -> None:
             fit_projection(model, paths, _config(rerank={"project": "pca", "project_size": 500}))
 
 
-def test_a_killed_extraction_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Kill -9 between shards; what was finished is neither redone nor changed, the end equals an unbroken run's."""
+def check_a_photograph_that_cannot_be_read_ends_all_ranks_by_name() -> None:
+    world = dist.get_world_size()
+    with shared_folder() as folder:
+        benchmark = _benchmark(folder)
+        last = benchmark.database[4 * (world - 1) + 2]  # in the first shard of the last rank
+        if dist.get_rank() == 0:
+            last.write_bytes(b"no photograph")
+        dist.barrier()
+        said = f"rank {world - 1}: {last}: " if world > 1 else f"{last}: "
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}") as caught:
+            extract(build_model(TINY).eval(), benchmark.database, _config(), folder / "features", key="k")
+        assert "\n" not in str(caught.value)
+        dist.barrier()
+
+
+def test_a_killed_rank_s_extraction_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Kill -9 of one rank of two; what was finished is neither redone nor changed, the end equals an unbroken run's."""
     write_photos(tmp_path / "photos", 40)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-    def start(folder: Path, pause_s: float) -> subprocess.Popen[bytes]:
+    def start(folder: Path, pause_s: float, world: int, group: str) -> list[subprocess.Popen[bytes]]:
         command = [sys.executable, "-m", "tests.test_eval_features", "extract", str(tmp_path / "photos"), str(folder)]
-        return subprocess.Popen([*command, str(pause_s)], cwd=ROOT, env=env)
+        about = [str(pause_s), str(tmp_path / group), str(world)]
+        return [subprocess.Popen([*command, *about, str(rank)], cwd=ROOT, env=env) for rank in range(world)]
 
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    process = start(broken, 0.5)
+    ranks = start(broken, 0.5, 2, "killed")
     deadline = time.monotonic() + 240
     while len(list(broken.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
-        assert process.poll() is None, "ended before it could be killed"
+        assert ranks[1].poll() is None, "ended before it could be killed"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    ranks[1].send_signal(signal.SIGKILL)
+    assert ranks[0].wait(timeout=60) != 0  # it does not wait for the dead
     finished = {path: path.stat().st_mtime_ns for path in broken.glob("*.safetensors")}
     assert 3 <= len(finished) < 10
-    for folder in (broken, whole):
-        assert start(folder, 0).wait() == 0
+    for folder, world in ((broken, 2), (whole, 1)):
+        assert [rank.wait(timeout=240) for rank in start(folder, 0, world, folder.name + "-group")] == [0] * world
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     names = sorted(path.name for path in whole.glob("*.safetensors"))
     assert len(names) == 10
@@ -355,6 +382,7 @@ if __name__ == "__main__":
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         _said_main(folder, rank, world)
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        _extract_main(folder, Path(sys.argv[3]), float(sys.argv[4]))
+        pause_s, group, world, rank = float(sys.argv[4]), sys.argv[5], int(sys.argv[6]), int(sys.argv[7])
+        dist.init_process_group("gloo", store=dist.FileStore(group, world), rank=rank, world_size=world)
+        _extract_main(folder, Path(sys.argv[3]), pause_s)
     dist.destroy_process_group()

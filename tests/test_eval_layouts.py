@@ -460,6 +460,20 @@ def test_patch_netvlad_positions(tmp_path: Path, name: str, stem: str) -> None:
 
 
 @published
+def test_published_files_that_no_protocol_takes() -> None:
+    """Patch-NetVLAD's Nordland means 7 frames to each side; an older VPR-Bench file holds ranges."""
+    with np.load(GROUND_TRUTH / "patch_netvlad/nordland.npz") as table:
+        utm_q, utm_db, radius_m = (table[key].astype(float) for key in ("utmQ", "utmDb", "posDistThr"))
+    found = within_radius(utm_q, utm_db, float(radius_m))
+    assert found[100].tolist() == list(range(93, 108))
+    assert "+-7 frames and are not read" in CATALOGUE["nordland"].fault
+    ranges = read_array(GROUND_TRUTH / "vpr_bench/oneimage/ground_truth.npy")
+    rows = read_positives(GROUND_TRUTH / "vpr_bench/oneimage/ground_truth_new.npy")
+    for (query, first, last), ids in zip(ranges, rows, strict=True):
+        assert set(range(max(0, int(first)), min(9, int(last)) + 1)) <= set(ids.tolist()), query
+
+
+@published
 def test_gardens_point_notes_the_frames_that_do_not_exist() -> None:
     benchmarks = load_benchmarks(["gardens_point/all"], GROUND_TRUTH.parent)
     assert len(benchmarks) == 6

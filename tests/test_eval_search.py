@@ -117,6 +117,17 @@ def test_blocks_equal_one_index_bitwise_with_ties_across_them() -> None:
             np.testing.assert_array_equal(part, expected)
 
 
+def test_more_ties_than_are_fetched_at_first_go_by_id_and_a_floor_leaves_the_rest_out() -> None:
+    rows_ND = np.concatenate([_unit(3, 16, 24), np.tile(_unit(1, 16, 25), (300, 1)), _unit(5, 16, 26)])
+    query_QD = rows_ND[[7, 1]]
+    scores, ids = search_rows(query_QD, rows_ND, 4)
+    assert ids[0].tolist() == [3, 4, 5, 6]
+    assert ids[1, 0] == 1
+    assert len(set(scores[0].tolist())) == 1
+    _, few = search_rows(query_QD, rows_ND, 4, floor_Q=np.array([scores[0, 0], scores[1, 1] + 1e-3]))
+    assert few.tolist() == [[3, 4, 5, 6], [1, -1, -1, -1]]
+
+
 @pytest.mark.parametrize(("factory", "params"), [("IVF9999,Flat", ""), ("Nonsense", ""), ("HNSW8", "nprobe=3")])
 def test_indices_that_faiss_refuses_are_named(factory: str, params: str) -> None:
     with pytest.raises(ValueError, match=f"eval.index '{factory}'") as caught:
