@@ -33,6 +33,11 @@ VERBS = {
         "[--nodes N --gpus-per-node N --time T] -- VERB ... [--then VERB ...]",
         "Submits stages of work to SLURM, each after the one before it.",
     ),
+    "doctor": (
+        "launch.doctor:main",
+        "[--shared DIR...]",
+        "Checks the nodes of a group: versions, folders, network, GPUs.",
+    ),
     "rank": ("launch.rank:main", "[--fit] VERB ...", "One process of a launch on several nodes."),
     "eval": (
         "launch.eval_command:main",

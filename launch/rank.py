@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,15 +34,22 @@ def main(argv: list[str]) -> int:
     if "WORLD_SIZE" not in os.environ:
         raise ValueError("rank is started by `rerankvpr launch`, not by hand")
     from launch.cli import main as run
+    from launch.doctor import check, complain
+    from launch.meeting import meeting_store
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     used = world
+    shared: list[Path] = []
+    scratch: list[Path] = []
     if command[0] == "train" and not {"-h", "--help"} & set(command):
         from trainer.command import parse
 
         recipe, _ = parse(command[1:])  # a mistake in it is told before anything starts
         used = fitting_world(recipe.data.places_per_batch, world) if fit else world
+        shared = [recipe.output]
+        scratch = [recipe.data.cache] if recipe.data.cache else []
     store = meeting_store(rank, world)
+    complain(check(store, rank, world, shared=shared, scratch=scratch, quick=True), aloud=rank == 0)
     if used == world:
         return run(command)
     if rank >= used:
@@ -58,21 +66,6 @@ def main(argv: list[str]) -> int:
 def fitting_world(places_per_batch: int, world_size: int) -> int:
     """The largest number of ranks, at most `world_size`, that a global batch of P places is divisible by."""
     return next(size for size in range(min(places_per_batch, world_size), 0, -1) if places_per_batch % size == 0)
-
-
-def meeting_store(rank: int, world_size: int) -> Store:
-    """The key-value store at MASTER_ADDR:MASTER_PORT; rank 0 serves it, unless torchrun's agent does."""
-    import torch.distributed as dist
-
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=timedelta(seconds=120),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
 
 
 def _wait(store: Store, rank: int) -> int:

@@ -172,8 +172,10 @@ def start(launch: Launch) -> int:
     from torch.distributed.run import run as torchrun
 
     os.environ.update(launch.environment)
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # a verb's flag may begin as one of torchrun's
     try:
-        torchrun(get_args_parser().parse_args(launch.arguments))
+        torchrun(parser.parse_args(launch.arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"rerankvpr: rank {rank} ended the job with status {failure.exitcode}", file=sys.stderr)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def write_workplace(folder: Path) -> Path:
-    """Writes native/, town/ and recipe.yaml; the schedule is constant, so that a shorter run is a longer one's start."""
+    """Writes native/, town/ and recipe.yaml; a constant schedule: a shorter run is a longer one's start."""
     write_gsv_cities(folder / "native", {"Aachen": dict.fromkeys(range(9), 4), "Bergen": dict.fromkeys(range(8), 5)})
     rng = np.random.default_rng(0)
     for part, count in (("database", 7), ("queries", 5)):
@@ -33,7 +33,13 @@ def write_workplace(folder: Path) -> Path:
         "engine": {"timeout_s": 20},
         "optim": {"lr": 1e-3, "warmup_steps": 2, "schedule": "none"},
         "trainer": {"epochs": 10000, "checkpoint_every_steps": 20, "validate_every_epochs": 0},
-        "eval": {"benchmarks": ["town"], "data_root": str(folder), "image_size": 28, "pictures": 0},
+        "eval": {
+            "benchmarks": ["town"],
+            "data_root": str(folder),
+            "image_size": 28,
+            "pictures": 0,
+            "recall_at": [1, 5],
+        },
         "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
