@@ -138,8 +138,12 @@ def check(
     if rank == 0:
         found = judge(all_facts, network)
         store.set("findings", json.dumps([asdict(finding) for finding in found]))
+        for i in range(1, world):  # this rank serves the store
+            _get(store, f"read/{i}", f"rank {i}")
         return Checked(found)
-    return Checked([Finding(**one) for one in json.loads(_get(store, "findings", "rank 0"))])
+    found = [Finding(**one) for one in json.loads(_get(store, "findings", "rank 0"))]
+    store.set(f"read/{rank}", "read")
+    return Checked(found)
 
 
 def _get(store: Store, key: str, who: str) -> bytes:

@@ -1,0 +1,68 @@
+"""Trainings across real separate hosts: network namespaces, each with an interface, a name and an agent of its own."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import Agent, Hosts, hosts, until
+from tests.cluster.workplace import losses, steps_done_twice
+
+EVERY = 20  # steps between checkpoints
+
+
+def train(net: Hosts, i: int, workplace: Path, output: str, nnodes: str, steps: int, *flags: str) -> Agent:
+    """Starts host i's part of a training."""
+    launch = ("--nnodes", nnodes, "--", "train", str(workplace / "recipe.yaml"), "--output", output)
+    more = ("--trainer.max-steps", str(steps), "--tracking.enabled", "False", "--eval.benchmarks", *flags)
+    return net.launch(i, workplace, workplace / f"{output}.h{i}.log", *launch, *more)
+
+
+def step(workplace: Path, output: str) -> int:
+    """Steps that a training has logged."""
+    return max(losses(workplace / output), default=0)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_training_across_hosts_equals_one_host(workplace: Path, unbroken: Path, count: int) -> None:
+    """Two hosts give the bits of two ranks of one host; three train with two and one that waits, P being 4."""
+    steps = 60
+    with hosts(count) as net:
+        nnodes = str(count) if count == 2 else f"{count}:{count + 1}"
+        agents = [train(net, i, workplace, f"across{count}", nnodes, steps) for i in range(1, count + 1)]
+        assert [agent.wait(240) for agent in agents] == [0] * count, "\n".join(agent.text() for agent in agents)
+    one, ours = losses(unbroken), losses(workplace / f"across{count}")
+    assert sorted(ours) == [*range(1, steps + 1)]
+    assert [ours[s] for s in sorted(ours)] == [one[s] for s in sorted(ours)]
+    assert "GLOO_SOCKET_IFNAME=eth0" in agents[0].text()
+    if count == 3:
+        assert "2 of 3 ranks train" in "".join(agent.text() for agent in agents)
+
+
+def test_a_killed_host_leaves_the_rest_to_go_on_and_is_taken_back(workplace: Path, unbroken: Path) -> None:
+    """kill -9 of agent and rank of h2; h1 goes on alone from the last checkpoint; h2 comes back; the curve is one."""
+    output, steps = "killed", 1200
+    with hosts(2) as net:
+        agents = [train(net, i, workplace, output, "1:2", steps) for i in (1, 2)]
+        until(lambda: step(workplace, output) > 3 * EVERY, 120, agents)
+        agents[1].kill()
+        lost_at, began = step(workplace, output), time.monotonic()
+        until(lambda: "resumed from" in agents[0].text(), 60, agents)
+        until(lambda: step(workplace, output) > lost_at, 60, agents)
+        took = time.monotonic() - began
+        print(f"killed at step {lost_at}; past it again after {took:.1f} s")
+        agents.append(train(net, 2, workplace, output, "1:2", steps))
+        began = time.monotonic()
+        until(lambda: agents[0].text().count("resumed from") == 2, 60, agents)
+        print(f"two hosts again after {time.monotonic() - began:.1f} s, at step {step(workplace, output)}")
+        assert "2 rank(s) on cpu" in agents[0].text().rsplit("resumed from", 1)[1]
+        assert agents[0].wait(240) == 0, agents[0].text()
+        assert agents[2].wait(30) == 0, agents[2].text()
+    one, ours = losses(unbroken), losses(workplace / output)
+    assert sorted(ours) == [*range(1, steps + 1)]
+    assert [ours[s] for s in range(1, lost_at)] == [one[s] for s in range(1, lost_at)]
+    near = [ours[s] for s in range(lost_at, lost_at + 40)]  # one rank instead of two sums in another order
+    assert near == pytest.approx([one[s] for s in range(lost_at, lost_at + 40)], rel=5e-3)
+    assert steps_done_twice(workplace / output) <= EVERY + 1
