@@ -37,3 +37,10 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """A SLURM of two virtual nodes."""
     with slurm(tmp_path_factory.mktemp("two") / "slurm", 2) as started:
         yield started
+
+
+@pytest.fixture
+def four_nodes(tmp_path: Path) -> Iterator[Slurm]:
+    """A SLURM of four."""
+    with slurm(tmp_path / "slurm", 4) as started:
+        yield started

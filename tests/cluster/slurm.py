@@ -12,8 +12,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 READY_S = 30
@@ -39,18 +41,46 @@ def free_ports(count: int) -> int:
     raise RuntimeError("no free ports from 17000 to 19000")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Slurm:
     """A running controller with nodes n1, n2, ... of two CPUs; partitions main and, preempting it, high."""
 
     folder: Path
     nodes: int
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
         """What SLURM's commands need."""
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
+
+    def start(self, name: str, *command: str) -> None:
+        """Starts a daemon in the foreground."""
+        with (self.folder / "log" / f"{name}.out").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def start_node(self, node: str) -> None:
+        """Starts a node's slurmd."""
+        self.start(node, "slurmd", "-D", "-N", node)
+
+    def lose_node(self, node: str) -> None:
+        """A node loses power: SIGKILL to its slurmd and to all its jobs' processes; the controller is told."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURMD_NODENAME") == node:
+                    parent = process.parent()
+                    process.kill()
+                    if parent and parent.name().startswith("slurmstepd"):
+                        parent.kill()
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def return_node(self, node: str) -> None:
+        """The node is back."""
+        self.start_node(node)
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def run(self, *command: str) -> str:
         """Output of one of SLURM's commands; raises with its message if it fails."""
@@ -81,6 +111,13 @@ class Slurm:
         path = Path(self.job(number).get("StdOut", ""))
         return path.read_text() if path.is_file() else f"no log at {path}"
 
+    def wait_until_idle(self, timeout_s: float) -> None:
+        """Waits until no job has a node."""
+        deadline = time.monotonic() + timeout_s
+        while self.run("squeue", "-h").strip():
+            assert time.monotonic() < deadline, self.run("squeue")
+            time.sleep(0.2)
+
     def wait_for(self, number: int | str, found: Callable[[], bool], timeout_s: float) -> None:
         """Waits for something that a running job brings about."""
         deadline = time.monotonic() + timeout_s
@@ -106,33 +143,28 @@ def slurm(folder: Path, nodes: int) -> Iterator[Slurm]:
     base = free_ports(nodes + 1)
     (folder / "slurm.conf").write_text(_conf(folder, nodes, base))
     made = Slurm(folder, nodes)
-    started: list[subprocess.Popen[bytes]] = []
-
-    def daemon(*command: str) -> None:
-        log = (folder / "log" / f"{Path(command[0]).name}-{len(started)}.out").open("wb")
-        started.append(subprocess.Popen(command, env=made.environment, stdout=log, stderr=subprocess.STDOUT))
-
     try:
-        daemon(
+        made.start(
+            "munged",
             *("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/run/munge.sock"),
             *(f"--pid-file={folder}/run/munged.pid", f"--log-file={folder}/log/munged.log"),
             f"--seed-file={folder}/munge/seed",
         )
         _until((folder / "run" / "munge.sock").exists, "munged has no socket", folder)
-        daemon("slurmctld", "-D", "-c")
+        made.start("slurmctld", "slurmctld", "-D", "-c")
         for i in range(1, nodes + 1):
-            daemon("slurmd", "-D", "-N", f"n{i}")
+            made.start_node(f"n{i}")
         _until(lambda: _idle(made) == nodes, f"{nodes} nodes are not idle", folder)
         yield made
     finally:
         with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
-            for line in made.run("squeue", "-h", "-o", "%A").split():
-                made.run("scancel", "--full", "--signal=KILL", line)
-                made.run("scancel", line)
+            for number in made.run("squeue", "-h", "-o", "%A").split():
+                made.run("scancel", number)
+                made.run("scancel", "--full", "--signal=KILL", number)
             _until(lambda: not made.run("squeue", "-h").strip(), "jobs do not end", folder)
-        for process in reversed(started):
+        for process in reversed(made.daemons.values()):
             process.send_signal(signal.SIGTERM)
-        for process in started:
+        for process in made.daemons.values():
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
