@@ -93,8 +93,14 @@ class ModelConfig(Section):
     aggregator: Literal["cls", "gem"] = Field(
         "cls", description="Global descriptor: CLS token or GeM over patch tokens."
     )
+    finetune: Literal["all", "last_n_blocks", "head"] = Field(
+        "last_n_blocks", description="What is trained: everything, the last blocks and the head, or the aggregator."
+    )
     finetune_last_n_blocks: NonNegative = Field(
         4, description="Blocks trained, counted from the last; all of them trains the embeddings too."
+    )
+    frozen_precision: Literal["same", "bf16"] = Field(
+        "same", description="Precision of the frozen blocks and embeddings; same is engine.precision."
     )
 
 
@@ -162,15 +168,24 @@ class OptimConfig(Section):
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Decay of the first moment; sgd: momentum.")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Decay of the second moment.")
     warmup_steps: NonNegative = Field(200, description="Steps of linear warm-up.")
-    schedule: Literal["none", "step", "multi_step", "cosine", "cosine_with_restarts", "linear", "exp"] = Field(
-        "cosine",
-        description="Learning rate after warm-up: constant; times gamma every step_size or at each of milestones; to "
-        "min_lr_ratio by cosine, once or every step_size, or by line; times gamma each unit.",
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Factor of the rate from each layer to the one below it; 1 gives all layers one rate."
+    )
+    schedule: Literal["none", "step", "multi_step", "cosine", "cosine_with_restarts", "linear", "exp", "plateau"] = (
+        Field(
+            "cosine",
+            description="Learning rate after warm-up: constant; times gamma every step_size or at each of milestones; "
+            "to min_lr_ratio by cosine, once or every step_size, or by line; times gamma each unit; times gamma where "
+            "validations bring no better recall.",
+        )
     )
     schedule_unit: Literal["epoch", "step"] = Field(
         "epoch", description="Unit of step_size, milestones and exp: epochs, or optimizer steps."
     )
-    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="Factor of step, multi_step and exp.")
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="Factor of step, multi_step, exp and plateau.")
+    plateau_evals: Positive = Field(
+        2, description="Validations in a row without a better mean recall at the smallest K after which plateau falls."
+    )
     step_size: Positive = Field(1, description="Units between falls of step, and in a cycle of cosine_with_restarts.")
     milestones: list[Positive] = Field(default_factory=list, description="Units at which multi_step falls.")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -188,7 +203,16 @@ class OptimConfig(Section):
 class EngineConfig(Section):
     """DeepSpeed and the process group."""
 
-    zero_stage: Literal[0, 1, 2] = Field(1, description="ZeRO: 0 replicates, 1 shards optimizer, 2 gradients as well.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="ZeRO: 0 replicates, 1 shards the optimizer, 2 gradients as well, 3 weights as well."
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="Kept in CPU memory: optimizer (state and update), all (weights as well, at zero_stage 3)."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Trained blocks are run again in the backward pass instead of being kept."
+    )
+    compile: bool = Field(False, description="Blocks through torch.compile; the first step takes minutes.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of the forward and backward pass."
     )
@@ -197,12 +221,27 @@ class EngineConfig(Section):
         description="Chunks in which a rank encodes its images, for a batch that does not fit: a second forward "
         "pass, the gradient of the whole batch (GradCache).",
     )
-    timeout_s: Annotated[int, Field(ge=10)] = Field(600, description="Seconds after which a silent rank ends the job.")
+    timeout_s: Annotated[int, Field(ge=10)] = Field(
+        600, description="Seconds that a collective operation, and the first step, may take before the job ends."
+    )
+    stall_s: Annotated[float, Field(ge=0)] = Field(
+        300,
+        description="Seconds without progress (in data, forward, loss, step, save or evaluation) after which the job "
+        "ends and the rank that stalled is named; 0 is never.",
+    )
 
     @model_validator(mode="after")
-    def _no_bf16_at_stage_0(self) -> EngineConfig:
+    def _deepspeed_can_do_it(self) -> EngineConfig:
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("bf16 at zero_stage 0 departs from fp32 in DeepSpeed 0.19; use zero_stage 1 or 2")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload optimizer needs zero_stage 1, 2 or 3; DeepSpeed ignores it at 0")
+        if self.offload == "all" and self.zero_stage < 3:
+            raise ValueError("offload all needs zero_stage 3, where weights are parted; or use offload optimizer")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile at zero_stage 3 can lose gradients in DeepSpeed; use zero_stage 2, or compile false"
+            )
         return self
 
 
@@ -217,7 +256,12 @@ class TrainerConfig(Section):
     early_stop_evals: NonNegative = Field(
         0, description="Validations without a better mean recall at the smallest K after which a run ends; 0 is never."
     )
-    max_skipped_steps: NonNegative = Field(10, description="Steps skipped for a non-finite loss before the run stops.")
+    max_skipped_steps: NonNegative = Field(
+        10, description="Steps skipped for a loss or gradient that is not finite before the run stops."
+    )
+    save_retry_s: Annotated[float, Field(ge=0)] = Field(
+        600, description="Seconds that the last checkpoint is tried again where the disk is full or gone."
+    )
     log_every_steps: Positive = Field(1, description="Steps between logged metrics.")
 
 

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from configs.load import load_recipe, recipe_text
-from trainer.checkpoint import find_checkpoint
+from trainer.checkpoint import checkpoint_weights, find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     checkpoint = find_checkpoint(command.checkpoint)
     from model.backbone import AGGREGATOR, facebook_layout
 
-    weights = load_file(checkpoint / "model.safetensors")
+    weights = checkpoint_weights(checkpoint)
     backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     state = facebook_layout(backbone) | {key: value for key, value in weights.items() if key.startswith(AGGREGATOR)}
     recipe = load_recipe(checkpoint / "recipe.yaml")

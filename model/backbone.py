@@ -1,30 +1,21 @@
-"""DINOv2 backbones through timm, and the weights that go into them."""
+"""Weights of DINOv2 backbones: files in, in whichever layout, and out again in facebookresearch's."""
 
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 
-import timm
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import checkpoint_filter_fn
 
-from configs.schema import PATCH
+from model.materialise import materialise
+from model.vit import SIZES, DinoViT
 
-TIMM_NAMES = {
-    "vits14": "vit_small_patch14_dinov2",
-    "vitb14": "vit_base_patch14_dinov2",
-    "vitl14": "vit_large_patch14_dinov2",
-    "vitg14": "vit_giant_patch14_dinov2",
-    "vits14_reg": "vit_small_patch14_reg4_dinov2",
-    "vitb14_reg": "vit_base_patch14_reg4_dinov2",
-    "vitl14_reg": "vit_large_patch14_reg4_dinov2",
-    "vitg14_reg": "vit_giant_patch14_reg4_dinov2",
-}
-NATIVE_SIDE = 518
-TINY_SIDE = 84
+TIMM_SIZES = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
 AGGREGATOR = "aggregator."  # prefix of what is no backbone in an exported file
 
 
@@ -32,47 +23,50 @@ class WeightsError(ValueError):
     """A weights file that does not fit the model; the text names the keys that differ."""
 
 
-def build_backbone(name: str, weights: str) -> VisionTransformer:
+def build_backbone(name: str, weights: str, *, seed: int = 0) -> DinoViT:
     """The ViT `name` of any input side that is a multiple of 14, with `weights`: "timm", "random" or a file.
 
-    The position table keeps its pretrained grid and is interpolated in each forward pass (bicubic, antialiased), so one
-    model serves all image sizes. Raises WeightsError or FileNotFoundError on a file that does not fit.
+    Raises WeightsError or FileNotFoundError on a file that does not fit.
     """
-    if name == "tiny14":
-        if weights == "timm":
-            raise WeightsError("model.weights timm: tiny14 has no published weights; use random or a file")
-        vit = VisionTransformer(
-            img_size=TINY_SIDE,
-            patch_size=PATCH,
-            embed_dim=128,
-            depth=4,
-            num_heads=2,
-            init_values=1.0,
-            num_classes=0,
-            global_pool="token",
-            dynamic_img_size=True,
-        )
-    else:
-        vit = timm.create_model(
-            TIMM_NAMES[name],
-            pretrained=weights == "timm",
-            img_size=NATIVE_SIDE,
-            num_classes=0,
-            dynamic_img_size=True,
-        )
-    if weights not in ("timm", "random"):
-        load_backbone_weights(vit, Path(weights))
+    with torch.device("meta"):
+        vit = DinoViT(name)
+    file = find_weights(name, weights)
+    materialise(vit, backbone_weights(vit, file, read_weights(file)) if file else {}, seed=seed)
     return vit
 
 
+def find_weights(name: str, weights: str) -> Path | None:
+    """The file that `model.weights` means for the backbone `name`: None for "random".
+
+    "timm" is the file that timm publishes on the Hugging Face hub, downloaded once into the hub's cache.
+    """
+    if weights == "random":
+        return None
+    if weights != "timm":
+        return Path(weights)
+    size, _, registers = name.partition("_")
+    if size not in TIMM_SIZES:
+        raise WeightsError(f"model.weights timm: {name} has no published weights; use random or a file")
+    repository = f"timm/vit_{TIMM_SIZES[size]}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m"
+    try:
+        return Path(hf_hub_download(repository, "model.safetensors"))
+    except OSError as error:
+        raise WeightsError(
+            f"model.weights timm: {repository} cannot be downloaded ({_reason(error)}); give a file instead"
+        ) from error
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` or `.pth` file, by key; nothing but tensors is ever unpickled."""
+    """The tensors of a `.safetensors` or `.pth` file, by key; nothing but tensors is ever unpickled.
+
+    Numbers stay in the file, mapped into memory, until they are used (a `.pth` of torch before 1.6 is read whole).
+    """
     if not path.is_file():
         raise FileNotFoundError(f"weights file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise WeightsError(f"weights file {path} cannot be read: {_reason(error)}") from error
     except pickle.UnpicklingError as error:
@@ -88,9 +82,12 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else "the file is empty or cut off"
 
 
-def load_backbone_weights(vit: VisionTransformer, path: Path) -> None:
-    """Loads a file in facebookresearch/dinov2's key layout (registers and SwiGLU included), or in timm's."""
-    state = {key: value for key, value in read_weights(path).items() if not key.startswith(AGGREGATOR)}
+def backbone_weights(vit: DinoViT, path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of file `path` under the keys of `vit`, which may be on the meta device.
+
+    `state`, what the file holds, has facebookresearch/dinov2's key layout (registers and SwiGLU included), or timm's.
+    """
+    state = {key: value for key, value in state.items() if not key.startswith(AGGREGATOR)}
     has_registers = "register_tokens" in state or "reg_token" in state
     if has_registers != (vit.reg_token is not None):
         have, want = ("has", "without") if has_registers else ("has no", "with")
@@ -112,7 +109,7 @@ def load_backbone_weights(vit: VisionTransformer, path: Path) -> None:
     ]
     if differences:
         raise WeightsError(f"weights file {path} does not fit the model; keys {'; '.join(differences)}")
-    vit.load_state_dict(converted)
+    return {key: converted[key] for key in expected}
 
 
 def facebook_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,22 +132,7 @@ def infer_backbone(path: Path) -> str:
     """The backbone name that a weights file is for, from its width and its register tokens."""
     state = read_weights(path)
     width = state["cls_token"].shape[-1] if "cls_token" in state else 0
-    sizes = {128: "tiny14", 384: "vits14", 768: "vitb14", 1024: "vitl14", 1536: "vitg14"}
+    sizes = {channels: name for name, (channels, _, _) in SIZES.items()}
     if width not in sizes:
         raise WeightsError(f"weights file {path} is no DINOv2 backbone: expected a cls_token of 384 to 1536 channels")
     return sizes[width] + ("_reg" if "register_tokens" in state or "reg_token" in state else "")
-
-
-def freeze_all_but_last(vit: VisionTransformer, n: int) -> int:
-    """Leaves the last `n` blocks and the final norm trainable and returns the number of frozen blocks.
-
-    `n` equal to the depth trains the patch, position and class embeddings too; `n` 0 freezes all.
-    """
-    depth = len(vit.blocks)
-    if n > depth:
-        raise ValueError(f"model.finetune_last_n_blocks {n}: the backbone has {depth} blocks; use 0 to {depth}")
-    if n < depth:
-        vit.requires_grad_(False)
-        vit.blocks[depth - n :].requires_grad_(True)
-        vit.norm.requires_grad_(n > 0)
-    return depth - n

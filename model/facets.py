@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+
+from model.vit import DinoViT
 
 FACETS = ("attn", "query", "key", "value", "token")
 
@@ -32,7 +33,7 @@ class FacetReader:
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: DinoViT,
         *,
         layer: int,
         facet: str,

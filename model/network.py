@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from configs.schema import ModelConfig
 from model.aggregators import AGGREGATORS
-from model.backbone import AGGREGATOR, build_backbone, freeze_all_but_last, read_weights
+from model.backbone import AGGREGATOR, backbone_weights, find_weights, read_weights
 from model.facets import FacetReader, ReadOut
+from model.finetune import choose_trained
+from model.materialise import materialise
+from model.vit import DinoViT
+
+BACKBONE = "backbone."
 
 
 class PlaceModel(nn.Module):
     """A ViT whose global descriptor retrieves and whose facets re-rank."""
 
-    def __init__(self, backbone: VisionTransformer, aggregator: nn.Module, num_frozen_blocks: int) -> None:
+    def __init__(self, backbone: DinoViT, aggregator: nn.Module, frozen_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.aggregator = aggregator
-        self.num_frozen_blocks = num_frozen_blocks
+        self.frozen_dtype = frozen_dtype  # of the frozen blocks and embeddings; None is that of all else
 
     @property
     def descriptor_size(self) -> int:
@@ -32,20 +36,42 @@ class PlaceModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return self.backbone.cls_token.device
+        return next(self.parameters()).device
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether trained blocks are run again in the backward pass, instead of keeping what they computed."""
+        return self.backbone.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        self.backbone.activation_checkpointing = on
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles each block's call in training mode, with torch.compile; evaluation, and its facets, stay eager."""
+        self.backbone.compile_blocks(backend)
+
+    def cast_frozen(self) -> None:
+        """Puts the frozen part in `model.frozen_precision` again, after something has cast the whole network."""
+        if self.frozen_dtype is not None:
+            self.backbone.cast_frozen(self.frozen_dtype)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that `layer_of` tells apart: the embeddings, each block, and the head."""
+        return len(self.backbone.blocks) + 2
+
+    def layer_of(self, parameter_name: str) -> int:
+        """Depth of a parameter of `named_parameters`: 0 embeddings, then the blocks, last norm and aggregator."""
+        room, _, name = parameter_name.partition(".")
+        if room == "aggregator" or name.startswith("norm."):
+            return self.num_layers - 1
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """Normalised float images -> float32 L2-normalised descriptors [B, D]; frozen blocks run without autograd."""
-        vit = self.backbone
-        dtype = vit.patch_embed.proj.weight.dtype
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_blocks == 0):
-            x_BTC = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images_B3HW.to(dtype)))))
-            for block in vit.blocks[: self.num_frozen_blocks]:
-                x_BTC = block(x_BTC)
-        for block in vit.blocks[self.num_frozen_blocks :]:
-            x_BTC = block(x_BTC)
-        x_BTC = vit.norm(x_BTC)
-        descriptor_BD = self.aggregator(x_BTC[:, 0], x_BTC[:, vit.num_prefix_tokens :])
+        tokens_BTC = self.backbone(images_B3HW)
+        descriptor_BD = self.aggregator(tokens_BTC[:, 0], tokens_BTC[:, self.backbone.num_prefix_tokens :])
         return F.normalize(descriptor_BD.float(), dim=-1)
 
     def read_out(
@@ -58,16 +84,25 @@ class PlaceModel(nn.Module):
         return ReadOut(descriptor_BD, reader.local_BNC, reader.saliency_BN)
 
 
-def build_model(config: ModelConfig, *, seed: int = 0) -> PlaceModel:
-    """The network of a recipe in float32; what is not loaded is initialised from `seed`, the same on all ranks."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = build_backbone(config.backbone, config.weights)
-        aggregator = AGGREGATORS[config.aggregator]()
-    if config.weights not in ("timm", "random"):
-        state = read_weights(Path(config.weights)).items()
-        trained = {key.removeprefix(AGGREGATOR): value for key, value in state if key.startswith(AGGREGATOR)}
-        if trained.keys() == aggregator.state_dict().keys():  # an exported model of the same aggregator
-            aggregator.load_state_dict(trained)
-    num_frozen = freeze_all_but_last(backbone, config.finetune_last_n_blocks)
-    return PlaceModel(backbone, aggregator, num_frozen)
+def build_model(config: ModelConfig, *, seed: int = 0, shard: Callable[[nn.Module], None] | None = None) -> PlaceModel:
+    """The network of a recipe on the CPU, in float32, or what is frozen in `model.frozen_precision`.
+
+    What is not loaded is drawn from `seed`, the same on all ranks. The network is built without memory and made one
+    module at a time: `shard`, where given, is called with each module that has parameters of its own, once they hold
+    their values, and may leave a partition of them (see `materialise`).
+    Raises ValueError, WeightsError or FileNotFoundError before anything is made.
+    """
+    frozen_dtype = torch.bfloat16 if config.frozen_precision == "bf16" else None
+    with torch.device("meta"):
+        model = PlaceModel(DinoViT(config.backbone), AGGREGATORS[config.aggregator](), frozen_dtype)
+    choose_trained(model.backbone, model.aggregator, config)
+    model.cast_frozen()
+    weights: dict[str, torch.Tensor] = {}
+    if file := find_weights(config.backbone, config.weights):
+        state = read_weights(file)
+        weights = {BACKBONE + key: tensor for key, tensor in backbone_weights(model.backbone, file, state).items()}
+        head = {key: tensor for key, tensor in state.items() if key.startswith(AGGREGATOR)}
+        if head.keys() == {AGGREGATOR + key for key in model.aggregator.state_dict()}:  # exported, same aggregator
+            weights |= head
+    materialise(model, weights, seed=seed, shard=shard)
+    return model

@@ -1,14 +1,17 @@
 """DeepSpeed as the project sets it up: its stages agree, and its optimizer state moves between them."""
 
 import itertools
+import math
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from configs.schema import EngineConfig, OptimConfig
 from tests.ranks import on_ranks
@@ -16,7 +19,17 @@ from tests.ranks import on_ranks
 IMAGES = 8
 
 
-def build(stage: int, name: str, precision: str = "fp32", chunks: int = 1) -> Any:
+Layout = tuple[int, str]  # ZeRO stage, offload
+
+
+def shared_folder() -> Path:
+    """A temporary folder that all ranks know."""
+    holder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(holder)
+    return Path(holder[0])
+
+
+def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1) -> Any:
     from trainer.engine import build_engine
 
     torch.manual_seed(0)
@@ -25,21 +38,26 @@ def build(stage: int, name: str, precision: str = "fp32", chunks: int = 1) -> An
     )
     for parameter in model[0].parameters():
         parameter.requires_grad_(False)
-    engine = EngineConfig(zero_stage=stage, precision=precision, gradient_accumulation=chunks)
+    stage, offload = layout
+    engine = EngineConfig.model_validate(
+        {"zero_stage": stage, "offload": offload, "precision": precision, "gradient_accumulation": chunks}
+    )
     optim = OptimConfig(name=name, lr=1e-2, weight_decay=0.05)
     return build_engine(model, engine=engine, optim=optim, images_per_rank=IMAGES // dist.get_world_size())
 
 
 def step(engine: Any, number: int) -> float:
     """One step on this rank's part of a seeded batch; the global loss before it."""
+    from trainer.engine import optimizer_step
+
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(number)
     x, y = torch.randn(IMAGES, 6, generator=generator), torch.randn(IMAGES, 5, generator=generator)
     mine = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
-    x = x[mine].to(next(engine.module.parameters()).dtype)
+    x = x[mine].to(torch.bfloat16 if engine.bfloat16_enabled() else torch.float32)
     loss = F.mse_loss(engine(x).float(), y[mine])
     engine.backward(loss)
-    engine.step()
+    optimizer_step(engine, 1.0)
     total = loss.detach().clone()
     dist.all_reduce(total)
     return total.item() / world
@@ -47,42 +65,98 @@ def step(engine: Any, number: int) -> float:
 
 def check_stages_agree_and_their_state_moves_between_them() -> None:
     """Steps 0-2 at one stage, saved, steps 3-5 at each other: the losses of the run that stayed."""
-    from trainer.optimizer_state import load_optimizer, save_optimizer
+    from trainer.engine_state import StoredTensors, put_state, take_state
 
-    holder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(holder)
-    folder = Path(holder[0])
-    cases = [("adamw", "fp32", (0, 1, 2)), ("sgd", "fp32", (0, 1)), ("adam", "fp32", (0, 2)), ("adamw", "bf16", (1, 2))]
-    for name, precision, stages in cases:
-        saved, straight = {}, []
-        for stage in stages:
-            engine = build(stage, name, precision)
+    folder = shared_folder()
+    rank = dist.get_rank()
+    cases: list[tuple[str, str, tuple[Layout, ...]]] = [
+        ("adamw", "fp32", ((0, "none"), (1, "none"), (2, "optimizer"), (3, "none"), (3, "all"))),
+        ("sgd", "fp32", ((0, "none"), (1, "none"), (3, "none"))),
+        ("adam", "fp32", ((0, "none"), (2, "none"))),
+        ("adamw", "bf16", ((1, "none"), (2, "none"), (3, "none"))),
+    ]
+    for name, precision, layouts in cases:
+        saved, straight, numbers = {}, [], {}
+        for layout in layouts:
+            engine = build(layout, name, precision)
             losses = [step(engine, number) for number in range(3)]
-            saved[stage] = folder / f"{name}-{precision}-{stage}"
-            saved[stage].mkdir(exist_ok=True)
-            dist.barrier()
-            save_optimizer(engine, saved[stage])
-            weights = {key: value.detach().float().clone() for key, value in engine.module.state_dict().items()}
+            saved[layout] = folder / f"{name}-{precision}-{layout[0]}-{layout[1]}"
+            saved[layout].mkdir(exist_ok=True)
+            state = take_state(engine)
+            save_file(state.weights, saved[layout] / f"model-{rank}.safetensors")
+            save_file(state.optimizer, saved[layout] / f"optimizer-{rank}.safetensors")
+            numbers[layout] = state.numbers
             straight.append(losses + [step(engine, number) for number in range(3, 6)])
             dist.barrier()
             # float32 in another order; bf16 gradients are rounded to 2^-8 before they are summed
             tolerance = 1e-5 if precision == "fp32" else 1e-2
             assert torch.allclose(torch.tensor(straight[-1]), torch.tensor(straight[0]), rtol=tolerance), straight
-        for source, target in itertools.product(stages, stages):
+        for source, target in itertools.pairwise([*layouts, layouts[0]]):
             engine = build(target, name, precision)
-            load_optimizer(engine, saved[source], weights, lambda e=engine: e(torch.zeros_like(e.module[0].weight[:1])))
+            files = [StoredTensors(sorted(saved[source].glob(f"{kind}-*"))) for kind in ("model", "optimizer")]
+            blank = torch.zeros(1, 6, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+            put_state(engine, *files, numbers[source], lambda e=engine, x=blank: e(x))
             went_on = [step(engine, number) for number in range(3, 6)]
-            expected = straight[stages.index(source)][3:]
+            expected = straight[layouts.index(source)][3:]
             assert torch.allclose(torch.tensor(went_on), torch.tensor(expected), rtol=tolerance), (name, source, target)
+            groups = [group["weight_decay"] for group in engine.optimizer.param_groups]
+            assert groups == [0.05, 0.0], (name, source, target)
     dist.barrier()
-    if dist.get_rank() == 0:
+    if rank == 0:
         shutil.rmtree(folder)
+
+
+def check_a_gradient_that_is_not_finite_updates_nothing() -> None:
+    """NaN in one rank's part of the loss: every rank skips, weights and moments stay, and the next step is a step."""
+    from trainer.engine import optimizer_step
+    from trainer.engine_state import take_state
+
+    layouts: list[tuple[Layout, str]] = [
+        *(((stage, "none"), "fp32") for stage in range(4)),
+        *(((stage, "none"), "bf16") for stage in (1, 2, 3)),
+    ]
+    for layout, precision in layouts:
+        engine = build(layout, "adamw", precision)
+        step(engine, 0)
+        before = take_state(engine)
+        x = torch.ones(2, 6, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+        poison = float("nan") if dist.get_rank() == dist.get_world_size() - 1 else 1.0
+        engine.backward(engine(x).float().sum() * poison)
+        result = optimizer_step(engine, 1.0)
+        assert result is not None
+        assert not result.updated, (layout, precision)
+        assert not math.isfinite(result.norm)
+        after = take_state(engine)
+        assert after.numbers == before.numbers, (layout, precision)
+        for one, other in ((before.weights, after.weights), (before.optimizer, after.optimizer)):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[key], other[key]) for key in one), (layout, precision)
+        engine.backward(engine(x).float().sum())
+        result = optimizer_step(engine, 1.0)
+        assert result is not None
+        assert result.updated, (layout, precision)
+        assert 0 < result.norm < math.inf
+
+
+def check_whole_weights_let_ranks_work_by_themselves() -> None:
+    """At ZeRO-3, ranks with unequal numbers of forward passes: the same outputs as before, and training goes on."""
+    from trainer.engine import whole_weights
+
+    engine, reference = build((3, "none"), "adamw"), build((1, "none"), "adamw")
+    for number in range(2):
+        step(engine, number)
+        step(reference, number)
+        with whole_weights(engine), torch.no_grad():
+            for i in range(dist.get_rank() + 1):
+                x = torch.full((2, 6), float(i))
+                torch.testing.assert_close(engine.module(x), reference.module(x), rtol=1e-5, atol=1e-6)
+    assert step(engine, 2) == pytest.approx(step(reference, 2), rel=1e-5)
 
 
 def check_chunks_add_up_in_the_engine() -> None:
     """Two chunks of half a batch's loss each, unscaled, step as the whole batch does."""
     world = dist.get_world_size()
-    whole, chunked = build(1, "sgd"), build(1, "sgd", chunks=2)
+    whole, chunked = build((1, "none"), "sgd"), build((1, "none"), "sgd", chunks=2)
     x = torch.randn(IMAGES // world, 6, generator=torch.Generator().manual_seed(dist.get_rank()))
     whole.backward(whole(x).square().sum())
     whole.step()
@@ -91,7 +165,7 @@ def check_chunks_add_up_in_the_engine() -> None:
         chunked.step()
     for one, other in zip(whole.module.parameters(), chunked.module.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(whole.module[2].weight, build(1, "sgd").module[2].weight)
+    assert not torch.equal(whole.module[2].weight, build((1, "none"), "sgd").module[2].weight)
 
 
 test_on_ranks = on_ranks(__file__)

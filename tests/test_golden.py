@@ -47,7 +47,7 @@ def curve(folder: Path, name: str, **changes: dict[str, Any]) -> list[list[float
         base[section] |= values
     recipe = Recipe.model_validate({"output": str(folder / name), **base})
     rank = Rank(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    train(recipe, rank, Console(quiet=True), resume=False)
+    train(recipe, rank, Console(quiet=True), resume=None)
     dist.barrier()
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     return [[line["train/loss"], line["train/grad_norm"]] for line in lines]
@@ -69,6 +69,7 @@ def check_thirty_steps_are_golden() -> None:
         "zero1": {"engine": {"zero_stage": 1}},
         "zero0_sharded": {"engine": {"zero_stage": 0}, "memory": {"placement": "sharded"}},
         "zero2_chunks": {"engine": {"zero_stage": 2, "gradient_accumulation": 3}},
+        "zero3_offload": {"engine": {"zero_stage": 3, "offload": "all", "activation_checkpointing": True}},
     }
     curves = {name: curve(folder, name, **changes) for name, changes in layouts.items()}
     again = curve(folder, "again", **layouts["zero1"])

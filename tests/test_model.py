@@ -10,8 +10,15 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from configs.schema import ModelConfig
-from model.backbone import TIMM_NAMES, WeightsError, build_backbone, facebook_layout, infer_backbone
+from model.backbone import WeightsError, build_backbone, facebook_layout, infer_backbone
 from model.network import PlaceModel, build_model
+from model.vit import DinoViT
+
+SIZES_OF_TIMM = {
+    f"vit{letter}14{suffix}": f"vit_{size}_patch14{registers}_dinov2"
+    for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
+    for suffix, registers in {"": "", "_reg": "_reg4"}.items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +87,13 @@ def test_damaged_files_are_named(content: bytes, suffix: str, tmp_path: Path) ->
         build_backbone("vits14", str(path))
 
 
-@pytest.mark.parametrize("name", sorted(TIMM_NAMES))
-def test_every_size_can_be_built(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(SIZES_OF_TIMM))
+def test_every_size_is_the_one_timm_knows(name: str) -> None:
     with torch.device("meta"):
-        vit = timm.create_model(TIMM_NAMES[name], img_size=518, num_classes=0, dynamic_img_size=True)
-    assert len(vit.blocks) == {"s": 12, "b": 12, "l": 24, "g": 40}[name[3]]
-    assert (vit.reg_token is not None) == name.endswith("reg")
+        ours = DinoViT(name)
+        theirs = timm.create_model(SIZES_OF_TIMM[name], img_size=518, num_classes=0, dynamic_img_size=True)
+    assert repr(ours.blocks) == repr(theirs.blocks)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
 @pytest.mark.parametrize("side", [56, 70, 112])

@@ -1,15 +1,14 @@
 """Checkpoints: whole or not at all.
 
-`checkpoints/step-<n>/` holds `model.safetensors`, the optimizer's state, the queue, the position in the epoch plan and
-the recipe, and, written last, a manifest with the size and digest of each file. It is written under a temporary name
-and renamed; `latest` and `best` are one-line files replaced by rename.
+`checkpoints/step-<n>/` holds, by rank, weights, optimizer state and random state, the queue, the position in the epoch
+plan and the recipe, and, written last, a manifest with the size and digest of each file. `latest` and `best` are
+one-line files replaced by rename. Writing is `checkpoint_writer`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,16 +16,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+import yaml
+from safetensors.torch import load_file
 
 from configs.load import recipe_text
 from configs.schema import Recipe
 from memory.drift import DriftProbe
 from memory.queue import MemoryQueue
-from trainer.optimizer_state import load_optimizer, save_optimizer
+from trainer.engine_state import StoredTensors, put_state, take_state
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
+
+Contents = dict[str, dict[str, torch.Tensor] | str]  # what one rank writes: tensors or text by file name
 
 
 class CheckpointError(ValueError):
@@ -38,10 +40,11 @@ class Progress:
     """Where a training stands; everything here is in `state.json`."""
 
     step: int = 0  # position in the plan: global steps begun so far, over all epochs
-    skipped_steps: int = 0  # of these, steps without an update because of a non-finite loss
+    skipped_steps: int = 0  # of these, steps without an update because loss or gradient was not finite
     bad_images: int = 0
-    evals_since_best: int = 0
+    recalls: dict[str, float] = field(default_factory=dict)  # mean recall at the smallest K of each validation, by step
     mlflow_run_id: str | None = None
+    dataset: str = ""  # digest of the shard sets trained on
     before: list[dict[str, Any]] = field(default_factory=list)  # results of the untrained model
 
 
@@ -50,52 +53,46 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(
-    folder: Path, engine: Any, queue: MemoryQueue, drift: DriftProbe | None, progress: Progress, recipe: Recipe
-) -> Path:
-    """Writes `folder/step-<n>` from all ranks and points `latest` at it. Every rank must call this."""
-    main = dist.get_rank() == 0
-    final = folder / step_name(progress.step)
-    partial = folder / f".{final.name}.partial"
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    save_optimizer(engine, partial)
-    if main or queue.placement == "sharded":
-        _save_buffers(queue, partial / f"queue-{queue.rank:05d}-of-{queue.num_shards:05d}.safetensors")
-    dist.barrier()
-    if main:
-        weights = {name: p.detach().float().cpu().contiguous() for name, p in engine.module.state_dict().items()}
-        save_file(weights, partial / "model.safetensors")
+def checkpoint_contents(
+    engine: Any, queue: MemoryQueue, drift: DriftProbe | None, progress: Progress, recipe: Recipe
+) -> Contents:
+    """A copy in CPU memory of what this rank writes. Every rank must call this; training may go on at once."""
+    state = take_state(engine)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    part = f"{rank:05d}-of-{world:05d}.safetensors"
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    contents: Contents = {
+        f"model-{part}": state.weights,
+        f"optimizer-{part}": state.optimizer,
+        f"random-{part}": random,
+    }
+    if rank == 0 or queue.placement == "sharded":
+        contents[f"queue-{queue.rank:05d}-of-{queue.num_shards:05d}.safetensors"] = _buffers(queue)
+    if rank == 0:
         if drift:
-            _save_buffers(drift, partial / "drift.safetensors")
-        (partial / "state.json").write_text(json.dumps(asdict(progress), indent=1))
-        (partial / "recipe.yaml").write_text(recipe_text(recipe))
-        files = {str(f.relative_to(partial)): f for f in sorted(partial.rglob("*")) if f.is_file()}
-        digests = {name: {"bytes": f.stat().st_size, "sha256": _sync_and_digest(f)} for name, f in files.items()}
-        manifest = {"format": FORMAT, "step": progress.step, "world_size": dist.get_world_size(), "files": digests}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _sync_and_digest(partial / MANIFEST)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        point(folder / "latest", final)
-    dist.barrier()
-    return final
+            contents["drift.safetensors"] = _buffers(drift)
+        contents["optimizer.json"] = state.numbers
+        contents["state.json"] = json.dumps(asdict(progress), indent=1)
+        contents["recipe.yaml"] = recipe_text(recipe)
+    return contents
 
 
-def _save_buffers(module: torch.nn.Module, file: Path) -> None:
-    save_file({name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}, file)
+def _buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in module.state_dict().items()}
 
 
-def _sync_and_digest(file: Path) -> str:
-    """sha256 of a file whose bytes have reached the disk."""
-    sha = hashlib.sha256()
+def digest(file: Path) -> str:
+    """sha256 of a file."""
     with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-        while block := stream.read(1 << 22):
-            sha.update(block)
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:  # Python 3.10
+    sha = hashlib.sha256()
+    while block := stream.read(1 << 22):
+        sha.update(block)
     return sha.hexdigest()
 
 
@@ -134,7 +131,7 @@ def faults(checkpoint: Path) -> list[str]:
             found.append(f"{file} is missing")
         elif file.stat().st_size != expected["bytes"]:
             found.append(f"{file} has {file.stat().st_size} bytes, expected {expected['bytes']}")
-        elif _sync_and_digest(file) != expected["sha256"]:
+        elif digest(file) != expected["sha256"]:
             found.append(f"{file} differs from its digest")
     return found
 
@@ -163,26 +160,68 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
+def choose_checkpoint(folder: Path, given: Path | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from: `given`, else the newest of `folder` that verifies; with notes on damaged ones.
+
+    Read and verified by rank 0, for all; every rank must call this. Raises CheckpointError if `given` is damaged.
+    """
+    holder: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            holder = [(find_checkpoint(given), []) if given else newest_valid(folder)]
+        except CheckpointError as error:
+            holder = [error]
+    dist.broadcast_object_list(holder)
+    if isinstance(holder[0], CheckpointError):
+        raise holder[0]
+    found: tuple[Path | None, list[str]] = holder[0]
+    return found
+
+
+def set_aside_newer(folder: Path, checkpoint: Path | None) -> None:
+    """Renames to `unused-step-...` the checkpoints newer than the one gone on from: damaged, or left behind."""
+    for newer in sorted(folder.glob("step-*")):
+        if checkpoint is None or newer.name > checkpoint.name:
+            shutil.rmtree(folder / f"unused-{newer.name}", ignore_errors=True)
+            newer.rename(folder / f"unused-{newer.name}")
+            if pointed(folder / "best") == newer:
+                (folder / "best").unlink()
+    if checkpoint is not None and checkpoint.parent == folder:
+        point(folder / "latest", checkpoint)
+
+
 def load_checkpoint(
     checkpoint: Path, engine: Any, queue: MemoryQueue, drift: DriftProbe | None, recipe: Recipe
 ) -> Progress:
-    """Restores engine and queue on every rank, at any world size and ZeRO stage, and returns the position."""
+    """Restores engine, queue and random state on every rank, at any world size and ZeRO stage; the position."""
     for key, ours, theirs in _differences(recipe, checkpoint):
         raise CheckpointError(f"{checkpoint} was trained with {key} {theirs}, this recipe has {ours}; they must agree")
     side = recipe.data.image_size
-    blank = torch.zeros(1, 3, side, side, device=next(engine.module.parameters()).device)
-    load_optimizer(engine, checkpoint, load_file(checkpoint / "model.safetensors"), lambda: engine(blank))
+    blank = torch.zeros(1, 3, side, side, device=engine.device)
+    weights, optimizer = (
+        StoredTensors(sorted(checkpoint.glob(f"{kind}-*.safetensors"))) for kind in ("model", "optimizer")
+    )
+    put_state(engine, weights, optimizer, (checkpoint / "optimizer.json").read_text(), lambda: engine(blank))
     queue.load_shards(load_file(file) for file in sorted(checkpoint.glob("queue-*.safetensors")))
     if drift and (checkpoint / "drift.safetensors").exists():
         drift.load_state_dict(load_file(checkpoint / "drift.safetensors"))
+    random = checkpoint / f"random-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
+    if random.exists():  # at another world size nothing is the same to go on with
+        states = load_file(random)
+        torch.set_rng_state(states["cpu"])
+        if torch.cuda.is_available() and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
     return Progress(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def stored_recipe(checkpoint: Path) -> Recipe:
+    """The recipe that a checkpoint was trained by."""
+    return Recipe.model_validate(yaml.safe_load((checkpoint / "recipe.yaml").read_text()))
 
 
 def _differences(recipe: Recipe, checkpoint: Path) -> list[tuple[str, Any, Any]]:
     """Keys that decide what the stored state means, where recipe and checkpoint differ."""
-    import yaml
-
-    stored = Recipe.model_validate(yaml.safe_load((checkpoint / "recipe.yaml").read_text())).as_flat()
+    stored = stored_recipe(checkpoint).as_flat()
     fixed = (
         "seed",
         "data.places_per_batch",
@@ -191,6 +230,7 @@ def _differences(recipe: Recipe, checkpoint: Path) -> list[tuple[str, Any, Any]]
         "data.repeat",
         "model.backbone",
         "model.aggregator",
+        "model.finetune",
         "model.finetune_last_n_blocks",
         "memory.size",
         "engine.precision",
@@ -201,9 +241,14 @@ def _differences(recipe: Recipe, checkpoint: Path) -> list[tuple[str, Any, Any]]
     ]
 
 
+def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The network's state dict in float32, all ranks' parts together."""
+    return dict(StoredTensors(sorted(checkpoint.glob("model-*.safetensors"))))
+
+
 def load_model_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """Puts a checkpoint's weights into a model built from its recipe."""
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    model.load_state_dict(checkpoint_weights(checkpoint))
 
 
 def prune(folder: Path, keep_last: int) -> None:

@@ -14,32 +14,38 @@ from trainer.errors import one_line_errors
 USAGE = "rerankvpr train RECIPE"
 
 
-def parse(argv: list[str]) -> tuple[Recipe, bool]:
-    """The recipe that the arguments mean, flags applied over its file, and whether to resume."""
-    resume = "--resume" in argv
-    rest = [arg for arg in argv if arg != "--resume"]
+def parse(argv: list[str]) -> tuple[Recipe, Path | None, bool]:
+    """The recipe that the arguments mean, flags applied over its file; the checkpoint to resume; whether to resume."""
+    resume, given, rest = "--resume" in argv, None, list(argv)
+    if resume:
+        at = rest.index("--resume")
+        taken = rest[at + 1 : at + 2]
+        has_value = at > 0 and bool(taken) and not taken[0].startswith("-")
+        given = Path(taken[0]) if has_value and taken[0] != "auto" else None
+        del rest[at : at + 1 + has_value]
     shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     description = (
         f"Trains RECIPE, a YAML file or one of the shipped recipes ({shipped}), and evaluates it before and after. "
-        "Every key of a recipe is a flag; defaults below are the recipe's. --resume goes on from the newest valid "
-        "checkpoint of --output. SIGTERM and SIGUSR1 save after the running step and end with status 75."
+        "Every key of a recipe is a flag; defaults below are the recipe's. --resume (or --resume auto) goes on from "
+        "the newest valid checkpoint of --output, or starts where it has none; --resume FOLDER from that one. SIGTERM "
+        "and SIGUSR1 save after the running step and end with status 75."
     )
     flags = partial(tyro.cli, Recipe, prog=USAGE, description=description, config=(tyro.conf.FlagConversionOff,))
     if not rest or rest[0].startswith("-"):
         if {"-h", "--help"} & set(rest):
             flags(args=["--help"])
         raise ValueError(f"train needs a recipe first: {USAGE} [--section.key value]; shipped: {shipped}")
-    return flags(args=rest[1:], default=load_recipe(Path(rest[0]))), resume
+    return flags(args=rest[1:], default=load_recipe(Path(rest[0]))), given, resume
 
 
 def main(argv: list[str]) -> int:
     """Runs one rank of a training."""
     with one_line_errors():
-        recipe, resume = parse(argv)
+        recipe, given, resume = parse(argv)
     from rich.console import Console
 
     from data_pipeline.loader import TooManyBadImagesError
-    from trainer.loop import TrainingError, train
+    from trainer.loop import Resume, TrainingError, train
     from trainer.process_group import start_process_group, stop_process_group
     from trainer.stop_signal import REQUEUE_STATUS, Stopped
 
@@ -47,7 +53,7 @@ def main(argv: list[str]) -> int:
     with one_line_errors(TooManyBadImagesError, TrainingError):
         rank = start_process_group(recipe.engine.timeout_s)
         try:
-            summary = train(recipe, rank, console, resume=resume)
+            summary = train(recipe, rank, console, resume=Resume(given) if resume else None)
         except Stopped as stopped:
             if rank.is_main:
                 console.print(str(stopped), soft_wrap=True)

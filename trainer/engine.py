@@ -3,31 +3,66 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from configs.schema import EngineConfig, OptimConfig
+from model.network import PlaceModel
 
 NO_DECAY = ("cls_token", "pos_embed", "reg_token")
+BUCKET = 50_000_000  # elements reduced or gathered at a time; DeepSpeed's own 5e8 is 2 GB a buffer in fp32
+LIVE = 100_000_000  # elements that ZeRO-3 keeps whole on a rank: the largest ViT's block has 28e6
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices with weight decay; norms, biases and embeddings without."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("no parameter is trained: raise model.finetune_last_n_blocks")
-    decayed = [p for name, p in trained if p.ndim > 1 and not name.endswith(NO_DECAY)]
-    plain = [p for name, p in trained if p.ndim <= 1 or name.endswith(NO_DECAY)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Trained parameters: matrices with weight decay; norms, biases and embeddings without.
+
+    With `optim.layer_decay` below 1 there is such a pair for each layer, and `lr_scale` in a group is
+    layer_decay^(layers above it).
+    """
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        above = 0
+        if optim.layer_decay < 1:
+            assert isinstance(model, PlaceModel)
+            above = model.num_layers - 1 - model.layer_of(name)
+        decays = whole_ndim(parameter) > 1 and not name.endswith(NO_DECAY)
+        group = groups.setdefault(
+            (above, not decays),
+            {
+                "params": [],
+                "weight_decay": optim.weight_decay if decays else 0.0,
+                "lr_scale": optim.layer_decay**above,
+            },
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("no parameter is trained: raise model.finetune_last_n_blocks, or set model.finetune all")
+    return [groups[key] for key in sorted(groups)]
+
+
+def whole_ndim(parameter: nn.Parameter) -> int:
+    """Dimensions of a parameter that ZeRO-3 may have cut into flat partitions."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def whole_numel(parameter: nn.Parameter) -> int:
+    """Elements of a parameter that ZeRO-3 may have cut into flat partitions."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """The recipe's optimizer over the trained parameters."""
-    groups = parameter_groups(model, optim.weight_decay)
+    groups = parameter_groups(model, optim)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.beta1)
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
@@ -35,12 +70,28 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
 
 
 def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_per_rank: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Clipping is always explicit: left out, DeepSpeed clips at a norm of 1."""
+    """DeepSpeed's own configuration. Clipping is always explicit: left out, DeepSpeed clips at a norm of 1.
+
+    At stage 0 in fp32 `optimizer_step` clips, which sees whether the gradient is finite before anything is updated.
+    """
+    if engine.zero_stage == 0 and engine.precision == "fp32":
+        gradient_clipping = 0.0
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    if engine.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_max_live_parameters": LIVE,
+            "stage3_max_reuse_distance": LIVE,
+        }
     return {
         "train_micro_batch_size_per_gpu": max(1, images_per_rank // engine.gradient_accumulation),
         "gradient_accumulation_steps": engine.gradient_accumulation,
         "gradient_clipping": gradient_clipping,
-        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_optimization": zero,
         "bf16": {"enabled": engine.precision == "bf16"},
         "fp16": {"enabled": engine.precision == "fp16"},
         "zero_allow_untested_optimizer": True,
@@ -49,10 +100,7 @@ def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_p
     }
 
 
-def build_engine(
-    model: nn.Module, *, engine: EngineConfig, optim: OptimConfig, images_per_rank: int
-) -> Any:  # deepspeed.DeepSpeedEngine, which ships no types
-    """`model` under DeepSpeed with the recipe's optimizer; averages gradients over ranks, as `GlobalLoss` expects."""
+def _deepspeed() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     import deepspeed.ops
@@ -61,6 +109,23 @@ def build_engine(
     logger.setLevel(logging.WARNING)
     # A kernel for inference on CPU only, which would be compiled in every first run (about 40 s).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def partitioner(engine: EngineConfig) -> Callable[[nn.Module], None] | None:
+    """At ZeRO-3 what leaves this rank its part of a module's parameters, once they are filled; None at other stages."""
+    if engine.zero_stage < 3:
+        return None
+    deepspeed = _deepspeed()
+    config = deepspeed_config(engine, gradient_clipping=0.0, images_per_rank=1)
+    return lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=config) and None
+
+
+def build_engine(
+    model: nn.Module, *, engine: EngineConfig, optim: OptimConfig, images_per_rank: int
+) -> Any:  # deepspeed.DeepSpeedEngine, which ships no types
+    """`model` under DeepSpeed with the recipe's optimizer; averages gradients over ranks, as `GlobalLoss` expects."""
+    deepspeed = _deepspeed()
     optimizer = build_optimizer(model, optim)
     config = deepspeed_config(engine, gradient_clipping=optim.gradient_clipping, images_per_rank=images_per_rank)
     built, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -68,20 +133,61 @@ def build_engine(
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """Sets the rate of the next step in all parameter groups."""
+    """Sets the rate of the next step in all parameter groups, each at its layer's scale."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def optimizer_step(engine: Any) -> float | None:
-    """Ends a micro-batch, and with the last one updates; the norm of the gradient before clipping, then.
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on all ranks."""
 
-    DeepSpeed keeps that norm from stage 1 on; at stage 0 it is taken from the averaged gradients.
+    norm: float  # of the whole gradient, before clipping; not finite where nothing was updated
+    updated: bool
+
+
+def optimizer_step(engine: Any, gradient_clipping: float) -> StepResult | None:
+    """Ends a micro-batch, and with the last one clips and updates; None before that.
+
+    A gradient that is not finite updates nothing, on any rank: DeepSpeed sees to it where it wraps the optimizer; at
+    stage 0 in fp32, where torch's own runs, such a gradient is dropped here.
     """
-    norm = None
-    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads))
+    boundary = engine.is_gradient_accumulation_boundary()
+    if hasattr(engine.optimizer, "overflow"):
+        engine.step()
+        if not boundary:
+            return None
+        skipped = bool(engine.optimizer.overflow)
+        return StepResult(math.inf if skipped else float(engine.get_global_grad_norm()), not skipped)
+    norm = math.nan
+    if boundary:
+        parameters = [p for p in engine.module.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total)
+        if not math.isfinite(norm):
+            for parameter in parameters:
+                parameter.grad = None  # torch's optimizers leave a parameter without gradient alone
+        elif gradient_clipping:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clipping, total)
     engine.step()
-    kept = engine.get_global_grad_norm() if norm is None else norm
-    return None if kept is None else float(kept)
+    return StepResult(norm, math.isfinite(norm)) if boundary else None
+
+
+@contextmanager
+def whole_weights(engine: Any) -> Iterator[None]:
+    """Inside, every rank may call the module by itself, as often as it likes.
+
+    At ZeRO-3 each call gathers weights from all ranks, which evaluation, where ranks have unequal work, must not do:
+    the weights are gathered once and parted again at the end. At other stages ranks hold them whole anyway.
+    """
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    deepspeed = _deepspeed()
+    offload = engine.optimizer.parameter_offload
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        offload._remove_module_hooks()
+        try:
+            yield
+        finally:
+            offload.setup_zero_stage3_hooks()

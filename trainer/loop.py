@@ -20,9 +20,8 @@ from data_pipeline.augment import image_seeds, randaugment
 from data_pipeline.images import normalise
 from data_pipeline.loader import PlaceBatch, PlaceLoader, build_reader
 from data_pipeline.mixture import EpochPlans, read_mixture
-from eval.benchmarks import load_benchmarks
-from eval.evaluate import FeatureStore, Result, evaluate
-from eval.report import draw_pictures, write_results
+from eval.evaluate import Result
+from eval.report import write_results
 from memory.drift import DriftProbe
 from memory.global_loss import GlobalLoss, GlobalLossOutput
 from memory.gradient_cache import GradientCache
@@ -30,25 +29,36 @@ from memory.queue import MemoryQueue
 from model.network import PlaceModel, build_model
 from trainer.checkpoint import (
     Progress,
-    best_recall,
+    checkpoint_contents,
+    choose_checkpoint,
     find_checkpoint,
     load_checkpoint,
-    newest_valid,
     point,
-    prune,
-    save_checkpoint,
+    set_aside_newer,
     step_name,
 )
-from trainer.engine import build_engine, optimizer_step, set_learning_rate
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.engine import StepResult, build_engine, optimizer_step, partitioner, set_learning_rate, whole_numel
 from trainer.process_group import Rank
 from trainer.progress import Update, progress_bar
-from trainer.schedule import learning_rate
+from trainer.schedule import learning_rate, validations_since_best
 from trainer.stop_signal import Stopped, StopSignal
 from trainer.tracking import Tracker
+from trainer.validation import Validation, agreed_best_recall
+from trainer.watchdog import Watchdog
+
+SAVE_AGAIN_S = 5.0
 
 
 class TrainingError(RuntimeError):
     """A training that must stop; the text says why, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where to go on: from `checkpoint`, or the newest valid one of the output folder, or the start if it has none."""
+
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -64,78 +74,94 @@ class Summary:
 class Training:
     """One training: its parts, and where it stands."""
 
-    def __init__(self, recipe: Recipe, rank: Rank, console: Console, *, resume: bool) -> None:
+    def __init__(self, recipe: Recipe, rank: Rank, console: Console, *, resume: Resume | None) -> None:
         self.recipe, self.rank, self.console = recipe, rank, console
         self.stop_signal = StopSignal()
         self.asked_to_stop = False
         self.checkpoints = recipe.output / "checkpoints"
-        places, world = recipe.data.places_per_batch, rank.world_size
-        if places % world:
-            low = max(world, places // world * world)
-            raise ValueError(
-                f"data.places_per_batch {places} is not divisible by {world} ranks; nearest: {low} or {low + world}"
-            )
-        found, notes = newest_valid(self.checkpoints)
+        images_per_rank = self._check_sizes()
+        found, notes = choose_checkpoint(self.checkpoints, resume.checkpoint if resume else None)
         if found and not resume:
             raise ValueError(
                 f"{recipe.output} already holds a training (up to {found.name}); add --resume or change --output"
             )
-        images_per_rank = places // world * recipe.data.images_per_place
-        if recipe.engine.gradient_accumulation > images_per_rank:
-            raise ValueError(
-                f"engine.gradient_accumulation {recipe.engine.gradient_accumulation} is more than the "
-                f"{images_per_rank} images of a rank; it counts the chunks that these are encoded in"
-            )
         self.loss = GlobalLoss(recipe.loss, recipe.memory)
-        self.benchmarks = load_benchmarks(recipe.eval.benchmarks, recipe.eval.data_root)
+        self.validation = Validation(recipe.eval, console)
         reader = build_reader(recipe.data, rank=rank.rank)
         places_of = read_mixture(recipe.data, reader)
         self.plans = EpochPlans(places_of, recipe.data, seed=recipe.seed)
-        self.loader = PlaceLoader(places_of, recipe.data, rank=rank.rank, world_size=world, reader=reader)
+        self.loader = PlaceLoader(places_of, recipe.data, rank=rank.rank, world_size=rank.world_size, reader=reader)
         self.total_steps = recipe.trainer.epochs * self.plans.num_steps
         if recipe.trainer.max_steps:
             self.total_steps = min(self.total_steps, recipe.trainer.max_steps)
 
-        model = build_model(recipe.model, seed=recipe.seed)
-        memory = recipe.memory
-        self.queue = MemoryQueue(memory.size, model.descriptor_size, rank.device, placement=memory.placement)
-        self.drift = None
-        if memory.size and memory.drift_every:
-            self.drift = DriftProbe(
-                every=memory.drift_every,
-                num_images=memory.drift_images,
-                queue_steps=math.ceil(memory.size / (places * recipe.data.images_per_place)),
-                image_shape=(3, recipe.data.image_size, recipe.data.image_size),
-                descriptor_size=model.descriptor_size,
-                device=rank.device,
-            )
-        self.engine = build_engine(
-            model,
-            engine=recipe.engine,
-            optim=recipe.optim,
-            images_per_rank=images_per_rank,
+        model: PlaceModel = build_model(recipe.model, seed=recipe.seed, shard=partitioner(recipe.engine))
+        model.activation_checkpointing = recipe.engine.activation_checkpointing
+        self.queue = MemoryQueue(
+            recipe.memory.size, model.descriptor_size, rank.device, placement=recipe.memory.placement
         )
+        self.drift = self._drift_probe(model.descriptor_size)
+        self.engine = build_engine(model, engine=recipe.engine, optim=recipe.optim, images_per_rank=images_per_rank)
+        model.cast_frozen()  # DeepSpeed has cast all of it
+        if recipe.engine.compile:
+            model.compile_blocks()
+        torch.manual_seed(recipe.seed + rank.rank)
         self.progress = Progress()
         if self.loss.note:
             self.say(f"[yellow]{self.loss.note}")
         for note in notes:
             self.say(f"[yellow]left out: {note}")
-        if found and resume:
+        if resume and found:
             self.progress = load_checkpoint(found, self.engine, self.queue, self.drift, recipe)
             self.say(f"resumed from {found}, step {self.progress.step} of {self.total_steps}")
+        if resume and rank.is_main:
+            set_aside_newer(self.checkpoints, found)
         self.bad_images_before = self.progress.bad_images
+        self.writer = CheckpointWriter(self.checkpoints, keep_last=recipe.trainer.keep_last, say=self.say)
         self.tracker = Tracker(recipe, recipe.output, console, run_id=self.progress.mlflow_run_id, active=rank.is_main)
-        self.progress.mlflow_run_id = self.tracker.run_id
         if rank.is_main:
             (recipe.output / "recipe.yaml").write_text(recipe_text(recipe))
             self.tracker.artifact(recipe.output / "recipe.yaml")
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            self.say(
-                f"{recipe.name}: {recipe.model.backbone}, {trained / 1e6:.1f} M of "
-                f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters trained; {places_of.num_places} "
-                f"places, {self.plans.num_steps} steps an epoch, {self.total_steps} in all; {world} rank(s) on "
-                f"{rank.device.type}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}"
+        numel = [(whole_numel(p), p.requires_grad) for p in model.parameters()]
+        self.say(
+            f"{recipe.name}: {recipe.model.backbone}, {sum(n for n, trained in numel if trained) / 1e6:.1f} M of "
+            f"{sum(n for n, _ in numel) / 1e6:.1f} M parameters trained; {places_of.num_places} "
+            f"places, {self.plans.num_steps} steps an epoch, {self.total_steps} in all; {rank.world_size} rank(s) on "
+            f"{rank.device.type}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}"
+        )
+        self.watchdog = Watchdog(
+            limit_s=recipe.engine.stall_s, first_limit_s=recipe.engine.timeout_s, folder=recipe.output
+        )
+
+    def _check_sizes(self) -> int:
+        """Images of a rank in a step; raises ValueError where they do not come out even."""
+        recipe, world = self.recipe, self.rank.world_size
+        places, chunks = recipe.data.places_per_batch, recipe.engine.gradient_accumulation
+        if places % world:
+            low = max(world, places // world * world)
+            raise ValueError(
+                f"data.places_per_batch {places} is not divisible by {world} ranks; nearest: {low} or {low + world}"
             )
+        images = places // world * recipe.data.images_per_place
+        if chunks > images:
+            raise ValueError(
+                f"engine.gradient_accumulation {chunks} is more than the {images} images of a rank; it counts the "
+                "chunks that these are encoded in"
+            )
+        return images
+
+    def _drift_probe(self, descriptor_size: int) -> DriftProbe | None:
+        memory, data = self.recipe.memory, self.recipe.data
+        if not (memory.size and memory.drift_every):
+            return None
+        return DriftProbe(
+            every=memory.drift_every,
+            num_images=memory.drift_images,
+            queue_steps=math.ceil(memory.size / (data.places_per_batch * data.images_per_place)),
+            image_shape=(3, data.image_size, data.image_size),
+            descriptor_size=descriptor_size,
+            device=self.rank.device,
+        )
 
     def say(self, text: str) -> None:
         """Prints on rank 0."""
@@ -152,21 +178,26 @@ class Training:
         """Trains to the end from wherever it stands; every rank calls this."""
         if self.progress.step == 0:
             self.progress.before = [result.as_dict() for result in self._evaluate("untrained", rerank=True)]
+        self._validate_if_due()  # a run killed in a validation goes on with it
         with progress_bar(self.console, "training", self.total_steps, active=self.rank.is_main) as update:
             for batch, waited_s in self._batches():
                 self._step(batch, waited_s, update)
-                self._after_step()
-                if self._no_longer_better():
-                    break
+                self._save_if_due()
+                self._validate_if_due()
         if self._no_longer_better():
-            self.say(f"{self.progress.evals_since_best} validations without a better recall: stopped early")
+            since = validations_since_best(self.progress.recalls.values())
+            self.say(f"{since} validations without a better recall: stopped early")
+        self._save_at_the_end()
         results = self._evaluate("trained", rerank=True, pictures=self.recipe.output / "pictures")
         self._keep_if_best(results)
         checkpoint = find_checkpoint(self.checkpoints / "latest")
         if self.rank.is_main:
             path = self.recipe.output / "results.json"
-            write_results(path, results, model=str(checkpoint), before=self.progress.before)
-            self.tracker.artifact(path)
+            try:
+                write_results(path, results, model=str(checkpoint), before=self.progress.before)
+                self.tracker.artifact(path)
+            except OSError as error:
+                self.say(f"[yellow]results could not be written to {path} ({error}); they are printed above")
         self.tracker.close("FINISHED")
         return Summary(self.progress.step, checkpoint, self.progress.before, [result.as_dict() for result in results])
 
@@ -174,16 +205,22 @@ class Training:
         while self.progress.step < self.total_steps and not self._no_longer_better():
             epoch, start = divmod(self.progress.step, self.plans.num_steps)
             stop = min(self.plans.num_steps, start + self.total_steps - self.progress.step)
-            batches = self.loader.batches(self.plans.epoch(epoch), range(start, stop))
-            asked = time.perf_counter()
-            for batch in batches:
-                yield batch, time.perf_counter() - asked
+            batches = iter(self.loader.batches(self.plans.epoch(epoch), range(start, stop)))
+            while True:
+                self.watchdog.enter("data", self.progress.step)
                 asked = time.perf_counter()
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                yield batch, time.perf_counter() - asked
+                if self._no_longer_better():
+                    return
 
     def _step(self, batch: PlaceBatch, waited_s: float, update: Update) -> None:
         """One optimizer step on this rank's share of a global batch."""
         began = time.perf_counter()
         recipe, progress = self.recipe, self.progress
+        self.watchdog.enter("forward", progress.step)
         epoch = progress.step // self.plans.num_steps
         # Skipped steps update nothing, so they age nothing either.
         optimizer_step = progress.step - progress.skipped_steps
@@ -201,8 +238,10 @@ class Training:
             values |= self.drift.measure(self._encode, optimizer_step)
         chunks = recipe.engine.gradient_accumulation
         cache = GradientCache(self._encode, images.tensor_split(chunks)) if chunks > 1 else None
+        descriptors = cache.descriptors_BD if cache else self._encode(images)
+        self.watchdog.enter("loss", progress.step)
         out = self.loss(
-            cache.descriptors_BD if cache else self._encode(images),
+            descriptors,
             place_ids,
             self.queue,
             step=optimizer_step,
@@ -210,31 +249,31 @@ class Training:
         )
         names, sums = ["loss", *out.stats], [out.loss.detach(), *out.stats.values()]
         values |= dict(zip(names, torch.stack([value.double() for value in sums]).tolist(), strict=True))
-        said = torch.tensor([self.loader.num_bad_images, bool(self.stop_signal.name)], device=self.rank.device)
-        dist.all_reduce(said)
-        bad_images, asked_to_stop = said.tolist()
-        self.asked_to_stop = asked_to_stop > 0
+        bad_images = self._agree()
         lr = learning_rate(
             progress.step,
             total_steps=self.total_steps,
             steps_per_epoch=self.plans.num_steps,
             optim=recipe.optim,
+            recalls=progress.recalls.values(),
         )
+        self.watchdog.enter("step", progress.step)
+        result = None
         if math.isfinite(values["loss"]):
             set_learning_rate(self.engine, lr)
-            norm = self._backward(out, cache)
-            if norm is not None:
-                values["grad_norm"] = norm
-                self._check_gradient(norm)
+            result = self._backward(out, cache)
+            values["grad_norm"] = result.norm
+        if result and result.updated:
             if uses_queue:
                 self.queue.enqueue(out.descriptors_ND, out.place_ids_N, optimizer_step)
                 if self.drift:
                     self.drift.keep(images, out.descriptors_ND, optimizer_step)
         else:
-            self._skip(values["loss"], out.place_ids_N)
+            self._skip(values, out.place_ids_N)
         progress.step += 1
         seconds = time.perf_counter() - began + waited_s
         num_images = len(images) * self.rank.world_size
+        progress.bad_images = self.bad_images_before + bad_images
         values |= {
             "epoch": float(epoch),
             "lr": lr,
@@ -242,36 +281,49 @@ class Training:
             "data_wait_s": waited_s,
             "step_s": seconds,
             "skipped_steps": float(progress.skipped_steps),
-            "bad_images": float(self.bad_images_before + bad_images),
+            "bad_images": float(progress.bad_images),
         }
-        progress.bad_images = self.bad_images_before + bad_images
         if progress.step % recipe.trainer.log_every_steps == 0:
             self.tracker.metrics({f"train/{name}": value for name, value in values.items()}, progress.step)
         queue = f"queue {len(self.queue)}" if uses_queue else "queue off"
         update(progress.step, note=f"loss {values['loss']:.3f}  {values['images_per_s']:.0f} images/s  {queue}")
 
-    def _skip(self, loss: float, place_ids_N: torch.Tensor) -> None:
-        """Counts a step whose loss is not finite, and writes down its places."""
+    def _agree(self) -> int:
+        """What ranks tell each other in each step: who was asked to stop, who has written its part of a checkpoint.
+
+        Returns the bad images of all ranks.
+        """
+        mine = [self.loader.num_bad_images, bool(self.stop_signal.name), *self.writer.vote()]
+        said = torch.tensor(mine, dtype=torch.float32, device=self.rank.device)
+        dist.all_reduce(said)
+        bad_images, asked_to_stop, written, failed = said.tolist()
+        self.asked_to_stop = asked_to_stop > 0
+        self.writer.settle(written, failed)
+        return int(bad_images)
+
+    def _skip(self, values: dict[str, float], place_ids_N: torch.Tensor) -> None:
+        """Counts a step whose loss or gradient is not finite, and writes down its places."""
         progress, trainer = self.progress, self.recipe.trainer
         progress.skipped_steps += 1
+        finite = math.isfinite(values["loss"])
+        what = "the gradient is not finite" if finite else f"loss is {values['loss']}"
+        if finite and self.recipe.engine.precision == "fp16":
+            return  # the loss scaler looks for its scale in this way
         record = self.recipe.output / "skipped_steps.jsonl"
         if self.rank.is_main:
-            with record.open("a") as file:
-                places = place_ids_N.unique().tolist()
-                file.write(json.dumps({"step": progress.step, "loss": str(loss), "place_ids": places}) + "\n")
-        self.say(f"[yellow]step {progress.step}: loss is {loss}; step skipped, its places are in {record}")
+            places = place_ids_N.unique().tolist()
+            line = {"step": progress.step, "loss": str(values["loss"]), "why": what, "place_ids": places}
+            try:
+                with record.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                self.say(f"[yellow]{record} cannot be written ({error}): {line}")
+        self.say(f"[yellow]step {progress.step}: {what}; step skipped, its places are in {record}")
         if progress.skipped_steps > trainer.max_skipped_steps:
             raise TrainingError(
-                f"step {progress.step}: {progress.skipped_steps} steps had a non-finite loss, more than "
-                f"trainer.max_skipped_steps; their places are in {record}; lower optim.lr or use engine.precision bf16"
-            )
-
-    def _check_gradient(self, norm: float) -> None:
-        """Ends the run before a gradient that is not finite reaches a checkpoint; fp16's scaler handles its own."""
-        if not math.isfinite(norm) and self.recipe.engine.precision != "fp16":
-            raise TrainingError(
-                f"step {self.progress.step}: the gradient norm is {norm} though the loss is finite, so the weights are "
-                "lost; the last checkpoint is whole: --resume with a lower optim.lr or with optim.gradient_clipping"
+                f"step {progress.step}: {progress.skipped_steps} steps had a loss or gradient that is not finite, more "
+                f"than trainer.max_skipped_steps; their places are in {record}; lower optim.lr or use engine.precision "
+                "bf16"
             )
 
     def _encode(self, images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -279,89 +331,110 @@ class Training:
         descriptors_BD: torch.Tensor = self.engine(normalise(images_B3HW))
         return descriptors_BD
 
-    def _backward(self, out: GlobalLossOutput, cache: GradientCache | None) -> float | None:
-        """One optimizer step from the loss of the global batch, whole or chunk by chunk; the gradient's norm."""
+    def _backward(self, out: GlobalLossOutput, cache: GradientCache | None) -> StepResult:
+        """One optimizer step from the loss of the global batch, whole or chunk by chunk."""
+        clipping = self.recipe.optim.gradient_clipping
+        result: StepResult | None = None
         if cache is None:
             self.engine.backward(out.loss)
-            return optimizer_step(self.engine)
-        norm = None
+            result = optimizer_step(self.engine, clipping)
+        else:
 
-        def backward(part: torch.Tensor) -> None:
-            nonlocal norm
-            self.engine.backward(part, scale_wrt_gas=False)  # chunks add up to the batch: nothing to average
-            norm = optimizer_step(self.engine)  # updates after the last chunk
+            def backward(part: torch.Tensor) -> None:
+                nonlocal result
+                self.engine.backward(part, scale_wrt_gas=False)  # chunks add up to the batch: nothing to average
+                result = optimizer_step(self.engine, clipping)  # updates after the last chunk
 
-        cache.backward(out.loss, backward)
-        return norm
+            cache.backward(out.loss, backward)
+        assert result is not None
+        return result
 
-    def _after_step(self) -> None:
-        """Checkpoint and validation, where they are due."""
+    def _save_if_due(self) -> None:
+        """Checkpoint at the recipe's interval, at the end of an epoch, or because the run was asked to stop."""
         trainer, step = self.recipe.trainer, self.progress.step
-        epoch, into_epoch = divmod(step, self.plans.num_steps)
+        every = trainer.checkpoint_every_steps or self.plans.num_steps
         last = step == self.total_steps
-        due = step % trainer.checkpoint_every_steps == 0 if trainer.checkpoint_every_steps else into_epoch == 0
-        if due or last or self.asked_to_stop:
+        if step % every == 0 or last or self.asked_to_stop:
             self._save()
         if self.asked_to_stop and not last:
-            raise Stopped(f"asked to stop; saved at step {step} of {self.total_steps}, --resume goes on from there")
-        every = trainer.validate_every_epochs
-        if every and into_epoch == 0 and epoch % every == 0 and not last:
+            saved = self.writer.finish()
+            where = f"saved at step {step} of {self.total_steps}" if saved else f"step {step} could not be saved"
+            raise Stopped(f"asked to stop; {where}, --resume goes on from the last checkpoint")
+
+    def _save(self) -> None:
+        """Begins to write a checkpoint of the present step; it is valid some steps later."""
+        self.watchdog.enter("save", self.progress.step)
+        self.tracker.flush()  # a killed run goes on from here, and its curves with it
+        self.progress.mlflow_run_id = self.tracker.run_id
+        contents = checkpoint_contents(self.engine, self.queue, self.drift, self.progress, self.recipe)
+        self.writer.begin(self.progress.step, contents)
+
+    def _is_saved(self) -> bool:
+        """Whether the checkpoint of the present step is there, as rank 0 sees it."""
+        self.writer.finish()
+        holder = [(self.checkpoints / step_name(self.progress.step)).exists()]
+        dist.broadcast_object_list(holder)
+        return holder[0]
+
+    def _save_at_the_end(self) -> None:
+        """The last checkpoint, tried again where the disk is full."""
+        tries = math.ceil(self.recipe.trainer.save_retry_s / SAVE_AGAIN_S)
+        while not self._is_saved():
+            if tries < 0:
+                raise TrainingError(
+                    f"the checkpoint of the last step, {self.progress.step}, could not be written for "
+                    f"{self.recipe.trainer.save_retry_s:g} s; make room and go on with --resume"
+                )
+            if tries < math.ceil(self.recipe.trainer.save_retry_s / SAVE_AGAIN_S):
+                self.say(f"[yellow]the last checkpoint is tried again in {SAVE_AGAIN_S:g} s")
+                time.sleep(SAVE_AGAIN_S)
+            tries -= 1
+            self._save()
+
+    def _validate_if_due(self) -> None:
+        """Validation at the recipe's interval, once a step; not at the last step, whose evaluation is the final one."""
+        step, every = self.progress.step, self.recipe.trainer.validate_every_epochs
+        epoch, into_epoch = divmod(step, self.plans.num_steps)
+        due = every and step and into_epoch == 0 and epoch % every == 0 and step < self.total_steps
+        if due and str(step) not in self.progress.recalls:
             self._keep_if_best(self._evaluate(f"epoch {epoch}", rerank=False))
 
     def _no_longer_better(self) -> bool:
         """Whether the recipe's number of validations in a row brought no better recall."""
         patience = self.recipe.trainer.early_stop_evals
-        return 0 < patience <= self.progress.evals_since_best
-
-    def _save(self) -> Path:
-        self.tracker.flush()  # a killed run goes on from here, and its curves with it
-        path = save_checkpoint(self.checkpoints, self.engine, self.queue, self.drift, self.progress, self.recipe)
-        if self.rank.is_main:
-            prune(self.checkpoints, self.recipe.trainer.keep_last)
-        return path
+        return 0 < patience <= validations_since_best(self.progress.recalls.values())
 
     def _keep_if_best(self, results: list[Result]) -> None:
-        """Points `best` at the present step if its mean first-stage recall at the smallest K is the highest."""
+        """Notes the mean recall, and points `best` at the present step if it is the highest."""
         if not results:
             return
-        k = self.recipe.eval.recall_at[0]
-        recall = sum(result.recall[k] for result in results) / len(results)
-        best = best_recall(self.checkpoints)
-        dist.barrier()  # every rank has read it
-        self.progress.evals_since_best = 0 if recall > best else self.progress.evals_since_best + 1
-        if recall > best:
-            path = self.checkpoints / step_name(self.progress.step)
-            if not path.exists():
-                path = self._save()
-            if self.rank.is_main:
-                point(self.checkpoints / "best", path, recall)
-        dist.barrier()
+        recall = self.validation.mean_recall(results)
+        self.progress.recalls[str(self.progress.step)] = recall
+        if recall <= agreed_best_recall(self.checkpoints):
+            return
+        if not self._is_saved():
+            self._save()
+        if self._is_saved() and self.rank.is_main:
+            point(self.checkpoints / "best", self.checkpoints / step_name(self.progress.step), recall)
 
     def _evaluate(self, label: str, *, rerank: bool, pictures: Path | None = None) -> list[Result]:
-        """All benchmarks with the present weights; recalls and timings go to the tracker."""
-        config = self.recipe.eval
-        if not rerank:
-            config = config.model_copy(update={"rerank": config.rerank.model_copy(update={"enabled": False})})
-        results, store = [], FeatureStore(self.benchmarks)
-        for benchmark in self.benchmarks:
-            with progress_bar(self.console, f"{label}: {benchmark.name}", active=self.rank.is_main) as update:
-                result = evaluate(self.model, benchmark, config, on_progress=update, store=store)
-            results.append(result)
-            self.say(f"{label}: {result.line()}")
-            self.tracker.metrics(
-                {f"eval/{benchmark.name}/{k}": v for k, v in result.metrics().items()}, self.progress.step
-            )
-            if pictures and self.rank.is_main:
-                for picture in draw_pictures(pictures / benchmark.name, benchmark, result, self.model, config):
-                    self.tracker.artifact(picture, f"pictures/{benchmark.name}")
-        return results
+        """All benchmarks with the present weights."""
+        return self.validation.run(
+            self.engine,
+            self.tracker,
+            self.watchdog,
+            label=label,
+            step=self.progress.step,
+            rerank=rerank,
+            pictures=pictures,
+        )
 
 
-def train(recipe: Recipe, rank: Rank, console: Console, *, resume: bool) -> Summary:
-    """Trains a recipe on all ranks, from the newest valid checkpoint if `resume`, and evaluates it before and after."""
+def train(recipe: Recipe, rank: Rank, console: Console, *, resume: Resume | None) -> Summary:
+    """Trains a recipe on all ranks, from a checkpoint if `resume`, and evaluates it before and after."""
     training = Training(recipe, rank, console, resume=resume)
     try:
-        with training.stop_signal:
+        with training.stop_signal, training.watchdog:
             return training.run()
     except BaseException as error:
         training.tracker.close("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")

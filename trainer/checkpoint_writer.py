@@ -1,0 +1,142 @@
+"""Checkpoints written behind the training's back, and made valid by all ranks together.
+
+Each rank copies its part to CPU memory and goes on training; a thread writes it. The step's own all-reduce carries a
+vote of who has finished; when all have, rank 0 writes the manifest and renames the folder, between two steps. A part
+that could not be written makes the checkpoint void on all ranks and ends nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from trainer.checkpoint import FORMAT, MANIFEST, Contents, digest, point, prune, step_name
+
+
+@dataclass
+class _Part:
+    """What this rank is writing."""
+
+    step: int
+    folder: Path
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # size and digest of each file, once written
+    error: str = ""
+    thread: threading.Thread | None = None
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time into `folder`; every rank has one and calls its methods at the same steps."""
+
+    def __init__(self, folder: Path, *, keep_last: int, say: Callable[[str], None]) -> None:
+        """`say` prints on rank 0. Leftovers of an earlier writing in `folder` are removed."""
+        self.folder, self.keep_last, self.say = folder, keep_last, say
+        self.device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        self._part: _Part | None = None
+        if dist.get_rank() == 0 and folder.is_dir():
+            for partial in folder.glob(".step-*.partial"):
+                shutil.rmtree(partial)
+        dist.barrier()
+
+    def begin(self, step: int, contents: Contents) -> None:
+        """Starts to write the checkpoint of `step`; one that is still being written is finished first."""
+        self.finish()
+        part = _Part(step, self.folder / f".{step_name(step)}.partial")
+        part.thread = threading.Thread(target=_write, args=(part, contents), name="checkpoint", daemon=True)
+        self._part = part
+        part.thread.start()
+
+    def vote(self) -> tuple[float, float]:
+        """(1, 0) once this rank's part is written, (0, 1) once it has failed, else (0, 0); to be summed over ranks."""
+        if self._part is None or self._part.thread is None or self._part.thread.is_alive():
+            return 0.0, 0.0
+        return (0.0, 1.0) if self._part.error else (1.0, 0.0)
+
+    def settle(self, written: float, failed: float) -> bool:
+        """Makes the checkpoint valid or void once the sums of the votes say that all are done; whether it is valid."""
+        if self._part is None or written + failed < dist.get_world_size():
+            return False
+        part, self._part = self._part, None
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, (part.error, part.files))
+        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(said) if error]
+        if dist.get_rank() == 0:
+            try:
+                if not errors:
+                    self._make_valid(part, {name: about for _, files in said for name, about in files.items()})
+            except OSError as error:
+                errors = [f"rank 0: {error}"]
+        outcome = [errors[0] if errors else ""]
+        dist.broadcast_object_list(outcome)
+        if outcome[0]:
+            if dist.get_rank() == 0:
+                shutil.rmtree(part.folder, ignore_errors=True)
+            self.say(f"[yellow]checkpoint of step {part.step} could not be written ({outcome[0]}); training goes on")
+        return not outcome[0]
+
+    def finish(self) -> bool:
+        """Waits for what is being written, on all ranks; False if that is void, or nothing was being written."""
+        if self._part is None:
+            return False
+        assert self._part.thread is not None
+        self._part.thread.join()
+        votes = torch.tensor(self.vote(), device=self.device)
+        dist.all_reduce(votes)
+        written, failed = votes.tolist()
+        return self.settle(written, failed)
+
+    def _make_valid(self, part: _Part, files: dict[str, dict[str, Any]]) -> None:
+        missing = [name for name in files if not (part.folder / name).is_file()]
+        if missing:
+            raise OSError(
+                f"{part.folder / missing[0]} of another rank is not there; --output must be on a disk that nodes share"
+            )
+        manifest = {"format": FORMAT, "step": part.step, "world_size": dist.get_world_size(), "files": files}
+        _write_text(part.folder / MANIFEST, json.dumps(manifest, indent=1))
+        final = self.folder / step_name(part.step)
+        if final.exists():
+            shutil.rmtree(final)
+        part.folder.rename(final)
+        _sync(self.folder)
+        point(self.folder / "latest", final)
+        prune(self.folder, self.keep_last)
+
+
+def _write(part: _Part, contents: Contents) -> None:
+    try:
+        part.folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            file = part.folder / name
+            if isinstance(content, str):
+                _write_text(file, content)
+            else:
+                save_file(content, file)
+                _sync(file)
+            part.files[name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+    except Exception as error:  # noqa: BLE001 - safetensors has its own kinds for a full disk; told by all ranks
+        part.error = " ".join(str(error).split()) or type(error).__name__
+
+
+def _write_text(file: Path, text: str) -> None:
+    with file.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

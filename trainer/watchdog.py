@@ -1,0 +1,176 @@
+"""A watchdog for each rank: when a job stands still, the rank and the section that stalled are named and the job ends.
+
+A rank that waits in a collective looks as stuck as the one it waits for. So every rank's watchdog thread publishes
+where its training thread is, in a store that needs no collective; when its own has not moved for too long, it reads
+all the others: one that publishes no more is stopped or gone, else the one furthest behind is to blame.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+SECTIONS = ("start", "data", "forward", "loss", "step", "save", "evaluation", "end")  # in the order of a step
+STALLED_STATUS = 74  # EX_IOERR of sysexits.h: something outside the program gave no answer
+OTHERS_WAIT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank's training thread is."""
+
+    step: int
+    section: str
+    beat: int  # grows each time the rank publishes
+    held_s: float  # seconds in this section, or since its last sign of progress
+    host: str
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts ranks by how far they have come."""
+        return self.step, SECTIONS.index(self.section)
+
+
+def culprit(before: Mapping[int, Position], after: Mapping[int, Position], world_size: int) -> tuple[int, str]:
+    """The rank to blame for a standstill, and a line on it, from two readings of what the ranks published.
+
+    A rank that is missing or whose `beat` did not move is silent: stopped or gone. Otherwise the one furthest behind.
+    """
+    silent = [r for r in range(world_size) if r not in after or (r in before and before[r].beat == after[r].beat)]
+    if silent:
+        rank = silent[0]
+        more = f" (silent too: {', '.join(map(str, silent[1:9]))})" if len(silent) > 1 else ""
+        if rank not in after:
+            return rank, f"rank {rank} does not answer: its process is stopped, or its node is gone{more}"
+        last = after[rank]
+        return rank, (
+            f"rank {rank} on {last.host} is silent since section {last.section} of step {last.step}: its process is "
+            f"stopped, or its node is gone{more}"
+        )
+    rank = min(after, key=lambda r: after[r].order)
+    last = after[rank]
+    waiting = sum(position.order > last.order for position in after.values())
+    return rank, (
+        f"rank {rank} on {last.host} is in section {last.section} of step {last.step} since {last.held_s:.0f} s; "
+        f"{waiting} rank(s) wait for it"
+    )
+
+
+class Watchdog:
+    """Watches this rank's training thread, which says where it is by `enter` and `alive`; a context manager."""
+
+    def __init__(self, *, limit_s: float, first_limit_s: float, folder: Path) -> None:
+        """`limit_s` is how long a section may last without a sign of progress (0: for ever); `first_limit_s` holds
+        until the first `enter("data")` of a second step. Stack traces go to `folder`. Every rank must call this."""
+        self.limit_s, self.first_limit_s, self.folder = limit_s, max(limit_s, first_limit_s), folder
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.beat_s = min(5.0, limit_s / 10)
+        self._where = (0, "start", time.monotonic())
+        self._first_step: int | None = None
+        self._warm = False
+        self._beat = 0
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        if limit_s:
+            self._store = _open_store(self.beat_s)
+            self._publish()
+            dist.barrier()  # all have published once
+
+    def __enter__(self) -> Watchdog:
+        if self.limit_s:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread:
+            self._thread.join()
+
+    def enter(self, section: str, step: int) -> None:
+        """The training thread begins a section of a step."""
+        if section == "data":
+            self._first_step = step if self._first_step is None else self._first_step
+            self._warm = step > self._first_step
+        self._where = (step, section, time.monotonic())
+
+    def alive(self) -> None:
+        """The training thread has come on within a long section, such as an evaluation."""
+        step, section, _ = self._where
+        self._where = (step, section, time.monotonic())
+
+    def _position(self) -> Position:
+        step, section, since = self._where
+        return Position(step, section, self._beat, time.monotonic() - since, socket.gethostname())
+
+    def _publish(self) -> None:
+        self._beat += 1
+        self._store.set(str(self.rank), json.dumps(asdict(self._position())))
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.beat_s):
+            held_s = self._position().held_s
+            try:
+                self._publish()
+                if held_s > (self.limit_s if self._warm else self.first_limit_s):
+                    before = self._read()
+                    if self._ended.wait(2.5 * self.beat_s):
+                        return
+                    self._publish()
+                    if self._position().held_s > held_s:  # has not moved meanwhile
+                        self._end(*culprit(before, self._read(), self.world_size))
+            except RuntimeError:  # DistNetworkError, DistStoreError: rank 0 keeps the store
+                if held_s > self.limit_s and self._position().held_s > held_s:
+                    self._end(
+                        0, "rank 0, which keeps the store, does not answer: its process is stopped, or its node is gone"
+                    )
+
+    def _read(self) -> dict[int, Position]:
+        texts = self._store.multi_get([str(rank) for rank in range(self.world_size)])
+        return {rank: Position(**json.loads(text)) for rank, text in enumerate(texts)}
+
+    def _end(self, rank: int, text: str) -> None:
+        """Writes down what this rank's threads were doing, has one rank speak, and ends the process."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / f"stalled-rank-{self.rank:05d}.txt").open("w") as file:
+                file.write(f"{text}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+        except OSError:
+            pass
+        if self.rank == (1 if rank == 0 and self.world_size > 1 else 0):
+            print(
+                f"rerankvpr: {text}; the job ends (engine.stall_s {self.limit_s:g}); stack traces are in "
+                f"{self.folder}/stalled-rank-*.txt, --resume goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            time.sleep(OTHERS_WAIT_S)  # a launcher ends the others as soon as one has ended
+        os._exit(STALLED_STATUS)
+
+
+def _open_store(beat_s: float) -> dist.Store:
+    """A store that rank 0 keeps in its own process, for the watchdogs alone."""
+    host, patience = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=max(1.0, 2 * beat_s))
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    port = torch.zeros(1, dtype=torch.int64, device=device)
+    store = None
+    if dist.get_rank() == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+        port += store.port
+    dist.broadcast(port, src=0)
+    return store or dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=patience)
