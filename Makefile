@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test env clean
+.PHONY: demo test test-cluster env clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
@@ -14,6 +14,12 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# A real SLURM with virtual nodes, hosts in network namespaces, an MLflow server: root on Debian. Not part of `make test`.
+test-cluster: $(READY)
+	apt-get -qq update
+	DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends slurmctld slurmd slurm-client munge iproute2
+	$(BIN)/python -m pytest tests/cluster
 
 env: $(READY)
 

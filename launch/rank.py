@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if command[0] == "train" and not {"-h", "--help"} & set(command):
         from trainer.command import parse
 
-        recipe, _ = parse(command[1:])  # a mistake in it is told before anything starts
+        recipe, _, _ = parse(command[1:])  # a mistake in it is told before anything starts
         used = fitting_world(recipe.data.places_per_batch, world) if fit else world
         shared = [recipe.output]
         scratch = [recipe.data.cache] if recipe.data.cache else []

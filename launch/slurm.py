@@ -84,6 +84,7 @@ class Job:
     folder: Path
     text: str
     is_array: bool = False
+    note: str = ""  # what else a person should know of it
 
     @property
     def script(self) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 
 from launch.slurm import Job, Resources, array_job, torchrun_job
+from launch.torchrun import resuming
 
 USAGE = """usage: rerankvpr submit [flags] -- VERB ... [--then [flags --] VERB ...]...
 
@@ -101,16 +102,18 @@ def stage_jobs(verb: list[str], want: Resources) -> list[Job]:
 def _train_job(verb: list[str], want: Resources) -> Job:
     from trainer.checkpoint import newest_valid
     from trainer.command import parse
+    from trainer.tracking import open_command
 
-    recipe, resume = parse(verb[1:])
+    recipe, _, resume = parse(verb[1:])
     found, _ = newest_valid(recipe.output / "checkpoints")
     if found and not resume:
         raise ValueError(
             f"{recipe.output} already holds a training (up to {found.name}); add --resume or change --output"
         )
-    verb = verb if resume else [*verb, "--resume"]  # the job that is started again is this one
+    verb = resuming(verb)  # a job that is requeued runs the same line
     folder = _beside(str(recipe.output))
-    return torchrun_job(f"train-{recipe.name}", folder, verb, want, python=sys.executable, cwd=Path.cwd())
+    job = torchrun_job(f"train-{recipe.name}", folder, verb, want, python=sys.executable, cwd=Path.cwd())
+    return replace(job, note=f"; curves: {open_command(recipe.tracking.uri)}" if recipe.tracking.enabled else "")
 
 
 def _shard_jobs(verb: list[str], want: Resources) -> list[Job]:
@@ -181,5 +184,5 @@ def _submit(job: Job, after: str) -> str:
         raise ValueError(f"sbatch refused {job.script}: {done.stderr.strip()}")
     number = done.stdout.strip().split(";")[0]
     log = str(job.log).replace("%A", number).replace("%j", number).replace("%a", "*")
-    print(f"{job.name}: job {number}{f', after {after}' if after else ''}; log {log}", flush=True)
+    print(f"{job.name}: job {number}{f', after {after}' if after else ''}; log {log}{job.note}", flush=True)
     return number

@@ -97,11 +97,27 @@ def plan(flags: list[str], verb: list[str]) -> Launch:
         environment |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
     environment = {key: os.environ.get(key, value) for key, value in environment.items()}
-    if verb[0] == "train" and (restarts or high > 1) and "--resume" not in verb:
-        verb = [*verb, "--resume"]
+    if verb[0] == "train" and (restarts or high > 1):
+        verb = resuming(verb)
     if high > 1 and verb[0] != "doctor":
         verb = ["rank", *(["--fit"] if low < high else []), *verb]
     return Launch([*arguments, *others, "-m", "rerankvpr", *verb], environment)
+
+
+def resuming(verb: list[str]) -> list[str]:
+    """A `train` verb that goes on from its output's newest checkpoint each time that it is started.
+
+    Raises ValueError where it names another checkpoint, which each restart would go back to.
+    """
+    if "--resume" not in verb:
+        return [*verb, "--resume"]
+    named = verb[verb.index("--resume") + 1 :][:1]
+    if named and named[0] != "auto" and not named[0].startswith("-"):
+        raise ValueError(
+            f"--resume {named[0]}: a training that may be restarted goes on from its own output's newest checkpoint; "
+            f"start it once by `rerankvpr train` with --resume {named[0]}, or leave the folder out"
+        )
+    return verb
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ def write_workplace(folder: Path) -> Path:
         "data": {"shards": str(folder / "shards"), "places_per_batch": 4, "images_per_place": 3, "image_size": 28},
         "model": {"backbone": "tiny14", "weights": "random", "finetune_last_n_blocks": 2},
         "memory": {"size": 30, "start_epoch": 1, "placement": "sharded"},
-        "engine": {"timeout_s": 20},
+        "engine": {"timeout_s": 30},
         "optim": {"lr": 1e-3, "warmup_steps": 2, "schedule": "none"},
         "trainer": {"epochs": 10000, "checkpoint_every_steps": 20, "validate_every_epochs": 0},
         "eval": {
