@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster.workplace import environment
+from tests.cluster.workplace import ROOT, environment
 
 NET = "10.77.0"
 
@@ -73,6 +73,7 @@ class Hosts:
     tag: str  # begins the names of namespaces, so that two of these do not meet
     count: int
     agents: list[Agent] = field(default_factory=list)
+    wires: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def address(self, i: int) -> str:
         """Address of host i, from 1."""
@@ -101,11 +102,22 @@ class Hosts:
         """Sets the link of host i `up` or `down`."""
         ip("-n", f"{self.tag}sw", "link", "set", f"v{i}", state)
 
-    def delay(self, i: int, milliseconds: int) -> None:
-        """Delays what host i sends."""
-        name = f"{self.tag}h{i}"
-        command = ["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "eth0", "root", "netem"]
-        subprocess.run([*command, "delay", f"{milliseconds}ms"], check=True, capture_output=True)
+    def delay(self, milliseconds: float) -> None:
+        """Takes hosts 1 and 2 off the switch and joins them by a wire that delays what either sends."""
+        switch = f"{self.tag}sw"
+        for port in ("v1", "v2"):
+            ip("-n", switch, "link", "set", port, "nomaster")
+        wire = [sys.executable, str(ROOT / "tests" / "cluster" / "slow_wire.py"), "v1", "v2", str(milliseconds / 1000)]
+        self.wires.append(subprocess.Popen(["ip", "netns", "exec", switch, *wire]))
+
+    def round_trip_ms(self) -> float:
+        """Time of a TCP connection from host 1 to a closed port of host 2, which answers at once."""
+        code = f"import socket, time; t = time.time(); socket.socket().connect_ex(('{self.address(2)}', 9))"
+        code += "; print(1000 * (time.time() - t))"
+        done = subprocess.run(
+            ["ip", "netns", "exec", f"{self.tag}h1", sys.executable, "-c", code], capture_output=True, check=True
+        )
+        return float(done.stdout)
 
 
 @contextlib.contextmanager
@@ -132,6 +144,9 @@ def hosts(count: int) -> Iterator[Hosts]:
     finally:
         for agent in made.agents:
             agent.kill()
+        for wire in made.wires:
+            wire.kill()
+            wire.wait()
         for name in (*names, switch):
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip("netns", "del", name)

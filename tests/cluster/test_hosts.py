@@ -66,3 +66,69 @@ def test_a_killed_host_leaves_the_rest_to_go_on_and_is_taken_back(workplace: Pat
     near = [ours[s] for s in range(lost_at, lost_at + 40)]  # one rank instead of two sums in another order
     assert near == pytest.approx([one[s] for s in range(lost_at, lost_at + 40)], rel=5e-3)
     assert steps_done_twice(workplace / output) <= EVERY + 1
+
+
+def test_a_killed_rank_is_started_again(workplace: Path, unbroken: Path) -> None:
+    """kill -9 of h2's rank alone: both hosts go on from the last checkpoint with the bits of an unbroken training."""
+    output, steps = "rank", 200
+    with hosts(2) as net:
+        agents = [train(net, i, workplace, output, "1:2", steps) for i in (1, 2)]
+        until(lambda: step(workplace, output) > 2 * EVERY, 120, agents)
+        began = time.monotonic()
+        (rank,) = agents[1].ranks()
+        rank.kill()
+        until(lambda: "resumed from" in agents[0].text(), 60, agents)
+        print(f"resumed after {time.monotonic() - began:.1f} s")
+        assert [agent.wait(180) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
+    one, ours = losses(unbroken), losses(workplace / output)
+    assert [ours[s] for s in range(1, steps + 1)] == [one[s] for s in range(1, steps + 1)]
+    assert steps_done_twice(workplace / output) <= EVERY + 1
+
+
+def test_a_link_that_goes_down_and_up(workplace: Path) -> None:
+    """The host that is cut off: the rest notices after engine.timeout_s and goes on; it is taken back once it is up."""
+    output, steps = "link", 1500
+    with hosts(2) as net:
+        agents = [train(net, i, workplace, output, "1:2", steps, "--engine.timeout-s", "10") for i in (1, 2)]
+        until(lambda: step(workplace, output) > 2 * EVERY, 120, agents)
+        net.link(2, "down")
+        lost_at, began = step(workplace, output), time.monotonic()
+        until(lambda: step(workplace, output) > lost_at + 1, 90, agents)
+        print(f"alone past step {lost_at} after {time.monotonic() - began:.1f} s")
+        net.link(2, "up")
+        began = time.monotonic()
+        until(lambda: agents[0].text().count("resumed from") == 2, 120, agents)
+        print(f"two hosts again after {time.monotonic() - began:.1f} s, at step {step(workplace, output)}")
+        assert [agent.wait(240) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
+    assert sorted(losses(workplace / output)) == [*range(1, steps + 1)]
+    assert steps_done_twice(workplace / output) <= EVERY + 1
+
+
+def test_the_loss_of_the_first_host_ends_the_job_in_time(workplace: Path) -> None:
+    """The store of the meeting is gone with it: the others end, not well, and a new start resumes."""
+    output = "first"
+    with hosts(2) as net:
+        agents = [train(net, i, workplace, output, "1:2", 1500, "--engine.timeout-s", "10") for i in (1, 2)]
+        until(lambda: step(workplace, output) > 2 * EVERY, 120, agents)
+        agents[0].kill()
+        reached, began = step(workplace, output), time.monotonic()
+        assert agents[1].wait(150) != 0
+        print(f"ended after {time.monotonic() - began:.1f} s: {agents[1].text().splitlines()[-1]}")
+        steps = reached + 10
+        again = [train(net, i, workplace, output, "2", steps) for i in (1, 2)]
+        assert [agent.wait(120) for agent in again] == [0, 0], "\n".join(agent.text() for agent in again)
+    assert sorted(losses(workplace / output)) == [*range(1, steps + 1)]
+    assert steps_done_twice(workplace / output) <= EVERY + 1
+
+
+def test_a_slow_link_changes_the_time_alone(workplace: Path, unbroken: Path) -> None:
+    """50 ms each way."""
+    with hosts(2) as net:
+        net.delay(50)
+        net.round_trip_ms()  # the first asks for hardware addresses
+        assert 100 <= net.round_trip_ms() < 150
+        agents = [train(net, i, workplace, "slow", "2", 20) for i in (1, 2)]
+        assert [agent.wait(240) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
+    one, ours = losses(unbroken), losses(workplace / "slow")
+    assert [ours[s] for s in range(1, 21)] == [one[s] for s in range(1, 21)]
+    assert "doctor: all-reduce: 1" in "".join(agent.text() for agent in agents)  # 100 ms and more

@@ -65,10 +65,11 @@ def submit_training(slurm: Slurm, workplace: Path, output: str, steps: int, *fla
 
 
 def check_curve(workplace: Path, unbroken: Path, output: str, steps: int) -> None:
-    """The losses of a run are the bits of the unbroken one's."""
+    """The losses of a run are the bits of the unbroken one's, as far as that goes, and none is missing."""
     one, ours = losses(unbroken), losses(workplace / output)
     assert sorted(ours) == [*range(1, steps + 1)]
-    assert [ours[s] for s in sorted(ours)] == [one[s] for s in sorted(ours)]
+    both = sorted(one.keys() & ours.keys())
+    assert [ours[s] for s in both] == [one[s] for s in both]
 
 
 def test_time_limit_saves_requeues_and_resumes_to_the_end(two_nodes: Slurm, workplace: Path, unbroken: Path) -> None:
