@@ -12,7 +12,7 @@ from data_pipeline.shards import write_shards
 from tests.cluster.slurm import Slurm, slurm
 from tests.cluster.workplace import rerankvpr, write_workplace
 
-CURVE_STEPS = 700
+CURVE_STEPS = 400
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,11 @@ class Slurm:
         """What the controller knows of a job, by its own names; of an array's tasks, the last one's."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", str(number), "--oneliner")))
 
+    def elapsed_s(self, number: int | str) -> int:
+        """Seconds that a job has run."""
+        hours, minutes, seconds = self.job(number)["RunTime"].split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+
     def states(self, number: int | str) -> list[str]:
         """States of a job's tasks."""
         return re.findall(r"JobState=(\S+)", self.run("scontrol", "show", "job", str(number), "--oneliner"))

@@ -43,7 +43,7 @@ def test_training_across_hosts_equals_one_host(workplace: Path, unbroken: Path, 
 
 def test_a_killed_host_leaves_the_rest_to_go_on_and_is_taken_back(workplace: Path, unbroken: Path) -> None:
     """kill -9 of agent and rank of h2; h1 goes on alone from the last checkpoint; h2 comes back; the curve is one."""
-    output, steps = "killed", 1200
+    output, steps = "killed", 800
     with hosts(2) as net:
         agents = [train(net, i, workplace, output, "1:2", steps) for i in (1, 2)]
         until(lambda: step(workplace, output) > 3 * EVERY, 120, agents)
@@ -65,7 +65,7 @@ def test_a_killed_host_leaves_the_rest_to_go_on_and_is_taken_back(workplace: Pat
     assert [ours[s] for s in range(1, lost_at)] == [one[s] for s in range(1, lost_at)]
     near = [ours[s] for s in range(lost_at, lost_at + 40)]  # one rank instead of two sums in another order
     assert near == pytest.approx([one[s] for s in range(lost_at, lost_at + 40)], rel=5e-3)
-    assert steps_done_twice(workplace / output) <= EVERY + 1
+    assert steps_done_twice(workplace / output) <= 2 * EVERY  # back to the last checkpoint that was written
 
 
 def test_a_killed_rank_is_started_again(workplace: Path, unbroken: Path) -> None:
@@ -82,12 +82,12 @@ def test_a_killed_rank_is_started_again(workplace: Path, unbroken: Path) -> None
         assert [agent.wait(180) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
     one, ours = losses(unbroken), losses(workplace / output)
     assert [ours[s] for s in range(1, steps + 1)] == [one[s] for s in range(1, steps + 1)]
-    assert steps_done_twice(workplace / output) <= EVERY + 1
+    assert steps_done_twice(workplace / output) <= 2 * EVERY  # back to the last checkpoint that was written
 
 
 def test_a_link_that_goes_down_and_up(workplace: Path) -> None:
     """The host that is cut off: the rest notices after engine.timeout_s and goes on; it is taken back once it is up."""
-    output, steps = "link", 1500
+    output, steps = "link", 1200
     with hosts(2) as net:
         agents = [train(net, i, workplace, output, "1:2", steps, "--engine.timeout-s", "10") for i in (1, 2)]
         until(lambda: step(workplace, output) > 2 * EVERY, 120, agents)
@@ -101,7 +101,7 @@ def test_a_link_that_goes_down_and_up(workplace: Path) -> None:
         print(f"two hosts again after {time.monotonic() - began:.1f} s, at step {step(workplace, output)}")
         assert [agent.wait(240) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
     assert sorted(losses(workplace / output)) == [*range(1, steps + 1)]
-    assert steps_done_twice(workplace / output) <= EVERY + 1
+    assert steps_done_twice(workplace / output) <= 2 * EVERY  # back to the last checkpoint that was written
 
 
 def test_the_loss_of_the_first_host_ends_the_job_in_time(workplace: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_loss_of_the_first_host_ends_the_job_in_time(workplace: Path) -> Non
         again = [train(net, i, workplace, output, "2", steps) for i in (1, 2)]
         assert [agent.wait(120) for agent in again] == [0, 0], "\n".join(agent.text() for agent in again)
     assert sorted(losses(workplace / output)) == [*range(1, steps + 1)]
-    assert steps_done_twice(workplace / output) <= EVERY + 1
+    assert steps_done_twice(workplace / output) <= 2 * EVERY  # back to the last checkpoint that was written
 
 
 def test_a_slow_link_changes_the_time_alone(workplace: Path, unbroken: Path) -> None:
