@@ -34,7 +34,8 @@ def main(argv: list[str]) -> int:
     if "WORLD_SIZE" not in os.environ:
         raise ValueError("rank is started by `rerankvpr launch`, not by hand")
     from launch.cli import main as run
-    from launch.doctor import check, complain
+    from launch.doctor import check
+    from launch.findings import complain
     from launch.meeting import meeting_store
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

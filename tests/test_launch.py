@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.doctor import Facts, Network, judge
+from launch.findings import Facts, Network, judge
 from launch.network import interface_of, loopback, route_to
 from launch.rank import fitting_world
 from launch.slurm import Resources, torchrun_job
