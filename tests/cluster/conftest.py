@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from data_pipeline.shards import write_shards
 from tests.cluster.slurm import Slurm, slurm
 from tests.cluster.workplace import rerankvpr, write_workplace
 
-CURVE_STEPS = 400
+CURVE_STEPS = 250
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +45,8 @@ def four_nodes(tmp_path: Path) -> Iterator[Slurm]:
     """A SLURM of four."""
     with slurm(tmp_path / "slurm", 4) as started:
         yield started
+
+
+def pytest_configure() -> None:
+    """SIGTERM ends a session as Ctrl-C does: what was started is taken down."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
