@@ -54,13 +54,13 @@ def main(argv: list[str]) -> int:
     if used == world:
         return run(command)
     if rank >= used:
-        return _wait(store, rank)
+        return wait_for_the_end(store, rank)
     if rank == 0:
         print(f"{used} of {world} ranks train: places_per_batch is divisible by no number between", flush=True)
     os.environ["WORLD_SIZE"] = str(used)
     status = run(command)
     if rank == 0:
-        _release(store, status, range(used, world))
+        release(store, status, range(used, world))
     return status
 
 
@@ -69,14 +69,14 @@ def fitting_world(places_per_batch: int, world_size: int) -> int:
     return next(size for size in range(min(places_per_batch, world_size), 0, -1) if places_per_batch % size == 0)
 
 
-def _wait(store: Store, rank: int) -> int:
+def wait_for_the_end(store: Store, rank: int) -> int:
     """Waits for the end of a training that this rank is not needed in, and ends as it did."""
     import torch.distributed as dist
 
     print(f"rank {rank} waits: the batch is not divisible by one rank more", flush=True)
     while True:
         try:
-            store.wait([ENDED], timedelta(seconds=30))
+            store.wait([ENDED], timedelta(minutes=10))
         except dist.DistNetworkError:
             print(f"rerankvpr: rank {rank}, waiting: rank 0 is gone", file=sys.stderr, flush=True)
             return 1
@@ -87,7 +87,7 @@ def _wait(store: Store, rank: int) -> int:
         return status
 
 
-def _release(store: Store, status: int, waiting: range) -> None:
+def release(store: Store, status: int, waiting: range) -> None:
     """Tells waiting ranks how the training ended; this rank serves the store, so it stays until they have read it."""
     import torch.distributed as dist
 

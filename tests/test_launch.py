@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from launch.findings import Facts, Network, judge
 from launch.network import interface_of, loopback, route_to
-from launch.rank import fitting_world
+from launch.rank import fitting_world, release, wait_for_the_end
 from launch.slurm import Resources, torchrun_job
 from launch.submit import eval_verbs, main, split_stages, stage_jobs
 from launch.torchrun import plan
@@ -84,6 +86,24 @@ def test_the_fitting_world_is_the_largest_divisor(places: int, world: int) -> No
     assert used <= world
     assert places % used == 0
     assert not any(places % size == 0 for size in range(used + 1, world + 1))
+
+
+@pytest.mark.parametrize("rank_0_ends", ["well", "in a crash"])
+def test_a_rank_that_is_not_needed_ends_as_the_training_does(rank_0_ends: str) -> None:
+    """Over a real store: it waits, is told the status, and fails where rank 0 is gone without a word."""
+    import torch.distributed as dist
+
+    served = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False, multi_tenant=True)
+    seen = dist.TCPStore("127.0.0.1", served.port, 2, is_master=False, wait_for_workers=False)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(wait_for_the_end, seen, 3)
+        time.sleep(0.2)
+        assert not waiting.done()
+        if rank_0_ends == "well":
+            release(served, 75, range(3, 4))
+        else:
+            del served
+        assert waiting.result(timeout=20) == (75 if rank_0_ends == "well" else 1)
 
 
 def bash_takes(script: str) -> None:
