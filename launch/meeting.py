@@ -1,11 +1,17 @@
-"""The key-value store that the ranks of a launch have in common before any process group is made."""
+"""Where the nodes of a launch meet: the store that its ranks have in common, and what a node does that is cut off."""
 
 from __future__ import annotations
 
 import os
+import platform
 import socket
+import sys
+import threading
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
+
+import psutil
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -37,3 +43,33 @@ def meeting_store(rank: int, world_size: int) -> Store:
         wait_for_workers=False,
         multi_tenant=True,
     )
+
+
+def end_when_cut_off(host: str, port: int, *, limit_s: float, every_s: float = 5.0) -> None:
+    """Watches, from a thread, whether the meeting's host still answers; after `limit_s` without, ends this process.
+
+    Its ranks are killed first. torchrun's own agent would wait for an answer on a connection that is dead. The watch
+    begins with the first answer.
+    """
+
+    def watch() -> None:
+        answered: float | None = None
+        while True:
+            began = time.monotonic()
+            try:
+                socket.create_connection((host, port), timeout=every_s).close()
+                answered = time.monotonic()
+            except OSError as error:
+                if answered is not None and time.monotonic() - answered > limit_s:
+                    print(
+                        f"rerankvpr: {platform.node()} has not reached {host}:{port} for {limit_s:.0f} s ({error}): it "
+                        "ends; run the same command again once the network is back",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    for rank in psutil.Process().children(recursive=True):
+                        rank.kill()
+                    os._exit(1)
+            time.sleep(max(0.0, began + every_s - time.monotonic()))
+
+    threading.Thread(target=watch, name="meeting", daemon=True).start()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from launch.meeting import end_when_cut_off
 from launch.network import loopback, route_to
 from trainer.stop_signal import REQUEUE_STATUS
 
@@ -20,7 +21,8 @@ Runs `rerankvpr VERB ...` in N processes a node, by torchrun, and prints the tor
   --nproc-per-node auto|N       processes on this node; auto is one a GPU, or one where there is no GPU
   --nnodes N | MIN:MAX          nodes; run the same command on each. With a range, training goes on with the nodes that
                                 are left when one is lost, and takes it back when it returns
-  --rdzv HOST[:PORT]            where nodes meet: the first node, by an address that all can reach (port 29400)
+  --rdzv HOST[:PORT]            where nodes meet: the first node, by an address that all can reach (port 29400); a node
+                                that does not reach it for 120 s ends
   --rdzv-id NAME                name of the meeting, for two jobs on one port (rerankvpr)
   --max-restarts N              restarts after a failed process (0 on one node, 3 with a range of nodes); train resumes
   --rdzv-conf KEY=VALUE,...     torchrun's; last_call_timeout=10 here: seconds to wait for further nodes of a range
@@ -37,6 +39,7 @@ SIGUSR1 are passed on: train saves, and the status is 75 (run me again).
 
 PORT = 29400
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+CUT_OFF_S = 120
 STOPPING = (15, 10)  # SIGTERM, SIGUSR1
 
 
@@ -46,6 +49,7 @@ class Launch:
 
     arguments: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    meeting: tuple[str, int] | None = None  # another host's, which this node must reach
 
     def command(self) -> str:
         """The command that a person can paste."""
@@ -84,11 +88,11 @@ def plan(flags: list[str], verb: list[str]) -> Launch:
     arguments += [f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={ours.shutdown_timeout}"]
     # A store that torchrun keeps over restarts gives ranks the addresses of dead ones.
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    interface = ""
+    interface, meeting = "", None
     if any(flag.startswith(("--master", "--rdzv-backend", "--standalone")) for flag in others):
         pass  # the caller's own meeting
     elif high > 1 or ours.rdzv:
-        where, interface = _meeting(ours, low < high)
+        where, interface, meeting = _meeting(ours, low < high)
         arguments += where
     else:
         arguments += ["--standalone", "--local-addr=127.0.0.1"]
@@ -101,7 +105,7 @@ def plan(flags: list[str], verb: list[str]) -> Launch:
         verb = resuming(verb)
     if high > 1 and verb[0] != "doctor":
         verb = ["rank", *(["--fit"] if low < high else []), *verb]
-    return Launch([*arguments, *others, "-m", "rerankvpr", *verb], environment)
+    return Launch([*arguments, *others, "-m", "rerankvpr", *verb], environment, meeting)
 
 
 def resuming(verb: list[str]) -> list[str]:
@@ -159,14 +163,14 @@ def _count(flag: str, text: str | None, *, default: int = 0, least: int = 0) -> 
     return int(text)
 
 
-def _meeting(ours: argparse.Namespace, elastic: bool) -> tuple[list[str], str]:
-    """torchrun's flags for a meeting of several nodes, and the interface that leads there."""
+def _meeting(ours: argparse.Namespace, elastic: bool) -> tuple[list[str], str, tuple[str, int] | None]:
+    """torchrun's flags for a meeting of several nodes, the interface that leads there, and its place if elsewhere."""
     if not ours.rdzv:
         raise ValueError(
             f"--nnodes {ours.nnodes} needs --rdzv HOST[:PORT]: the first node, by an address that all nodes can reach"
         )
     host, _, port = ours.rdzv.partition(":")
-    port = _count("--rdzv, port", port or str(PORT), least=1)
+    number = _count("--rdzv, port", port or str(PORT), least=1)
     route = route_to(host)
     conf = dict(pair.split("=", 1) for pair in ours.rdzv_conf.split(",") if "=" in pair)
     if elastic:
@@ -174,9 +178,10 @@ def _meeting(ours: argparse.Namespace, elastic: bool) -> tuple[list[str], str]:
     if not route.is_loopback:
         # torchrun would compare host names, which need not resolve.
         conf = {"is_host": str(int(route.is_local))} | conf
-    arguments = ["--rdzv-backend=c10d", f"--rdzv-endpoint={route.address}:{port}", f"--rdzv-id={ours.rdzv_id}"]
+    arguments = ["--rdzv-backend=c10d", f"--rdzv-endpoint={route.address}:{number}", f"--rdzv-id={ours.rdzv_id}"]
     arguments += [f"--rdzv-conf={','.join(f'{k}={v}' for k, v in conf.items())}"] if conf else []
-    return [*arguments, f"--local-addr={route.local_address}"], route.interface
+    elsewhere = None if route.is_local else (route.address, number)
+    return [*arguments, f"--local-addr={route.local_address}"], route.interface, elsewhere
 
 
 def start(launch: Launch) -> int:
@@ -188,6 +193,8 @@ def start(launch: Launch) -> int:
     from torch.distributed.run import run as torchrun
 
     os.environ.update(launch.environment)
+    if launch.meeting:
+        end_when_cut_off(*launch.meeting, limit_s=CUT_OFF_S)
     parser = get_args_parser()
     parser.allow_abbrev = False  # a verb's flag may begin as one of torchrun's
     try:

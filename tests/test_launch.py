@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given
@@ -241,3 +243,29 @@ def test_the_doctor_examines_two_real_ranks(tmp_path: Path) -> None:
         assert words in done.stdout
     assert "0 errors" in done.stdout
     assert list(tmp_path.iterdir()) == []  # what it left to be seen is gone
+
+
+def test_a_node_that_is_cut_off_ends_with_its_ranks() -> None:
+    """A process with a child, whose meeting answers and then does not."""
+    code = (
+        "import subprocess, sys, time; from launch.meeting import end_when_cut_off; "
+        "child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); "
+        "end_when_cut_off('127.0.0.1', int(sys.argv[1]), limit_s=0.5, every_s=0.1); time.sleep(60)"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as meeting:
+        command = [sys.executable, "-c", code, str(meeting.getsockname()[1])]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert process.stdout
+        child = int(process.stdout.readline())
+        meeting.accept()[0].close()
+        time.sleep(1.0)
+        assert process.poll() is None
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "has not reached 127.0.0.1" in errors
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
