@@ -29,7 +29,8 @@ def missing_programs() -> list[str]:
 
 def free_ports(count: int) -> int:
     """The first of `count` consecutive free ports of loopback."""
-    for base in range(17000, 19000, 50):
+    bases = range(17000, 19000, 50)
+    for base in (bases[(os.getpid() + i) % len(bases)] for i in range(len(bases))):  # two sessions differ
         with contextlib.ExitStack() as held:
             try:
                 for port in range(base, base + count):
@@ -230,6 +231,7 @@ MinJobAge=300
 SlurmctldTimeout=30
 SlurmdTimeout=60
 InactiveLimit=0
+FirstJobId={base}
 JobRequeue=1
 SchedulerParameters=sched_interval=1,sched_min_interval=0
 PreemptType=preempt/partition_prio
