@@ -25,9 +25,20 @@ VERBS = {
     ),
     "launch": (
         "launch.torchrun:main",
-        "--nproc-per-node N [torchrun flags] -- VERB ...",
+        "[--nnodes N --rdzv HOST --nproc-per-node N] -- VERB ...",
         "Runs a verb on many processes by torchrun.",
     ),
+    "submit": (
+        "launch.submit:main",
+        "[--nodes N --gpus-per-node N --time T] -- VERB ... [--then VERB ...]",
+        "Submits stages of work to SLURM, each after the one before it.",
+    ),
+    "doctor": (
+        "launch.doctor:main",
+        "[--shared DIR...]",
+        "Checks the nodes of a group: versions, folders, network, GPUs.",
+    ),
+    "rank": ("launch.rank:main", "[--fit] VERB ...", "One process of a launch on several nodes."),
     "eval": (
         "launch.eval_command:main",
         "--checkpoint DIR|--weights FILE --benchmarks NAME...",

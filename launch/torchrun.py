@@ -2,22 +2,58 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
+import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-USAGE = """usage: rerankvpr launch --nproc-per-node N [torchrun flags] -- VERB ...
+from launch.meeting import end_when_cut_off
+from launch.network import loopback, route_to
+from trainer.stop_signal import REQUEUE_STATUS
 
-Runs `rerankvpr VERB ...` in N processes a node. All flags before `--` go to torchrun as they are; the ones that matter:
+USAGE = """usage: rerankvpr launch [--nproc-per-node N] [--nnodes N --rdzv HOST[:PORT]] [flags] -- VERB ...
 
-  --nproc-per-node N            processes on this node: one a GPU (`gpu`), or a number on a CPU
-  --nnodes N                    nodes; run the same command on each (left out: this node alone)
-  --rdzv-backend c10d --rdzv-endpoint HOST:PORT --rdzv-id NAME
-                                where nodes meet
+Runs `rerankvpr VERB ...` in N processes a node, by torchrun, and prints the torchrun command that it is.
 
-Threads: OMP_NUM_THREADS is set to cores / processes where it is not set.
+  --nproc-per-node auto|N       processes on this node; auto is one a GPU, or one where there is no GPU
+  --nnodes N | MIN:MAX          nodes; run the same command on each. With a range, training goes on with the nodes that
+                                are left when one is lost, and takes it back when it returns
+  --rdzv HOST[:PORT]            where nodes meet: the first node, by an address that all can reach (port 29400); a node
+                                that does not reach it for 120 s ends
+  --rdzv-id NAME                name of the meeting, for two jobs on one port (rerankvpr)
+  --max-restarts N              restarts after a failed process (0 on one node, 3 with a range of nodes); train resumes
+  --rdzv-conf KEY=VALUE,...     torchrun's; last_call_timeout=10 here: seconds to wait for further nodes of a range
+  --shutdown-timeout S          seconds that processes have to save after SIGTERM or SIGUSR1 (120)
+  --dry-run                     prints the torchrun command alone
+
+Other flags go to torchrun as they are. Where they are not set already: OMP_NUM_THREADS becomes cores / processes, and
+GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME the interface that leads to HOST, or loopback on one node. SIGTERM and
+SIGUSR1 are passed on: train saves, and the status is 75 (run me again).
 
   rerankvpr launch --nproc-per-node 2 -- train demo --output runs/two
-  rerankvpr launch --nproc-per-node 8 -- eval --checkpoint runs/two --benchmarks town"""
+  rerankvpr launch --nnodes 2 --rdzv node1 -- train RECIPE          # on both nodes
+  rerankvpr launch --nnodes 2:4 --rdzv node1 -- train RECIPE        # on up to four nodes"""
+
+PORT = 29400
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+CUT_OFF_S = 120
+STOPPING = (15, 10)  # SIGTERM, SIGUSR1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as torchrun understands it."""
+
+    arguments: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    meeting: tuple[str, int] | None = None  # another host's, which this node must reach
+
+    def command(self) -> str:
+        """The command that a person can paste."""
+        return shlex.join([*(f"{k}={v}" for k, v in self.environment.items()), "torchrun", *self.arguments])
 
 
 def main(argv: list[str]) -> int:
@@ -31,27 +67,150 @@ def main(argv: list[str]) -> int:
     flags, verb = argv[:cut], argv[cut + 1 :]
     if not verb:
         raise ValueError("launch needs a verb after `--`, such as train or eval")
-    return run(flags, verb)
+    dry_run = "--dry-run" in flags
+    launch = plan([flag for flag in flags if flag != "--dry-run"], verb)
+    print(launch.command(), flush=True)
+    return 0 if dry_run else start(launch)
 
 
 def run(flags: list[str], verb: list[str]) -> int:
     """Runs `rerankvpr VERB` under torchrun; returns 0, or the status of the first process that failed."""
+    return start(plan(flags, verb))
+
+
+def plan(flags: list[str], verb: list[str]) -> Launch:
+    """What torchrun is asked for, from launch's flags and a verb. Raises ValueError naming the flag that is wrong."""
+    ours, others = _parser().parse_known_args(flags)
+    low, high = _nodes(ours.nnodes)
+    processes = _processes(ours.nproc_per_node)
+    restarts = _count("--max-restarts", ours.max_restarts, default=3 if low < high else 0)
+    arguments = [f"--nnodes={ours.nnodes}", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    arguments += [f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={ours.shutdown_timeout}"]
+    # A store that torchrun keeps over restarts gives ranks the addresses of dead ones.
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    interface, meeting = "", None
+    if any(flag.startswith(("--master", "--rdzv-backend", "--standalone")) for flag in others):
+        pass  # the caller's own meeting
+    elif high > 1 or ours.rdzv:
+        where, interface, meeting = _meeting(ours, low < high)
+        arguments += where
+    else:
+        arguments += ["--standalone", "--local-addr=127.0.0.1"]
+        interface = loopback()
+    if interface:
+        environment |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    environment = {key: os.environ.get(key, value) for key, value in environment.items()}
+    if verb[0] == "train" and (restarts or high > 1):
+        verb = resuming(verb)
+    if high > 1 and verb[0] != "doctor":
+        verb = ["rank", *(["--fit"] if low < high else []), *verb]
+    return Launch([*arguments, *others, "-m", "rerankvpr", *verb], environment, meeting)
+
+
+def resuming(verb: list[str]) -> list[str]:
+    """A `train` verb that goes on from its output's newest checkpoint each time that it is started.
+
+    Raises ValueError where it names another checkpoint, which each restart would go back to.
+    """
+    if "--resume" not in verb:
+        return [*verb, "--resume"]
+    named = verb[verb.index("--resume") + 1 :][:1]
+    if named and named[0] != "auto" and not named[0].startswith("-"):
+        raise ValueError(
+            f"--resume {named[0]}: a training that may be restarted goes on from its own output's newest checkpoint; "
+            f"start it once by `rerankvpr train` with --resume {named[0]}, or leave the folder out"
+        )
+    return verb
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rerankvpr launch", allow_abbrev=False, add_help=False)
+    for flag, default in (("--nnodes", "1"), ("--nproc-per-node", "auto"), ("--max-restarts", None)):
+        parser.add_argument(flag, flag.replace("per-node", "per_node"), default=default)
+    parser.add_argument("--rdzv", "--rdzv-endpoint", dest="rdzv", default="")
+    parser.add_argument("--rdzv-id", default="rerankvpr")
+    parser.add_argument("--rdzv-conf", default="")
+    parser.add_argument("--shutdown-timeout", default="120")
+    return parser
+
+
+def _nodes(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    low = int(match[1]) if match else 0
+    high = int(match[2] or match[1]) if match else 0
+    if not 1 <= low <= high:
+        raise ValueError(f"--nnodes {text}: expected a number of nodes or MIN:MAX, such as 4 or 2:4")
+    return low, high
+
+
+def _processes(text: str) -> int:
+    if text in ("auto", "gpu"):
+        import torch
+
+        found = torch.cuda.device_count()
+        if text == "gpu" and not found:
+            raise ValueError("--nproc-per-node gpu: this node shows no GPU; use auto or a number")
+        return found or 1
+    return _count("--nproc-per-node", text, least=1)
+
+
+def _count(flag: str, text: str | None, *, default: int = 0, least: int = 0) -> int:
+    if text is None:
+        return default
+    if not text.isdigit() or int(text) < least:
+        raise ValueError(f"{flag} {text}: expected a number, {least} or more")
+    return int(text)
+
+
+def _meeting(ours: argparse.Namespace, elastic: bool) -> tuple[list[str], str, tuple[str, int] | None]:
+    """torchrun's flags for a meeting of several nodes, the interface that leads there, and its place if elsewhere."""
+    if not ours.rdzv:
+        raise ValueError(
+            f"--nnodes {ours.nnodes} needs --rdzv HOST[:PORT]: the first node, by an address that all nodes can reach"
+        )
+    host, _, port = ours.rdzv.partition(":")
+    number = _count("--rdzv, port", port or str(PORT), least=1)
+    route = route_to(host)
+    conf = dict(pair.split("=", 1) for pair in ours.rdzv_conf.split(",") if "=" in pair)
+    if elastic:
+        conf = {"last_call_timeout": "10"} | conf
+    if not route.is_loopback:
+        # torchrun would compare host names, which need not resolve.
+        conf = {"is_host": str(int(route.is_local))} | conf
+    arguments = ["--rdzv-backend=c10d", f"--rdzv-endpoint={route.address}:{number}", f"--rdzv-id={ours.rdzv_id}"]
+    arguments += [f"--rdzv-conf={','.join(f'{k}={v}' for k, v in conf.items())}"] if conf else []
+    elsewhere = None if route.is_local else (route.address, number)
+    return [*arguments, f"--local-addr={route.local_address}"], route.interface, elsewhere
+
+
+def start(launch: Launch) -> int:
+    """Runs torchrun in this process; 0, 75 after a polite stop, or the status of the first process that failed."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
 
-    if not any(flag.startswith(("--nnodes", "--rdzv", "--master", "--standalone")) for flag in flags):
-        flags = ["--standalone", *flags]
-    args = get_args_parser().parse_args([*flags, "-m", "rerankvpr", *verb])
-    if args.nproc_per_node.isdigit() and "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(args.nproc_per_node)))
+    os.environ.update(launch.environment)
+    if launch.meeting:
+        end_when_cut_off(*launch.meeting, limit_s=CUT_OFF_S)
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # a verb's flag may begin as one of torchrun's
     try:
-        torchrun(args)
+        torchrun(parser.parse_args(launch.arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"rerankvpr: rank {rank} ended the job with status {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if 0 < failure.exitcode < 128 else 1
-    except SignalException as stopped:  # passed on to the processes, which had 30 s to save
-        return 128 + int(stopped.sigval)
+    except SignalException as stopped:  # passed on to the processes, which had time to save
+        return REQUEUE_STATUS if int(stopped.sigval) in STOPPING else 128 + int(stopped.sigval)
+    except RendezvousError as error:
+        endpoint = _value_of("--rdzv-endpoint", launch.arguments)
+        print(f"rerankvpr: the meeting of nodes at {endpoint} failed: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str:
+    return next((one.partition("=")[2] for one in arguments if one.startswith(f"{flag}=")), "this node")

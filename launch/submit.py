@@ -1,0 +1,188 @@
+"""`rerankvpr submit`: stages of work as SLURM jobs, each after the one before it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import tyro
+
+from launch.slurm import Job, Resources, array_job, torchrun_job
+from launch.torchrun import resuming
+
+USAGE = """usage: rerankvpr submit [flags] -- VERB ... [--then [flags --] VERB ...]...
+
+Writes a batch script for each stage (shard, train or eval), keeps it beside what the stage writes
+(train: OUTPUT/job/), submits it, and prints job, log and MLflow store. A stage starts when the one before it has ended
+well. Flags before the first `--` hold for all stages; a stage may have further ones of its own after --then.
+
+  rerankvpr submit --nodes 4 --gpus-per-node 8 --time 12:00:00 -- train RECIPE
+  rerankvpr submit --array 16 -- shard gsv-cities SRC OUT
+  rerankvpr submit --gpus-per-node 1 -- eval --checkpoint runs/a runs/b --benchmarks town --out results
+  rerankvpr submit --nodes 4 --gpus-per-node 8 -- shard gsv-cities SRC OUT --then train RECIPE \\
+      --then --nodes 1 -- eval --checkpoint runs/a --benchmarks town
+
+`shard` runs on one node without GPUs: --array 16 makes sixteen tasks that write the tars, and a job that writes the
+index. `eval` of several checkpoints is an array. A training is told to save before its time limit and on preemption,
+is put back in the queue and resumes.
+
+flags:"""
+
+STAGES = ("shard", "train", "eval")
+
+
+def main(argv: list[str]) -> int:
+    """Writes and submits the jobs of all stages."""
+    if "--" not in argv:
+        if {"-h", "--help"} & set(argv):
+            print(USAGE)
+            _flags(["--help"], Resources())
+        raise ValueError("submit needs `--` before the verb: rerankvpr submit --nodes 2 -- train RECIPE")
+    cut = argv.index("--")
+    common = _flags(argv[:cut], Resources())
+    jobs = []
+    for i, (flags, verb) in enumerate(split_stages(argv[cut + 1 :])):
+        want = _flags(flags, replace(common, dependency=common.dependency if i == 0 else ""))
+        jobs += stage_jobs(verb, want)
+    if common.dry_run:
+        for job in jobs:
+            print(f"# {job.script}\n{job.text}")
+        return 0
+    if not shutil.which("sbatch"):
+        raise ValueError("sbatch is not on this machine; submit from a login node of the cluster, or use --dry-run")
+    after = common.dependency
+    for job in jobs:
+        after = f"afterok:{_submit(job, after)}"
+    return 0
+
+
+def _flags(argv: list[str], default: Resources) -> Resources:
+    return tyro.cli(Resources, args=argv, default=default, prog="rerankvpr submit")
+
+
+def split_stages(argv: list[str]) -> list[tuple[list[str], list[str]]]:
+    """The flags and the verb of each stage."""
+    parts: list[list[str]] = [[]]
+    for word in argv:
+        if word == "--then":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    stages = []
+    for part in parts:
+        cut = part.index("--") if part and part[0].startswith("-") and "--" in part else -1
+        flags, verb = part[: max(cut, 0)], part[cut + 1 :]
+        if not verb or verb[0] not in STAGES:
+            said = " ".join(verb) or "nothing"
+            raise ValueError(f"submit: a stage is one of {', '.join(STAGES)}, got {said!r}")
+        stages.append((flags, verb))
+    return stages
+
+
+def stage_jobs(verb: list[str], want: Resources) -> list[Job]:
+    """The jobs of a stage: one, or for a sharding in parts the array and the job that writes its index.
+
+    Raises ValueError for a verb that would fail at once on the cluster.
+    """
+    if verb[0] == "train":
+        return [_train_job(verb, want)]
+    if verb[0] == "shard":
+        return _shard_jobs(verb, want)
+    verbs = eval_verbs(verb)
+    folder = _beside(_value("--out", verb) or _value("--checkpoint", verb) or "eval")
+    if len(verbs) == 1 and want.node_range[1] > 1:
+        return [torchrun_job("eval", folder, verb, want, python=sys.executable, cwd=Path.cwd())]
+    return [array_job("eval", folder, verbs, want, python=sys.executable, cwd=Path.cwd(), launched=True)]
+
+
+def _train_job(verb: list[str], want: Resources) -> Job:
+    from trainer.checkpoint import newest_valid
+    from trainer.command import parse
+    from trainer.tracking import open_command
+
+    recipe, _, resume = parse(verb[1:])
+    found, _ = newest_valid(recipe.output / "checkpoints")
+    if found and not resume:
+        raise ValueError(
+            f"{recipe.output} already holds a training (up to {found.name}); add --resume or change --output"
+        )
+    verb = resuming(verb)  # a job that is requeued runs the same line
+    folder = _beside(str(recipe.output))
+    job = torchrun_job(f"train-{recipe.name}", folder, verb, want, python=sys.executable, cwd=Path.cwd())
+    return replace(job, note=f"; curves: {open_command(recipe.tracking.uri)}" if recipe.tracking.enabled else "")
+
+
+def _shard_jobs(verb: list[str], want: Resources) -> list[Job]:
+    import contextlib
+    import io
+
+    from launch.data_commands import KINDS
+
+    if len(verb) < 2 or verb[1] not in KINDS:
+        raise ValueError(f"submit: shard needs a kind of data set: {', '.join(KINDS)}")
+    with contextlib.redirect_stdout(io.StringIO()):
+        command = tyro.cli(KINDS[verb[1]], args=verb[2:], prog=f"rerankvpr shard {verb[1]}")
+    if want.array and command.part:
+        raise ValueError(f"submit: --array {want.array} deals out the parts; leave --part {command.part} out")
+    folder, want = _beside(str(command.out)), _plain(want)  # type: ignore[attr-defined]
+    job = partial(array_job, folder=folder, want=want, python=sys.executable, cwd=Path.cwd(), launched=False)
+    jobs = []
+    if want.array > 1:
+        parts = [[*verb, "--part", f"{i}/{want.array}"] for i in range(want.array)]
+        jobs.append(job("shard", verbs=parts))
+    name = "shard-index" if jobs else "shard"
+    return [*jobs, job(name, verbs=[verb])]
+
+
+def _plain(want: Resources) -> Resources:
+    """The same on one node without GPUs."""
+    return replace(want, nodes="1", gpus_per_node=0, nproc_per_node="auto")
+
+
+def eval_verbs(verb: list[str]) -> list[list[str]]:
+    """One evaluation a checkpoint: `--checkpoint A B` becomes two verbs with a subfolder of --out each."""
+    if "--checkpoint" not in verb:
+        return [verb]
+    at = verb.index("--checkpoint") + 1
+    end = next((i for i in range(at, len(verb)) if verb[i].startswith("--")), len(verb))
+    checkpoints = verb[at:end]
+    if not checkpoints:
+        raise ValueError("submit: eval --checkpoint names no folder")
+    if len(checkpoints) == 1:
+        return [verb]
+    verbs = []
+    for i, checkpoint in enumerate(checkpoints):
+        one = [*verb[:at], checkpoint, *verb[end:]]
+        if "--out" in one:
+            out = one.index("--out") + 1
+            one[out] = str(Path(one[out]) / f"{i:03d}-{Path(checkpoint).name}")
+        verbs.append(one)
+    return verbs
+
+
+def _value(flag: str, argv: list[str]) -> str:
+    return argv[argv.index(flag) + 1] if flag in argv[:-1] else ""
+
+
+def _beside(folder: str) -> Path:
+    return Path(folder).absolute() / "job"
+
+
+def _submit(job: Job, after: str) -> str:
+    """Writes the script and hands it to sbatch; its job id."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    job.script.write_text(job.text)
+    options = ["--parsable"]
+    if after:
+        options += [f"--dependency={after}", "--kill-on-invalid-dep=yes"]
+    done = subprocess.run(["sbatch", *options, str(job.script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"sbatch refused {job.script}: {done.stderr.strip()}")
+    number = done.stdout.strip().split(";")[0]
+    log = str(job.log).replace("%A", number).replace("%j", number).replace("%a", "*")
+    print(f"{job.name}: job {number}{f', after {after}' if after else ''}; log {log}{job.note}", flush=True)
+    return number
