@@ -98,9 +98,12 @@ def plan_epoch(
 def _shuffled(items: Int64, bits: np.random.Philox) -> Int64:
     """The items in the order of a random draw each, whose low bits are the item's number: no two are equal."""
     number_bits = np.uint64((1 << len(items).bit_length()) - 1)
-    draws = bits.random_raw(len(items)) & ~number_bits | np.arange(len(items), dtype=np.uint64)
+    draws = bits.random_raw(len(items))
+    draws &= ~number_bits
+    draws |= np.arange(len(items), dtype=np.uint64)
     draws.sort()
-    return items[(draws & number_bits).astype(np.int64)]
+    draws &= number_bits
+    return items[draws.view(np.int64)]
 
 
 def visits_of_epoch(num_places: int, weight: float, *, seed: int, epoch: int, stream: int) -> Int64:
@@ -140,7 +143,9 @@ def _city_stream(place_city: Int64, batch: int, repeat: dict[int, int], visits: 
     """All places so that whole batches come first, each of one city, then the cities' left-overs."""
     whole, rest = [], []
     by_city = np.argsort(place_city, kind="stable")
-    cities, starts = np.unique(place_city[by_city], return_index=True)
+    ordered = place_city[by_city]
+    starts = np.append(0, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
+    cities = ordered[starts]
     members = dict(zip(cities.tolist(), np.split(by_city, starts[1:]), strict=True))
     for city in _shuffled(cities, bits).tolist():
         rounds = repeat.get(city, 1)
