@@ -22,10 +22,11 @@ BACKBONE = "backbone."
 class PlaceModel(nn.Module):
     """A ViT whose global descriptor retrieves and whose facets re-rank."""
 
-    def __init__(self, backbone: DinoViT, aggregator: nn.Module) -> None:
+    def __init__(self, backbone: DinoViT, aggregator: nn.Module, frozen_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.aggregator = aggregator
+        self.frozen_dtype = frozen_dtype  # of the frozen blocks and embeddings; None is that of all else
 
     @property
     def descriptor_size(self) -> int:
@@ -36,6 +37,24 @@ class PlaceModel(nn.Module):
     def device(self) -> torch.device:
         """Device of the parameters."""
         return next(self.parameters()).device
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether trained blocks are run again in the backward pass, instead of keeping what they computed."""
+        return self.backbone.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        self.backbone.activation_checkpointing = on
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles each block's call in training mode, with torch.compile; evaluation, and its facets, stay eager."""
+        self.backbone.compile_blocks(backend)
+
+    def cast_frozen(self) -> None:
+        """Puts the frozen part in `model.frozen_precision` again, after something has cast the whole network."""
+        if self.frozen_dtype is not None:
+            self.backbone.cast_frozen(self.frozen_dtype)
 
     @property
     def num_layers(self) -> int:
@@ -66,15 +85,18 @@ class PlaceModel(nn.Module):
 
 
 def build_model(config: ModelConfig, *, seed: int = 0, shard: Callable[[nn.Module], None] | None = None) -> PlaceModel:
-    """The network of a recipe in float32, on the CPU; what is not loaded is drawn from `seed`, the same on all ranks.
+    """The network of a recipe on the CPU, in float32, or what is frozen in `model.frozen_precision`.
 
-    It is built without memory and made one module at a time: `shard`, where given, is called with each module that has
-    parameters of its own, once they hold their values, and may leave a partition of them (see `materialise`).
+    What is not loaded is drawn from `seed`, the same on all ranks. The network is built without memory and made one
+    module at a time: `shard`, where given, is called with each module that has parameters of its own, once they hold
+    their values, and may leave a partition of them (see `materialise`).
     Raises ValueError, WeightsError or FileNotFoundError before anything is made.
     """
+    frozen_dtype = torch.bfloat16 if config.frozen_precision == "bf16" else None
     with torch.device("meta"):
-        model = PlaceModel(DinoViT(config.backbone), AGGREGATORS[config.aggregator]())
+        model = PlaceModel(DinoViT(config.backbone), AGGREGATORS[config.aggregator](), frozen_dtype)
     choose_trained(model.backbone, model.aggregator, config)
+    model.cast_frozen()
     weights: dict[str, torch.Tensor] = {}
     if file := find_weights(config.backbone, config.weights):
         state = read_weights(file)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from configs.schema import PATCH
 
@@ -26,7 +29,8 @@ class DinoViT(VisionTransformer):
     """The ViT of a DINOv2 size, for images of any sides that are multiples of 14.
 
     `forward` gives all tokens after the final norm. The first `num_frozen_blocks` blocks run without autograd, and the
-    embeddings too unless it is 0.
+    embeddings too unless it is 0; they may have another type than the rest, which activations are cast to between.
+    In training, `activation_checkpointing` keeps only the input of each trained block for the backward pass.
     """
 
     def __init__(self, name: str) -> None:
@@ -47,6 +51,8 @@ class DinoViT(VisionTransformer):
             **gated,
         )
         self.num_frozen_blocks = 0
+        self.activation_checkpointing = False
+        self._compiled_blocks: list[Callable[[torch.Tensor], torch.Tensor]] = []
 
     def reset_parameters(self) -> None:
         """Draws position table, class token and register tokens as DINOv2 does (its truncation is at 100 sigma)."""
@@ -59,16 +65,32 @@ class DinoViT(VisionTransformer):
         """Normalised images -> tokens [B, T, C]: class token, register tokens, patches in row order."""
         # Read from the parameter objects, whose type outlives their numbers under ZeRO-3 and costs no fetch.
         frozen, trained = (next(part.parameters()).dtype for part in (self.patch_embed, self.norm))
+        blocks = self._compiled_blocks if self.training and self._compiled_blocks else list(self.blocks)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_blocks == 0):
             x_BTC = self._pos_embed(self.patch_embed(images_B3HW.to(frozen)))
-            for block in self.blocks[: self.num_frozen_blocks]:
+            for block in blocks[: self.num_frozen_blocks]:
                 x_BTC = block(x_BTC)
         if frozen != trained:
             x_BTC = x_BTC.to(trained)
-        for block in self.blocks[self.num_frozen_blocks :]:
-            x_BTC = block(x_BTC)
+        for block in blocks[self.num_frozen_blocks :]:
+            if self.activation_checkpointing and self.training:
+                x_BTC = checkpoint(block, x_BTC, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTC = block(x_BTC)
         tokens_BTC: torch.Tensor = self.norm(x_BTC)
         return tokens_BTC
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles the blocks for training; in evaluation they run as they are, because hooks read facets from them."""
+        self._compiled_blocks = [torch.compile(block, backend=backend) for block in self.blocks]
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Gives the frozen blocks and embeddings another type, also where ZeRO-3 has left a partition of them."""
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad and not name.startswith("norm."):
+                parameter.data = parameter.data.to(dtype)
+                if hasattr(parameter, "ds_tensor"):
+                    parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
 
     def _pos_embed(self, patches_BHWC: torch.Tensor) -> torch.Tensor:
         """Class and register tokens before the patches, positions added.
