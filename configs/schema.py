@@ -221,6 +221,9 @@ class EngineConfig(Section):
         description="Chunks in which a rank encodes its images, for a batch that does not fit: a second forward "
         "pass, the gradient of the whole batch (GradCache).",
     )
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Peak TFLOP/s of a rank's device, which train/mfu is a share of; None: known GPUs alone."
+    )
     timeout_s: Annotated[int, Field(ge=10)] = Field(
         600, description="Seconds that a collective operation, and the first step, may take before the job ends."
     )

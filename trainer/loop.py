@@ -39,6 +39,7 @@ from trainer.checkpoint import (
 )
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.engine import StepResult, build_engine, optimizer_step, partitioner, set_learning_rate, whole_numel
+from trainer.flops import device_peak_tflops, model_flops
 from trainer.process_group import Rank
 from trainer.progress import Update, progress_bar
 from trainer.schedule import learning_rate, validations_since_best
@@ -129,6 +130,8 @@ class Training:
             f"places, {self.plans.num_steps} steps an epoch, {self.total_steps} in all; {rank.world_size} rank(s) on "
             f"{rank.device.type}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}"
         )
+        peak = device_peak_tflops(recipe)
+        self.seconds_at_peak = images_per_rank * model_flops(recipe) / (peak * 1e12) if peak else None
         self.watchdog = Watchdog(
             limit_s=recipe.engine.stall_s, first_limit_s=recipe.engine.timeout_s, folder=recipe.output
         )
@@ -283,6 +286,8 @@ class Training:
             "skipped_steps": float(progress.skipped_steps),
             "bad_images": float(progress.bad_images),
         }
+        if self.seconds_at_peak:
+            values["mfu"] = self.seconds_at_peak / seconds
         if progress.step % recipe.trainer.log_every_steps == 0:
             self.tracker.metrics({f"train/{name}": value for name, value in values.items()}, progress.step)
         queue = f"queue {len(self.queue)}" if uses_queue else "queue off"
