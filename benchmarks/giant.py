@@ -59,22 +59,24 @@ class Options:
     """Ranks, all on this machine."""
     cases: list[str] = field(default_factory=lambda: list(CASES))
     """Cases to run, or the beginnings of their names."""
+    measured: Path | None = None
+    """File of an earlier run, whose measured figures are held against the dry run's instead of training again."""
     json: Path | None = None
     """File for the figures."""
 
 
-def write_noise(folder: Path) -> None:
-    """A shard set of noise in `folder`/shards."""
+def write_noise(folder: Path, *, places: int = PLACES, size: tuple[int, int] = (160, 120)) -> None:
+    """A shard set in `folder`/shards: places of four JPEGs of noise, width x height."""
     rng = np.random.default_rng(0)
     (folder / "native" / "Dataframes").mkdir(parents=True)
     images = folder / "native" / "Images" / "Noise"
     images.mkdir(parents=True)
     rows = ["place_id,year,month,northdeg,city_id,lat,lon,panoid"]
-    for place in range(PLACES):
+    for place in range(places):
         for view in range(4):
             rows.append(f"{place},2020,{view + 1},0,Noise,1.5,2.5,p{place}-{view}")
             pixels = rng.integers(0, 256, size=(9, 12, 3), dtype=np.uint8)
-            picture = Image.fromarray(pixels).resize((160, 120))
+            picture = Image.fromarray(pixels).resize(size)
             picture.save(images / f"Noise_{place:07d}_2020_{view + 1:02d}_000_1.5_2.5_p{place}-{view}.jpg")
     (folder / "native" / "Dataframes" / "Noise.csv").write_text("\n".join(rows) + "\n")
     write_shards(read_gsv_cities(folder / "native"), folder / "shards")
@@ -103,7 +105,7 @@ def anonymous_bytes(process: psutil.Process) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-def peak_bytes(recipe: Path, ranks: int) -> list[int]:
+def peak_bytes(recipe: Path, ranks: int) -> list[float]:
     """Greatest RssAnon of each rank of a training of the recipe, run to its end."""
     flags = ["-m", "rerankvpr", "launch", "--nproc-per-node", str(ranks), "--", "train", str(recipe)]
     log = recipe.with_suffix(".log")
@@ -120,7 +122,7 @@ def peak_bytes(recipe: Path, ranks: int) -> list[int]:
             time.sleep(POLL_S)
     if launcher.returncode:
         raise SystemExit(log.read_text()[-3000:])
-    return sorted(peaks.values(), reverse=True)[:ranks]
+    return sorted(map(float, peaks.values()), reverse=True)[:ranks]
 
 
 def step_seconds(folder: Path) -> float:
@@ -133,6 +135,7 @@ def main() -> None:
     """Prints measured and predicted peaks of all cases."""
     options = tyro.cli(Options)
     rows, figures = [], {}
+    earlier: dict[str, float] = json.loads(options.measured.read_text()) if options.measured else {}
     for name, case in CASES.items():
         if not name.startswith(tuple(options.cases)):
             continue
@@ -141,12 +144,14 @@ def main() -> None:
             write_noise(folder)
             recipe = write_recipe(folder, case)
             predicted = plan(load_recipe(recipe), DryRunFlags(ranks=options.ranks, tflops=1.0)).memory.device_peak
-            measured = max(peak_bytes(recipe, options.ranks))
-            seconds = step_seconds(folder)
+            if earlier:
+                measured, seconds = earlier[f"{name}/measured_bytes"], earlier[f"{name}/step_s"]
+            else:
+                measured, seconds = max(peak_bytes(recipe, options.ranks)), step_seconds(folder)
         error = predicted / measured - 1
         rows.append([name, f"{measured / 1e9:.2f}", f"{predicted / 1e9:.2f}", f"{error:+.1%}", f"{seconds:.2f}"])
         figures |= {
-            f"{name}/measured_bytes": float(measured),
+            f"{name}/measured_bytes": measured,
             f"{name}/predicted_bytes": predicted,
             f"{name}/error": error,
             f"{name}/step_s": seconds,

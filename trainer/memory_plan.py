@@ -7,7 +7,6 @@ really allocate; `benchmarks/giant.py` holds them against measured peaks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,10 +23,12 @@ FP32 = 4
 KEPT_WHOLE = 100_000  # elements up to which ZeRO-3 leaves a parameter whole on all ranks (DeepSpeed's default)
 REDUCE_ALL = 500_000_000  # elements that DeepSpeed adds up at a time at stage 0
 BLOCK_KEEPS = 10  # activations of a block that backward needs, in channels a token, beside those of the MLP
+HEAP = 32 << 20  # bytes of the largest tensor that glibc takes from its heap (DEFAULT_MMAP_THRESHOLD_MAX)
 CPU_PROCESS = 0.60e9  # a rank on a CPU with all packages imported and a process group, before anything is built
 GPU_PROCESS = 1.5e9  # CUDA context, cuBLAS and NCCL of a rank, on its GPU; an estimate, not measured here
 
-Phase = Literal["always", "forward", "loss", "backward", "reduce", "update", "save", "evaluate"]
+# "backward" is its begin, when all activations are there and no gradient yet; "reduce" its end, the other way round.
+Phase = Literal["always", "build", "forward", "loss", "backward", "reduce", "update", "save", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Part:
     device: float
     host: float = 0.0
     phases: tuple[Phase, ...] = ("always",)
+    tensor: float = math.inf  # bytes of its largest tensor
+
+    @property
+    def in_heap(self) -> bool:
+        """Whether glibc takes it from its heap on a CPU, where it stays resident after it has been freed."""
+        return self.tensor <= HEAP and not {"always", "save"} & set(self.phases)
 
 
 @dataclass(frozen=True)
@@ -87,13 +94,22 @@ class MemoryPlan:
 
     @property
     def phases(self) -> dict[Phase, tuple[float, float]]:
-        """Bytes on device and host in each phase of a training."""
-        names: set[Phase] = {phase for part in self.parts for phase in part.phases} - {"always"}
-        return {name: self._sum(part for part in self.parts if {name, "always"} & set(part.phases)) for name in names}
+        """Bytes on device and host in each phase of a training.
 
-    def _sum(self, parts: Iterable[Part]) -> tuple[float, float]:
-        held = list(parts)
-        return sum(part.device for part in held), sum(part.host for part in held)
+        On a CPU small tensors come from glibc's heap, which keeps what it has held at most, and large ones go back to
+        the system as soon as they are freed.
+        """
+        names: set[Phase] = {phase for part in self.parts for phase in part.phases} - {"always"}
+        held = {name: [part for part in self.parts if {name, "always"} & set(part.phases)] for name in names}
+        if self.on_cpu:
+            heap = max(sum(part.device + part.host for part in parts if part.in_heap) for parts in held.values())
+            held = {name: [part for part in parts if not part.in_heap] for name, parts in held.items()}
+        else:
+            heap = 0.0
+        return {
+            name: (heap + sum(part.device for part in parts), sum(part.host for part in parts))
+            for name, parts in held.items()
+        }
 
     @property
     def device_peak(self) -> float:
@@ -109,16 +125,16 @@ class MemoryPlan:
 def plan_memory(
     recipe: Recipe, *, ranks: int, on_cpu: bool, sizes: Sizes | None = None, saves_between_steps: bool = True
 ) -> MemoryPlan:
-    """The memory of one of `ranks` ranks; without `saves_between_steps` the only checkpoint is that of the last step."""
+    """The memory of one of `ranks` ranks; not `saves_between_steps`: one checkpoint, after the last step."""
     sizes = sizes or parameter_sizes(recipe)
     parts = [
         Part("process", CPU_PROCESS if on_cpu else GPU_PROCESS),
         *_engine_parts(recipe, sizes, ranks, on_cpu),
-        *_activation_parts(recipe, ranks, on_cpu),
+        *_activation_parts(recipe, ranks),
         *_memory_parts(recipe, ranks),
         *_data_parts(recipe, ranks, on_cpu),
         _checkpoint_part(recipe, sizes, ranks, saves_between_steps),
-        *_evaluation_parts(recipe, sizes, on_cpu),
+        *_evaluation_parts(recipe, sizes),
     ]
     return MemoryPlan(tuple(part for part in parts if part.device or part.host), on_cpu)
 
@@ -151,8 +167,11 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     steps_on_cpu = on_cpu or offloads
     temporaries = group * (0 if recipe.optim.name == "sgd" else 2 if steps_on_cpu else 1)
 
-    def placed(name: str, num_bytes: float, host: bool, *phases: Phase) -> Part:
-        return Part(name, 0.0 if host else num_bytes, num_bytes if host else 0.0, phases or ("always",))
+    # Gradients of one chunk grow while its activations are freed; of earlier chunks they are all there.
+    while_they_grow: tuple[Phase, ...] = ("backward", "reduce") if engine.gradient_accumulation > 1 else ("reduce",)
+
+    def placed(name: str, num_bytes: float, host: bool, *phases: Phase, tensor: float = math.inf) -> Part:
+        return Part(name, 0.0 if host else num_bytes, num_bytes if host else 0.0, phases or ("always",), tensor)
 
     if stage == 3:
         parted = (trained * each + frozen * each_frozen) / ranks
@@ -175,7 +194,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
         masters, copied = (FP32, trained * FP32) if half else (0, 0.0)
         return [
             placed("weights", weights, False),
-            placed("gradients", trained * each, False, "backward", "reduce", "update", "save"),
+            placed("gradients", trained * each, False, *while_they_grow, "update", tensor=sizes.largest * each),
             placed("gradients, as sent", min(trained, REDUCE_ALL) * each, False, "reduce"),
             placed("optimizer", trained * (masters + FP32 * moments), False),
             placed("optimizer, while it steps", temporaries + copied, False, "update"),
@@ -186,12 +205,13 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     buffers: tuple[Phase, ...] = reduces if on_cpu else ("backward", "reduce")
     parts = [
         placed("weights", weights, False),
+        placed("weights, as built", trained * FP32, False, "build", tensor=sizes.largest * FP32),
         placed("optimizer", trained / ranks * (FP32 + FP32 * moments), offloads),
         placed("reduce bucket", bucket, False, *buffers),
         placed("reduce bucket, as sent", flattened, False, *reduces),
     ]
     if stage == 1:
-        parts.append(placed("gradients", trained * each, False, "backward", "reduce"))
+        parts.append(placed("gradients", trained * each, False, *while_they_grow, tensor=sizes.largest * each))
     if offloads:
         return [
             *parts,
@@ -221,27 +241,35 @@ def block_activations(backbone: str, side: int, each: int) -> float:
     return num_tokens(backbone, side) * (channels * each * (BLOCK_KEEPS + mlp_widths(backbone)[1]) + FP32 * (heads + 4))
 
 
-def _activation_parts(recipe: Recipe, ranks: int, on_cpu: bool) -> list[Part]:  # noqa: ARG001
+def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
     """Activations: of the frozen part while it runs, of the trained blocks until backward has passed them."""
     backbone, side, images = recipe.model.backbone, recipe.data.image_size, images_at_once(recipe, ranks)
     channels, depth, _ = SIZES[backbone.partition("_")[0]]
     each, each_frozen = element_bytes(recipe)
     trained = num_trained_blocks(recipe.model)
-    stream = images * num_tokens(backbone, side) * channels  # elements of all tokens
+    stream = images * num_tokens(backbone, side) * channels * each  # bytes of all tokens
     width, _ = mlp_widths(backbone)
+    wide = max(width, 3)  # of the widest tensor: MLP, or query, key and value
     block = images * block_activations(backbone, side, each)
-    kept = trained * block
-    while_backward = stream * each * (1 + 2 * width)  # gradients of the tokens and around the activation function
+    narrow = 7 * stream  # of a block's: what has one number a channel
+    kept = trained * stream if recipe.engine.activation_checkpointing else trained * block
+    kept_narrow = trained * (stream if recipe.engine.activation_checkpointing else narrow)
+    while_backward = stream * (1 + 2 * width)  # gradients of the tokens and around the activation function
     if recipe.engine.activation_checkpointing:
-        kept = trained * stream * each
         while_backward += block
-    head = 2 * stream * each  # tokens before and after the last norm
-    running = stream * (each_frozen if trained < depth else each) * (2 + 2 * width)
+    running = stream / each * (each_frozen if trained < depth else each) * (2 + 2 * width)
     pixels = images * 3 * side**2
+    both: tuple[Phase, ...] = ("loss", "backward")
     return [
-        Part("activations", kept + head, phases=("loss", "backward")),
-        Part("activations, while a block runs", running, phases=("forward",)),
-        Part("activations, while a block runs back", while_backward if trained else 0.0, phases=("backward",)),
+        Part("activations, one a channel", kept_narrow + 2 * stream, phases=both, tensor=stream),
+        Part("activations, wider", kept - kept_narrow, phases=both, tensor=wide * stream),
+        Part("activations, while a block runs", running, phases=("forward",), tensor=wide * stream),
+        Part(
+            "activations, while a block runs back",
+            while_backward if trained else 0.0,
+            phases=("backward",),
+            tensor=wide * stream,
+        ),
         Part("images, normalised", pixels * (FP32 + (each if each < FP32 else 0)), phases=("forward",)),
     ]
 
@@ -290,7 +318,7 @@ def _checkpoint_part(recipe: Recipe, sizes: Sizes, ranks: int, saves_between_ste
     return Part("checkpoint being written", 0.0, max(shares) + queue, ("always",) if saves_between_steps else ("save",))
 
 
-def _evaluation_parts(recipe: Recipe, sizes: Sizes, on_cpu: bool) -> list[Part]:  # noqa: ARG001
+def _evaluation_parts(recipe: Recipe, sizes: Sizes) -> list[Part]:
     """A forward pass of evaluation, and at ZeRO-3 the whole weights that it runs on."""
     if not recipe.eval.benchmarks:
         return []
