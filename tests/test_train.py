@@ -25,7 +25,7 @@ from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.shards import write_shards
 from model.network import build_model
 from tests.photos import jpeg, write_gsv_cities
-from trainer.checkpoint import find_checkpoint
+from trainer.checkpoint import checkpoint_weights, find_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 300
@@ -141,9 +141,21 @@ def test_an_exported_checkpoint_is_the_same_network(workplace: Path, straight: P
     assert recipe["model"]["backbone"] == "tiny14"
     model = ModelConfig(backbone="tiny14", weights=str(out))
     loaded = build_model(model).state_dict()
-    trained = load_file(find_checkpoint(straight) / "model.safetensors")
+    trained = checkpoint_weights(find_checkpoint(straight))
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(loaded[key], trained[key]) for key in trained)
+
+
+def same_state(a: Path, b: Path) -> None:
+    """Asserts that two checkpoints hold the same bits: weights, optimizer, queue and random state of all ranks."""
+    names = sorted(file.name for file in a.glob("*.safetensors"))
+    assert names == sorted(file.name for file in b.glob("*.safetensors"))
+    assert {name.split("-")[0] for name in names} >= {"model", "optimizer", "queue", "random"}
+    for name in names:
+        one, other = load_file(a / name), load_file(b / name)
+        assert one.keys() == other.keys(), name
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert (a / "optimizer.json").read_text() == (b / "optimizer.json").read_text()
 
 
 def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> None:
@@ -161,10 +173,7 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
     assert "resumed from" in text
     a, b = last_checkpoint(straight), last_checkpoint(folder)
     assert a.name == b.name
-    for file in ("model.safetensors", "queue-00000-of-00002.safetensors", "queue-00001-of-00002.safetensors"):
-        one, other = load_file(a / file), load_file(b / file)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), file
+    same_state(a, b)
     one, other = logged(straight), logged(folder)
     assert [one[s]["train/loss"] for s in sorted(one)] == [other[s]["train/loss"] for s in sorted(other)]
 
@@ -202,6 +211,44 @@ def test_asked_to_stop_it_saves_and_goes_on_later(workplace: Path, straight: Pat
     assert [one[s]["train/loss"] for s in sorted(one)] == [other[s]["train/loss"] for s in sorted(other)]
 
 
+def faulty_ranks(workplace: Path, output: Path, faults: dict[str, object], *flags: str) -> subprocess.Popen[str]:
+    """Two ranks in which something goes wrong (see tests.faulty)."""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.faulty")
+    recipe = str(workplace / "recipe.yaml")
+    return start(workplace, *launcher, json.dumps(faults), recipe, "--output", str(output), *flags)
+
+
+def test_faults_are_skipped_survived_or_named(workplace: Path, small_disk: Path) -> None:
+    """In one training: NaN in one rank's descriptors and in one rank's gradient, a disk that is full for some steps,
+    then a rank that stops. It skips, goes on, and ends with the rank's name; resumed, it comes to its end."""
+    output = small_disk / "run"
+    faults = {
+        "nan_descriptor": {"rank": 1, "step": 1},
+        "full": {"rank": 0, "step": 3, "until": 6, "folder": str(small_disk)},
+        "nan_gradient": {"rank": 0, "step": 7},
+        "stop": {"rank": 1, "step": 9},
+    }
+    flags = ("--eval.benchmarks", "--tracking.enabled", "False", "--trainer.max-skipped-steps", "2")
+    process = faulty_ranks(workplace, output, faults, *flags, "--engine.stall-s", "6")
+    began = time.monotonic()
+    text, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode != 0
+    assert "rank 1 on " in text
+    assert "is silent since section forward of step 9" in text, text
+    assert "could not be written" in text
+    assert "No space left" in text
+    assert (output / "stalled-rank-00000.txt").exists()
+    skipped = [json.loads(line) for line in (output / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["why"]) for line in skipped] == [(1, "loss is nan"), (7, "the gradient is not finite")]
+    assert all(len(line["place_ids"]) == 4 for line in skipped)
+    assert time.monotonic() - began < TIMEOUT_S
+    text = finish(faulty_ranks(workplace, output, {}, *flags, "--resume"))
+    assert "resumed from" in text
+    assert f"trained {STEPS} steps" in text
+    assert logged(output)[STEPS]["train/skipped_steps"] == 2
+    assert not any(p.name.startswith(".") for p in (output / "checkpoints").iterdir())
+
+
 def one_rank(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
     """By torchrun on the trainer's module, untracked."""
     return start(
@@ -224,9 +271,9 @@ def test_one_rank_gives_the_losses_of_two(workplace: Path, straight: Path) -> No
     assert max(losses[0]) - min(losses[0]) > 0.01
 
 
-@pytest.mark.parametrize("stage", ["0", "2"])
+@pytest.mark.parametrize("stage", ["0", "3"])
 def test_a_run_of_two_ranks_goes_on_with_one(workplace: Path, straight: Path, stage: str) -> None:
-    """From a checkpoint in the middle: one rank instead of two, ZeRO 0 or 2 instead of 1, the queue on one rank."""
+    """From a checkpoint in the middle: one rank instead of two, ZeRO 0 or 3 instead of 1, the queue on one rank."""
     folder = workplace / f"moved_{stage}"
     shutil.copytree(straight / "checkpoints" / "step-00000010", folder / "checkpoints" / "step-00000010")
     (folder / "checkpoints" / "latest").write_text("step-00000010\n")
@@ -235,7 +282,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(workplace: Path, straight: Path, st
     assert sorted(one) == [11, 12]
     # the first loss sees the restored weights and queue, the second the restored moments as well
     assert [one[s]["train/loss"] for s in (11, 12)] == pytest.approx([two[s]["train/loss"] for s in (11, 12)], rel=1e-5)
-    ours, theirs = (load_file(last_checkpoint(f) / "model.safetensors") for f in (folder, straight))
+    ours, theirs = (checkpoint_weights(last_checkpoint(f)) for f in (folder, straight))
     for name, tensor in ours.items():
         # a key bias has no true gradient (softmax does not see it), so that Adam moves it by rounding alone
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=2.5e-3 if "qkv.bias" in name else 1e-5)

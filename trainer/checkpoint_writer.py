@@ -62,7 +62,7 @@ class CheckpointWriter:
         return (0.0, 1.0) if self._part.error else (1.0, 0.0)
 
     def settle(self, written: float, failed: float) -> bool:
-        """Makes the checkpoint valid, or void, once the sums of the votes say that all are done; whether it is valid."""
+        """Makes the checkpoint valid or void once the sums of the votes say that all are done; whether it is valid."""
         if self._part is None or written + failed < dist.get_world_size():
             return False
         part, self._part = self._part, None
@@ -98,7 +98,7 @@ class CheckpointWriter:
         missing = [name for name in files if not (part.folder / name).is_file()]
         if missing:
             raise OSError(
-                f"{part.folder / missing[0]} of another rank is not there; --output must be a folder that all nodes share"
+                f"{part.folder / missing[0]} of another rank is not there; --output must be on a disk that nodes share"
             )
         manifest = {"format": FORMAT, "step": part.step, "world_size": dist.get_world_size(), "files": files}
         _write_text(part.folder / MANIFEST, json.dumps(manifest, indent=1))

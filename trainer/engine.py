@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from configs.schema import EngineConfig, OptimConfig
+from model.network import PlaceModel
 
 NO_DECAY = ("cls_token", "pos_embed", "reg_token")
 BUCKET = 50_000_000  # elements reduced or gathered at a time; DeepSpeed's own 5e8 is 2 GB a buffer in fp32
@@ -24,7 +25,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     """Trained parameters: matrices with weight decay; norms, biases and embeddings without.
 
     With `optim.layer_decay` below 1 there is such a pair for each layer, and `lr_scale` in a group is
-    layer_decay^(layers above it). A model that is decayed by layer has `layer_of(name)` and `num_layers`.
+    layer_decay^(layers above it).
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -32,7 +33,8 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
             continue
         above = 0
         if optim.layer_decay < 1:
-            above = model.num_layers - 1 - model.layer_of(name)  # type: ignore[operator]
+            assert isinstance(model, PlaceModel)
+            above = model.num_layers - 1 - model.layer_of(name)
         decays = whole_ndim(parameter) > 1 and not name.endswith(NO_DECAY)
         group = groups.setdefault(
             (above, not decays),
@@ -84,6 +86,7 @@ def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_p
             "stage3_prefetch_bucket_size": BUCKET,
             "stage3_max_live_parameters": LIVE,
             "stage3_max_reuse_distance": LIVE,
+            "memory_efficient_linear": False,  # would replace torch's F.linear for the whole process
         }
     return {
         "train_micro_batch_size_per_gpu": max(1, images_per_rank // engine.gradient_accumulation),

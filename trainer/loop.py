@@ -96,7 +96,7 @@ class Training:
         if recipe.trainer.max_steps:
             self.total_steps = min(self.total_steps, recipe.trainer.max_steps)
 
-        model = build_model(recipe.model, seed=recipe.seed, shard=partitioner(recipe.engine))
+        model: PlaceModel = build_model(recipe.model, seed=recipe.seed, shard=partitioner(recipe.engine))
         model.activation_checkpointing = recipe.engine.activation_checkpointing
         self.queue = MemoryQueue(
             recipe.memory.size, model.descriptor_size, rank.device, placement=recipe.memory.placement
