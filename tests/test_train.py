@@ -49,7 +49,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"shards": str(folder / "shards"), "places_per_batch": 4, "images_per_place": 3, "image_size": 28},
         "model": {"backbone": "tiny14", "weights": "random", "finetune_last_n_blocks": 2},
         "memory": {"size": 30, "start_epoch": 1, "placement": "sharded", "decay": "measured", "drift_every": 2},
-        "engine": {"gradient_accumulation": 2},
+        "engine": {"gradient_accumulation": 2, "peak_tflops": 0.5},
         "optim": {"lr": 1e-3, "warmup_steps": 2},
         "trainer": {"epochs": 3, "checkpoint_every_steps": 2, "validate_every_epochs": 1},
         "eval": {"benchmarks": ["town"], "data_root": str(folder), "image_size": 28, "pictures": 2},
@@ -116,6 +116,7 @@ def last_checkpoint(folder: Path) -> Path:
 def test_a_training_leaves_checkpoints_results_pictures_and_metrics(straight: Path) -> None:
     metrics = logged(straight)
     assert sorted(metrics) == list(range(1, STEPS + 1))
+    assert all(0 < metrics[step]["train/mfu"] < 1 for step in metrics)
     fills = [metrics[step]["train/queue_fill"] for step in sorted(metrics)]
     assert fills == [0] * 5 + [12, 24] + [30] * 5
     assert all(np.isfinite(metrics[step]["train/loss"]) for step in metrics)

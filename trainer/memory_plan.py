@@ -176,7 +176,9 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     if stage == 3:
         parted = (trained * each + frozen * each_frozen) / ranks
         whole = sizes.kept_whole * each + sizes.kept_whole_frozen * each_frozen
-        gathered = min(sizes.total, LIVE + BUCKET) * max(each, each_frozen)
+        # Autograd's reference to a trained weight keeps it whole from forward to backward, though ZeRO-3 lets it go.
+        kept = 0 if engine.activation_checkpointing else trained
+        gathered = min(sizes.total, LIVE + BUCKET + kept) * max(each, each_frozen)
         # In fp32 the optimizer works on the weights themselves, unless they must be on the host.
         masters = FP32 if half or offloads else 0
         return [
