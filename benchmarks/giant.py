@@ -134,7 +134,8 @@ def step_seconds(folder: Path) -> float:
 def main() -> None:
     """Prints measured and predicted peaks of all cases."""
     options = tyro.cli(Options)
-    rows, figures = [], {}
+    rows: list[list[str]] = []
+    figures: dict[str, float] = {}
     earlier: dict[str, float] = json.loads(options.measured.read_text()) if options.measured else {}
     for name, case in CASES.items():
         if not name.startswith(tuple(options.cases)):

@@ -208,7 +208,8 @@ def on_a_gpu(rank: Rank, backbone: str, *, compiled: bool, checkpointing: bool) 
 def gpu_table() -> dict[str, float]:
     """Prints images/s and MFU by backbone, compiled or not, with and without activation checkpointing."""
     rank = start_process_group(1800)
-    rows, figures = [], {}
+    rows: list[list[str]] = []
+    figures: dict[str, float] = {}
     for backbone in GPU_BATCH:
         for compiled in (False, True):
             for checkpointing in (False, True):
@@ -233,7 +234,8 @@ def main() -> None:
     if options.worker:
         on_a_rank(options)
         return
-    rows, figures = [], {}
+    rows: list[list[str]] = []
+    figures: dict[str, float] = {}
     for world in options.ranks:
         seconds = measured(world, options)
         bare = sum(seconds[part] for part in NETWORK)

@@ -143,7 +143,9 @@ def test_more_ranks_and_checkpointing_never_need_more(engine: dict[str, Any], on
     assert peaks == sorted(peaks, reverse=True)
     again = config.model_copy(update={"engine": config.engine.model_copy(update={"activation_checkpointing": True})})
     assert plan_memory(again, ranks=1, on_cpu=on_cpu, sizes=sizes).device_peak <= peaks[0]
-    assert all(part.device >= 0 and part.host >= 0 for part in plan_memory(config, ranks=2, on_cpu=False).parts)
+    assert all(
+        part.device >= 0 and part.host >= 0 for part in plan_memory(config, ranks=2, on_cpu=False, sizes=sizes).parts
+    )
 
 
 SIZES_OF_VITS = parameter_sizes(recipe())
@@ -151,7 +153,7 @@ SIZES_OF_VITS = parameter_sizes(recipe())
 
 def held(config: Recipe, ranks: int, start: str) -> float:
     """Bytes of the parts whose names begin with `start`, on a GPU, host and device."""
-    parts = plan_memory(config, ranks=ranks, on_cpu=False).parts
+    parts = plan_memory(config, ranks=ranks, on_cpu=False, sizes=SIZES_OF_VITS).parts
     return sum(part.device + part.host for part in parts if part.name.startswith(start))
 
 
@@ -166,7 +168,9 @@ def test_zero_stages_hold_what_they_say() -> None:
             held(config, 4, "weights, small") + held(config, 4, "weights, gathered") + held(config, 4, "weights, as")
         )
         assert held(config, 4, "weights") - whole == parted
-    offloaded = plan_memory(recipe(engine={"zero_stage": 3, "offload": "all"}), ranks=4, on_cpu=False)
+    offloaded = plan_memory(
+        recipe(engine={"zero_stage": 3, "offload": "all"}), ranks=4, on_cpu=False, sizes=SIZES_OF_VITS
+    )
     on_host = {part.name for part in offloaded.parts if part.host}
     assert {"weights, parted", "gradients", "optimizer"} <= on_host
     frozen_bf16 = recipe(engine={"zero_stage": 1}, model={"frozen_precision": "bf16"})

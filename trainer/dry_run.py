@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +42,7 @@ class Machine:
 def find_machine(flags: DryRunFlags, recipe: Recipe, ranks: int) -> Machine:
     """The device of a rank: this process's, or one as the flags describe it."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    host = psutil.virtual_memory().total
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available() or flags.device_gb:
         known, peak, on_this = None, None, torch.cuda.is_available()
         if on_this:
@@ -71,17 +71,19 @@ def measured_tflops() -> float:
     return products * 2 * side**3 / (time.perf_counter() - began) / 1e12
 
 
-def count_steps(recipe: Recipe) -> tuple[int | None, int | None, str]:
-    """Steps of an epoch and in all, and how they are known."""
+def count_steps(recipe: Recipe) -> tuple[int | None, int | None, float, str]:
+    """Steps of an epoch and in all, bytes of the shard sets, and how they are known."""
     try:
-        per_epoch = EpochPlans(read_mixture(recipe.data), recipe.data, seed=recipe.seed).num_steps
+        places = read_mixture(recipe.data)
     except FileNotFoundError:
         total = recipe.trainer.max_steps or None
-        return None, total, f"no shard index at {recipe.data.shards}: the steps of an epoch are not known"
+        return None, total, math.inf, f"no shard index at {recipe.data.shards}: the steps of an epoch are not known"
+    per_epoch = EpochPlans(places, recipe.data, seed=recipe.seed).num_steps
+    num_bytes = float(sum(int(index.size.sum()) for index in places.sets))
     total = recipe.trainer.epochs * per_epoch
     if recipe.trainer.max_steps:
         total = min(total, recipe.trainer.max_steps)
-    return per_epoch, total, f"from the index of {recipe.data.shards}"
+    return per_epoch, total, num_bytes, f"from the index of {recipe.data.shards}"
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,18 @@ def plan(recipe: Recipe, flags: DryRunFlags) -> DryRun:
         )
     machine = find_machine(flags, recipe, ranks)
     sizes = parameter_sizes(recipe)
-    per_epoch, total, source = count_steps(recipe)
+    per_epoch, total, shard_bytes, source = count_steps(recipe)
     every = recipe.trainer.checkpoint_every_steps or per_epoch
     saves_between_steps = every is None or total is None or every < total
 
     def memory_of(other: Recipe) -> MemoryPlan:
         return plan_memory(
-            other, ranks=ranks, on_cpu=machine.on_cpu, sizes=sizes, saves_between_steps=saves_between_steps
+            other,
+            ranks=ranks,
+            on_cpu=machine.on_cpu,
+            sizes=sizes,
+            saves_between_steps=saves_between_steps,
+            shard_bytes=shard_bytes,
         )
 
     images = recipe.data.places_per_batch * recipe.data.images_per_place // ranks

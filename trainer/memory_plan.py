@@ -24,7 +24,7 @@ KEPT_WHOLE = 100_000  # elements up to which ZeRO-3 leaves a parameter whole on 
 REDUCE_ALL = 500_000_000  # elements that DeepSpeed adds up at a time at stage 0
 BLOCK_KEEPS = 10  # activations of a block that backward needs, in channels a token, beside those of the MLP
 HEAP = 32 << 20  # bytes of the largest tensor that glibc takes from its heap (DEFAULT_MMAP_THRESHOLD_MAX)
-CPU_PROCESS = 0.60e9  # a rank on a CPU with all packages imported and a process group, before anything is built
+CPU_PROCESS = 0.74e9  # a rank on a CPU that trains a network of no size: packages, libraries, process group, threads
 GPU_PROCESS = 1.5e9  # CUDA context, cuBLAS and NCCL of a rank, on its GPU; an estimate, not measured here
 
 # "backward" is its begin, when all activations are there and no gradient yet; "reduce" its end, the other way round.
@@ -123,16 +123,25 @@ class MemoryPlan:
 
 
 def plan_memory(
-    recipe: Recipe, *, ranks: int, on_cpu: bool, sizes: Sizes | None = None, saves_between_steps: bool = True
+    recipe: Recipe,
+    *,
+    ranks: int,
+    on_cpu: bool,
+    sizes: Sizes | None = None,
+    saves_between_steps: bool = True,
+    shard_bytes: float = math.inf,
 ) -> MemoryPlan:
-    """The memory of one of `ranks` ranks; not `saves_between_steps`: one checkpoint, after the last step."""
+    """The memory of one of `ranks` ranks, of which each reads its part of `shard_bytes` of shards.
+
+    Without `saves_between_steps` the only checkpoint is that of the last step.
+    """
     sizes = sizes or parameter_sizes(recipe)
     parts = [
         Part("process", CPU_PROCESS if on_cpu else GPU_PROCESS),
         *_engine_parts(recipe, sizes, ranks, on_cpu),
         *_activation_parts(recipe, ranks),
         *_memory_parts(recipe, ranks),
-        *_data_parts(recipe, ranks, on_cpu),
+        *_data_parts(recipe, ranks, on_cpu, shard_bytes),
         _checkpoint_part(recipe, sizes, ranks, saves_between_steps),
         *_evaluation_parts(recipe, sizes),
     ]
@@ -298,14 +307,15 @@ def _memory_parts(recipe: Recipe, ranks: int) -> list[Part]:
     return parts
 
 
-def _data_parts(recipe: Recipe, ranks: int, on_cpu: bool) -> list[Part]:
+def _data_parts(recipe: Recipe, ranks: int, on_cpu: bool, shard_bytes: float) -> list[Part]:
     """Decoded batches ahead of the step, bytes read ahead of the decoder, and the step's own images."""
     data = recipe.data
     images = data.places_per_batch * data.images_per_place // ranks
     batch = images * 3 * data.image_size**2
     ahead = data.prefetch_batches + 2 if data.decode_threads else 1
     augmented = 2 if data.augmentation == "randaugment" else 0
-    parts = [Part("decoded batches", 0.0, ahead * batch), Part("read ahead", 0.0, data.read_ahead_mb * 2.0**20)]
+    read = min(data.read_ahead_mb * 2.0**20, shard_bytes / ranks)
+    parts = [Part("decoded batches", 0.0, ahead * batch), Part("read ahead", 0.0, read)]
     return [*parts, Part("images of the step", batch * (augmented + (0 if on_cpu else 1)))]
 
 
