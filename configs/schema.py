@@ -224,6 +224,9 @@ class EngineConfig(Section):
         description="Chunks in which a rank encodes its images, for a batch that does not fit: a second forward "
         "pass, the gradient of the whole batch (GradCache).",
     )
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Peak TFLOP/s of a rank's device, which train/mfu is a share of; None: known GPUs alone."
+    )
     timeout_s: Annotated[int, Field(ge=10)] = Field(
         600, description="Seconds that a collective operation, and the first step, may take before the job ends."
     )
@@ -410,6 +413,20 @@ class Recipe(Section):
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        engine, trainer = self.engine, self.trainer
+        if self.model.frozen_precision == "bf16" and engine.zero_stage == 3 and engine.precision == "fp32":
+            raise ValueError(
+                "model.frozen_precision bf16 at engine.zero_stage 3 needs engine.precision bf16: DeepSpeed keeps parted "
+                "weights in one precision"
+            )
+        if self.optim.schedule == "plateau" and not (trainer.validate_every_epochs and self.eval.benchmarks):
+            raise ValueError(
+                "optim.schedule plateau needs validations: eval.benchmarks and trainer.validate_every_epochs"
+            )
+        return self
 
     @field_validator("name")
     @classmethod

@@ -20,7 +20,7 @@ VERBS = {
     ),
     "train": (
         "trainer.command:main",
-        "RECIPE [--section.key value] [--resume]",
+        "RECIPE [--section.key value] [--resume] [--dry-run]",
         "Trains a recipe; one process is a group of one.",
     ),
     "launch": (

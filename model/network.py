@@ -84,6 +84,19 @@ class PlaceModel(nn.Module):
         return ReadOut(descriptor_BD, reader.local_BNC, reader.saliency_BN)
 
 
+def meta_model(config: ModelConfig) -> PlaceModel:
+    """The network of a recipe without memory (on the meta device), its trained part chosen.
+
+    Raises ValueError where the choice does not fit the network.
+    """
+    frozen_dtype = torch.bfloat16 if config.frozen_precision == "bf16" else None
+    with torch.device("meta"):
+        model = PlaceModel(DinoViT(config.backbone), AGGREGATORS[config.aggregator](), frozen_dtype)
+    choose_trained(model.backbone, model.aggregator, config)
+    model.cast_frozen()
+    return model
+
+
 def build_model(config: ModelConfig, *, seed: int = 0, shard: Callable[[nn.Module], None] | None = None) -> PlaceModel:
     """The network of a recipe on the CPU, in float32, or what is frozen in `model.frozen_precision`.
 
@@ -92,11 +105,7 @@ def build_model(config: ModelConfig, *, seed: int = 0, shard: Callable[[nn.Modul
     their values, and may leave a partition of them (see `materialise`).
     Raises ValueError, WeightsError or FileNotFoundError before anything is made.
     """
-    frozen_dtype = torch.bfloat16 if config.frozen_precision == "bf16" else None
-    with torch.device("meta"):
-        model = PlaceModel(DinoViT(config.backbone), AGGREGATORS[config.aggregator](), frozen_dtype)
-    choose_trained(model.backbone, model.aggregator, config)
-    model.cast_frozen()
+    model = meta_model(config)
     weights: dict[str, torch.Tensor] = {}
     if file := find_weights(config.backbone, config.weights):
         state = read_weights(file)

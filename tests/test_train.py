@@ -55,6 +55,7 @@ def straight(workplace: Path) -> Path:
 def test_a_training_leaves_checkpoints_results_pictures_and_metrics(straight: Path) -> None:
     metrics = logged(straight)
     assert sorted(metrics) == list(range(1, STEPS + 1))
+    assert all(0 < metrics[step]["train/mfu"] < 1 for step in metrics)
     fills = [metrics[step]["train/queue_fill"] for step in sorted(metrics)]
     assert fills == [0] * 5 + [12, 24] + [30] * 5
     assert all(np.isfinite(metrics[step]["train/loss"]) for step in metrics)

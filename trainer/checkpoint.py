@@ -191,9 +191,19 @@ def set_aside_newer(folder: Path, checkpoint: Path | None) -> None:
 
 
 def load_checkpoint(
-    checkpoint: Path, engine: Any, queue: MemoryQueue, drift: DriftProbe | None, recipe: Recipe
+    checkpoint: Path, engine: Any, queue: MemoryQueue, drift: DriftProbe | None, recipe: Recipe, dataset: str
 ) -> Progress:
-    """Restores engine, queue and random state on every rank, at any world size and ZeRO stage; the position."""
+    """Restores engine, queue and random state on every rank, at any world size and ZeRO stage; the position.
+
+    `dataset` is the digest of the shard sets. Raises CheckpointError where recipe or shards are not the checkpoint's.
+    """
+    progress = Progress(**json.loads((checkpoint / "state.json").read_text()))
+    if progress.dataset != dataset:
+        raise CheckpointError(
+            f"{checkpoint} was trained on shards with digest {progress.dataset}, data.shards and data.mix now have "
+            f"{dataset}: the order of data would be another; resume with the same shards, or export the network and "
+            "start from it with model.weights"
+        )
     for key, ours, theirs in _differences(recipe, checkpoint):
         raise CheckpointError(f"{checkpoint} was trained with {key} {theirs}, this recipe has {ours}; they must agree")
     side = recipe.data.image_size
@@ -211,7 +221,7 @@ def load_checkpoint(
         torch.set_rng_state(states["cpu"])
         if torch.cuda.is_available() and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"])
-    return Progress(**json.loads((checkpoint / "state.json").read_text()))
+    return progress
 
 
 def stored_recipe(checkpoint: Path) -> Recipe:

@@ -39,6 +39,7 @@ from trainer.checkpoint import (
 )
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.engine import StepResult, build_engine, optimizer_step, partitioner, set_learning_rate, whole_numel
+from trainer.flops import device_peak_tflops, model_flops
 from trainer.process_group import Rank
 from trainer.progress import Update, progress_bar
 from trainer.provenance import provenance
@@ -113,8 +114,9 @@ class Training:
         for note in notes:
             self.say(f"[yellow]left out: {note}")
         if resume and found:
-            self.progress = load_checkpoint(found, self.engine, self.queue, self.drift, recipe)
+            self.progress = load_checkpoint(found, self.engine, self.queue, self.drift, recipe, places_of.digest)
             self.say(f"resumed from {found}, step {self.progress.step} of {self.total_steps}")
+        self.progress.dataset = places_of.digest
         if resume and rank.is_main:
             set_aside_newer(self.checkpoints, found)
         self.bad_images_before = self.progress.bad_images
@@ -125,7 +127,7 @@ class Training:
             console,
             run_id=self.progress.mlflow_run_id,
             active=rank.is_main,
-            facts=provenance(world_size=rank.world_size, device=rank.device),
+            facts=provenance(world_size=rank.world_size, device=rank.device, data_digest=places_of.digest),
         )
         if rank.is_main:
             (recipe.output / "recipe.yaml").write_text(recipe_text(recipe))
@@ -137,6 +139,8 @@ class Training:
             f"places, {self.plans.num_steps} steps an epoch, {self.total_steps} in all; {rank.world_size} rank(s) on "
             f"{rank.device.type}, ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}"
         )
+        peak = device_peak_tflops(recipe)
+        self.seconds_at_peak = images_per_rank * model_flops(recipe) / (peak * 1e12) if peak else None
         self.watchdog = Watchdog(
             limit_s=recipe.engine.stall_s, first_limit_s=recipe.engine.timeout_s, folder=recipe.output
         )
@@ -291,6 +295,8 @@ class Training:
             "skipped_steps": float(progress.skipped_steps),
             "bad_images": float(progress.bad_images),
         }
+        if self.seconds_at_peak:
+            values["mfu"] = self.seconds_at_peak / seconds
         if progress.step % recipe.trainer.log_every_steps == 0:
             self.tracker.metrics({f"train/{name}": value for name, value in values.items()}, progress.step)
         queue = f"queue {len(self.queue)}" if uses_queue else "queue off"

@@ -38,6 +38,8 @@ class Validation:
         pictures: Path | None = None,
     ) -> list[Result]:
         """Results of all benchmarks, printed and tracked; every rank must call this."""
+        if not self.benchmarks:
+            return []  # at ZeRO-3 the whole weights would be gathered for nothing
         config, main = self.config, dist.get_rank() == 0
         if not rerank:
             config = config.model_copy(update={"rerank": config.rerank.model_copy(update={"enabled": False})})

@@ -1,0 +1,262 @@
+"""Where the seconds of a training step go, what queue and gather add to the bare model, how long a checkpoint stalls.
+
+The trainer's own loader, engine, loss, queue and checkpoint writer, on JPEGs of noise (400 x 300) in tar shards. The
+loss's gradient by descriptors is taken by itself, so that gather, loss and queue, both ways, are timed apart from the
+network. On GPUs a second table gives images/s and MFU by backbone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from benchmarks.giant import write_noise
+from benchmarks.report import print_table, write_json
+from configs.schema import DataConfig, EngineConfig, EvalConfig, MemoryConfig, ModelConfig, Recipe
+from data_pipeline.images import normalise
+from data_pipeline.loader import PlaceBatch, PlaceLoader
+from data_pipeline.mixture import EpochPlans, read_mixture
+from memory.global_loss import GlobalLoss
+from memory.queue import MemoryQueue
+from model.network import PlaceModel, build_model
+from trainer.checkpoint import Progress, checkpoint_contents
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.engine import build_engine, optimizer_step, set_learning_rate
+from trainer.flops import device_peak_tflops, model_flops
+from trainer.process_group import Rank, start_process_group, stop_process_group
+
+PARTS = ("data wait", "forward", "wait for ranks", "gather + loss + queue", "backward", "optimizer")
+NETWORK = ("forward", "backward", "optimizer")
+GPU_BATCH = {"vits14": 512, "vitb14": 256, "vitl14": 96, "vitg14": 24}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Times steps of ViT-S/14 at 224 px on 1 and 2 ranks; on GPUs S, B, L and g as well."""
+
+    ranks: list[int] = field(default_factory=lambda: [1, 2])
+    """World sizes."""
+    places: int = 8
+    """Places of a global batch, of 4 images each."""
+    size: int = 16384
+    """M, entries of the queue, full before the first step."""
+    steps: int = 8
+    """Measured steps, after two that warm up."""
+    gpu: bool = torch.cuda.is_available()
+    """The table of backbones, one rank, real GPUs alone."""
+    json: Path | None = None
+    """File for the figures."""
+    worker: str = ""
+    """Used by the script for the processes that it starts: the folder of the data."""
+
+
+class Clock:
+    """Seconds of a step by part, the device's queue of work emptied at each mark."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self.last = self.now()
+
+    def now(self) -> float:
+        """Seconds, once the device has done all it was given."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def mark(self, part: str) -> None:
+        """Ends a part."""
+        now = self.now()
+        self.seconds[part].append(now - self.last)
+        self.last = now
+
+
+def recipe_of(options: Options, folder: Path) -> Recipe:
+    """ViT-S, last 4 blocks, as configs/mini_vits.yaml trains it."""
+    return Recipe(
+        name="step",
+        output=folder / "run",
+        data=DataConfig(
+            shards=str(folder / "shards"), places_per_batch=options.places, composition="mixed", decode_threads=1
+        ),
+        model=ModelConfig(backbone="vits14", weights="random"),
+        memory=MemoryConfig(size=options.size, start_epoch=0, decay_lambda=0.1),
+        eval=EvalConfig(),
+    )
+
+
+def endless(plans: EpochPlans, loader: PlaceLoader) -> Iterator[PlaceBatch]:
+    """Batches of epoch after epoch."""
+    epoch = 0
+    while True:
+        yield from loader.batches(plans.epoch(epoch), range(plans.num_steps))
+        epoch += 1
+
+
+def on_a_rank(options: Options) -> None:
+    """Runs steps as one rank; rank 0 prints the figures."""
+    rank = start_process_group(600)
+    recipe = recipe_of(options, Path(options.worker))
+    batch_size = options.places * recipe.data.images_per_place
+    model = build_model(recipe.model)
+    queue = MemoryQueue(recipe.memory.size, model.descriptor_size, rank.device)
+    filler = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(options.size, model.descriptor_size, generator=filler))
+    queue.enqueue(rows.to(rank.device), 100 + torch.arange(options.size, device=rank.device), 0)
+    engine = build_engine(
+        model, engine=recipe.engine, optim=recipe.optim, images_per_rank=batch_size // rank.world_size
+    )
+    loss = GlobalLoss(recipe.loss, recipe.memory)
+    places = read_mixture(recipe.data)
+    loader = PlaceLoader(places, recipe.data, rank=rank.rank, world_size=rank.world_size)
+    batches = endless(EpochPlans(places, recipe.data, seed=0), loader)
+    writer = CheckpointWriter(recipe.output / "checkpoints", keep_last=1, say=lambda text: print(text, file=sys.stderr))
+    clock, totals = Clock(), []
+    num_steps, saved_after = 2 + options.steps + 4, 2 + options.steps
+    for step in range(num_steps):
+        began = clock.last = clock.now()
+        batch = next(batches)
+        clock.mark("data wait")
+        engine.train()
+        set_learning_rate(engine, 1e-5)
+        descriptors = engine(normalise(batch.images_B3HW.to(rank.device)))
+        clock.mark("forward")
+        dist.barrier()
+        clock.mark("wait for ranks")
+        out = loss(descriptors, batch.place_ids_B.to(rank.device), queue, step=step)
+        (grad,) = torch.autograd.grad(out.loss, descriptors, retain_graph=True)
+        queue.enqueue(out.descriptors_ND, out.place_ids_N, step)
+        clock.mark("gather + loss + queue")
+        engine.backward((descriptors * grad).sum())
+        clock.mark("backward")
+        optimizer_step(engine, recipe.optim.gradient_clipping)
+        clock.mark("optimizer")
+        votes = torch.tensor(writer.vote(), device=rank.device)
+        dist.all_reduce(votes)
+        writer.settle(*votes.tolist())
+        if step == saved_after:
+            writer.begin(step, checkpoint_contents(engine, queue, None, Progress(step), recipe))
+        totals.append(clock.now() - began)
+    writer.finish()
+    figures = {part: statistics.median(clock.seconds[part][2:saved_after]) for part in PARTS}
+    figures["step"] = statistics.median(totals[2:saved_after])
+    figures["stall"] = max(totals[saved_after:]) - figures["step"]
+    if rank.is_main:
+        print(json.dumps(figures))
+    stop_process_group()
+
+
+def measured(world: int, options: Options) -> dict[str, float]:
+    """Median seconds by part at a world size."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_noise(Path(folder), places=3 * options.places, size=(400, 300))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        command += ["-m", "benchmarks.step", "--worker", folder, "--places", str(options.places)]
+        command += ["--size", str(options.size), "--steps", str(options.steps)]
+        threads = str(max(1, (os.cpu_count() or 1) // world))
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.PIPE, text=True, check=False
+        )
+    if done.returncode:
+        raise SystemExit(f"the run on {world} rank(s) ended with status {done.returncode}")
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def on_a_gpu(rank: Rank, backbone: str, *, compiled: bool, checkpointing: bool) -> tuple[float, float | None]:
+    """Images/s and MFU of bf16 steps at 224 px, last 4 blocks, on images already on the device."""
+    recipe = Recipe(
+        model=ModelConfig.model_validate({"backbone": backbone, "weights": "random"}),
+        engine=EngineConfig(precision="bf16", activation_checkpointing=checkpointing, compile=compiled),
+    )
+    images = GPU_BATCH[backbone]
+    model: PlaceModel = build_model(recipe.model)
+    model.activation_checkpointing = checkpointing
+    queue = MemoryQueue(recipe.memory.size, model.descriptor_size, rank.device)
+    engine = build_engine(model, engine=recipe.engine, optim=recipe.optim, images_per_rank=images)
+    if compiled:
+        model.compile_blocks()
+    loss = GlobalLoss(recipe.loss, recipe.memory)
+    pixels = torch.randint(0, 256, (images, 3, 224, 224), dtype=torch.uint8, device=rank.device)
+    ids = torch.arange(images // 4, device=rank.device).repeat_interleave(4)
+    clock = Clock()
+    for step in range(25):
+        engine.train()
+        set_learning_rate(engine, 1e-5)
+        out = loss(engine(normalise(pixels)), ids + step * images, queue, step=step)
+        engine.backward(out.loss)
+        optimizer_step(engine, recipe.optim.gradient_clipping)
+        queue.enqueue(out.descriptors_ND, out.place_ids_N, step)
+        clock.mark("step")
+    seconds = statistics.median(clock.seconds["step"][5:])
+    peak = device_peak_tflops(recipe)
+    return images / seconds, images * model_flops(recipe) / seconds / (peak * 1e12) if peak else None
+
+
+def gpu_table() -> dict[str, float]:
+    """Prints images/s and MFU by backbone, compiled or not, with and without activation checkpointing."""
+    rank = start_process_group(1800)
+    rows: list[list[str]] = []
+    figures: dict[str, float] = {}
+    for backbone in GPU_BATCH:
+        for compiled in (False, True):
+            for checkpointing in (False, True):
+                key = f"{backbone}/{'compiled' if compiled else 'eager'}{'/checkpointing' if checkpointing else ''}"
+                try:
+                    rate, mfu = on_a_gpu(rank, backbone, compiled=compiled, checkpointing=checkpointing)
+                except torch.OutOfMemoryError:
+                    rows.append([key, str(GPU_BATCH[backbone]), "out of memory", ""])
+                    continue
+                rows.append([key, str(GPU_BATCH[backbone]), f"{rate:.0f}", f"{mfu:.1%}" if mfu else "peak not known"])
+                figures[f"{key}/images_per_s"] = rate
+                figures |= {f"{key}/mfu": mfu} if mfu else {}
+    stop_process_group()
+    title = "bf16, 224 px, last 4 blocks, images already on the GPU"
+    print_table(title, ["setting", "images a step", "images/s", "MFU"], rows)
+    return figures
+
+
+def main() -> None:
+    """Prints the split of a step at each world size, and on a GPU the table of backbones."""
+    options = tyro.cli(Options)
+    if options.worker:
+        on_a_rank(options)
+        return
+    rows: list[list[str]] = []
+    figures: dict[str, float] = {}
+    for world in options.ranks:
+        seconds = measured(world, options)
+        bare = sum(seconds[part] for part in NETWORK)
+        overhead = seconds["gather + loss + queue"] / bare
+        cells = [f"{seconds[part]:.3f}" for part in PARTS]
+        rows.append([str(world), *cells, f"{seconds['step']:.3f}", f"{overhead:.2%}", f"{seconds['stall']:.3f}"])
+        figures |= {f"{world}/{part.replace(' ', '_').replace('+', 'and')}_s": seconds[part] for part in PARTS}
+        figures |= {f"{world}/step_s": seconds["step"], f"{world}/queue_overhead": overhead}
+        figures[f"{world}/checkpoint_stall_s"] = seconds["stall"]
+    figures["queue_overhead"] = max(figures[f"{world}/queue_overhead"] for world in options.ranks)
+    figures["checkpoint_stall_s"] = max(figures[f"{world}/checkpoint_stall_s"] for world in options.ranks)
+    title = (
+        f"seconds of a step, median of {options.steps}: ViT-S/14, 224 px, last 4 blocks, {options.places} places x 4, "
+        f"queue {options.size}, ZeRO 1, fp32, JPEGs of noise"
+    )
+    columns = ["ranks", *PARTS, "step", "gather + loss + queue / network", "checkpoint stall"]
+    print_table(title, columns, rows)
+    if options.gpu:
+        figures |= gpu_table()
+    write_json(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""FLOPs, memory by part and the dry run's command line; what blocks really keep and what engines really hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.schema import Recipe
+from model.network import build_model, meta_model
+from trainer.command import take_dry_run
+from trainer.dry_run import advice, plan, shortfall
+from trainer.flops import forward_flops, model_flops, num_tokens, peak_tflops, step_flops
+from trainer.memory_plan import (
+    block_activations,
+    bytes_sent,
+    parameter_sizes,
+    plan_memory,
+)
+
+
+def recipe(**sections: dict[str, Any]) -> Recipe:
+    """A recipe of a small network unless told otherwise."""
+    model = {"backbone": "vits14", "weights": "random", **sections.pop("model", {})}
+    return Recipe.model_validate({"model": model, "data": {"shards": "no/such/shards"}, **sections})
+
+
+@pytest.mark.parametrize(
+    ("backbone", "side", "gflop"),
+    [
+        ("vits14", 224, 12),
+        ("vits14", 322, 28),
+        ("vitb14", 224, 46),
+        ("vitb14", 322, 101),
+        ("vitl14", 224, 162),
+        ("vitl14", 322, 348),
+        ("vitg14", 224, 599),
+        ("vitg14", 322, 1270),
+    ],
+)
+def test_forward_flops_are_those_of_the_published_sizes(backbone: str, side: int, gflop: float) -> None:
+    assert num_tokens(backbone, side) == {224: 257, 322: 530}[side]
+    assert forward_flops(backbone, side) / 1e9 == pytest.approx(gflop, rel=0.015, abs=0.5)
+
+
+def test_forward_flops_are_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = meta_model(recipe(model={"backbone": "vitb14_reg"}).model).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(3, 3, 98, 98, device="meta"))
+    assert counter.get_total_flops() / 3 == pytest.approx(forward_flops("vitb14_reg", 98), rel=1e-3)
+
+
+def test_a_step_costs_what_is_trained_and_what_is_computed_again() -> None:
+    forward = forward_flops("vits14", 224)
+    assert model_flops(recipe(model={"finetune": "all"})) == 3 * forward
+    last_4 = recipe(model={"finetune_last_n_blocks": 4})
+    assert model_flops(last_4) == pytest.approx(forward * (12 + 2 * 4) / 12, rel=0.02)
+    assert step_flops(last_4) == model_flops(last_4)
+    engine = {"activation_checkpointing": True, "gradient_accumulation": 2}
+    again = step_flops(recipe(model={"finetune": "all"}, engine=engine))
+    assert again == pytest.approx(5 * forward, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 PCIe", "fp16", 756),
+        ("Tesla V100-SXM2-32GB", "fp32", 15.7),
+        ("Tesla T4", "bf16", None),
+        ("NVIDIA L40", "bf16", None),
+        ("NVIDIA RTX A4000", "bf16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+    ],
+)
+def test_peaks_are_of_the_very_gpu(name: str, precision: str, tflops: float | None) -> None:
+    assert peak_tflops(name, precision) == tflops
+
+
+@pytest.mark.parametrize(("backbone", "dtype"), [("vits14", torch.float32), ("vitg14", torch.bfloat16)])
+def test_a_block_keeps_the_activations_that_are_planned_for(backbone: str, dtype: torch.dtype) -> None:
+    """Counted from what autograd saves in the forward pass of one real block, parameters left out."""
+    model = meta_model(recipe(model={"backbone": backbone, "finetune": "all"}).model)
+    block = model.backbone.blocks[3].to_empty(device="cpu").to(dtype)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    owned = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images, side = 3, 98
+    x_BTC = torch.randn(images, num_tokens(backbone, side), model.descriptor_size, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out_BTC = block(x_BTC)
+    assert out_BTC.requires_grad
+    planned = images * block_activations(backbone, side, x_BTC.element_size())
+    assert sum(saved.values()) == pytest.approx(planned, rel=0.06)
+
+
+def test_parameters_are_counted_without_making_them() -> None:
+    config = recipe(model={"backbone": "tiny14", "aggregator": "gem", "finetune_last_n_blocks": 2})
+    sizes = parameter_sizes(config)
+    real = build_model(config.model)
+    assert sizes.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert sizes.total == sum(p.numel() for p in real.parameters())
+    giant = parameter_sizes(recipe(model={"backbone": "vitg14"}))
+    assert giant.total == pytest.approx(1.136e9, rel=0.01)
+
+
+settings_of_an_engine = st.fixed_dictionaries(
+    {
+        "zero_stage": st.sampled_from([0, 1, 2, 3]),
+        "offload": st.sampled_from(["none", "optimizer", "all"]),
+        "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
+        "activation_checkpointing": st.booleans(),
+        "gradient_accumulation": st.sampled_from([1, 3]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(engine=settings_of_an_engine, on_cpu=st.booleans())
+def test_more_ranks_and_checkpointing_never_need_more(engine: dict[str, Any], on_cpu: bool) -> None:
+    try:
+        config = recipe(engine=engine, data={"shards": "x", "places_per_batch": 24})
+    except ValueError:
+        return  # a combination that DeepSpeed cannot do
+    sizes = SIZES_OF_VITS
+    peaks = [plan_memory(config, ranks=ranks, on_cpu=on_cpu, sizes=sizes).device_peak for ranks in (1, 2, 8)]
+    assert peaks == sorted(peaks, reverse=True)
+    again = config.model_copy(update={"engine": config.engine.model_copy(update={"activation_checkpointing": True})})
+    assert plan_memory(again, ranks=1, on_cpu=on_cpu, sizes=sizes).device_peak <= peaks[0]
+    assert all(
+        part.device >= 0 and part.host >= 0 for part in plan_memory(config, ranks=2, on_cpu=False, sizes=sizes).parts
+    )
+
+
+SIZES_OF_VITS = parameter_sizes(recipe())
+
+
+def held(config: Recipe, ranks: int, start: str) -> float:
+    """Bytes of the parts whose names begin with `start`, on a GPU, host and device."""
+    parts = plan_memory(config, ranks=ranks, on_cpu=False, sizes=SIZES_OF_VITS).parts
+    return sum(part.device + part.host for part in parts if part.name.startswith(start))
+
+
+def test_zero_stages_hold_what_they_say() -> None:
+    """Weights 2 bytes an element in bf16; masters and Adam's moments 12; parted over ranks from stage 3 and 1 on."""
+    trained, frozen = SIZES_OF_VITS.trained, SIZES_OF_VITS.frozen
+    for stage in (1, 2, 3):
+        config = recipe(engine={"zero_stage": stage, "precision": "bf16"})
+        assert held(config, 4, "optimizer") - held(config, 4, "optimizer, while") == trained / 4 * 12
+        parted = {3: (trained + frozen) * 2 / 4}.get(stage, (trained + frozen) * 2)
+        whole = (
+            held(config, 4, "weights, small") + held(config, 4, "weights, gathered") + held(config, 4, "weights, as")
+        )
+        assert held(config, 4, "weights") - whole == parted
+    offloaded = plan_memory(
+        recipe(engine={"zero_stage": 3, "offload": "all"}), ranks=4, on_cpu=False, sizes=SIZES_OF_VITS
+    )
+    on_host = {part.name for part in offloaded.parts if part.host}
+    assert {"weights, parted", "gradients", "optimizer"} <= on_host
+    frozen_bf16 = recipe(engine={"zero_stage": 1}, model={"frozen_precision": "bf16"})
+    assert held(recipe(), 1, "weights") - held(frozen_bf16, 1, "weights") == pytest.approx(2 * frozen)
+
+
+def test_bytes_sent_are_those_of_rings() -> None:
+    sizes, ring = SIZES_OF_VITS, 3 / 4
+    at = {
+        stage: bytes_sent(recipe(engine={"zero_stage": stage}), sizes, 4)["gradients, reduced"] for stage in (0, 1, 3)
+    }
+    assert at == {0: 2 * ring * 4 * sizes.trained, 1: 2 * ring * 4 * sizes.trained, 3: ring * 4 * sizes.trained}
+    gathered = bytes_sent(recipe(engine={"zero_stage": 3}), sizes, 4)["weights, gathered for use"]
+    assert gathered == ring * 4 * (sizes.total + sizes.trained)
+    assert not bytes_sent(recipe(), sizes, 1)
+
+
+def test_flags_of_a_dry_run_are_taken_out() -> None:
+    flags, rest = take_dry_run(["demo", "--dry-run", "--ranks", "8", "--seed", "3", "--device-gb", "80"])
+    assert rest == ["demo", "--seed", "3"]
+    assert flags
+    assert (flags.ranks, flags.device_gb, flags.tflops, flags.json) == (8, 80.0, None, None)
+    assert take_dry_run(["demo", "--seed", "3"]) == (None, ["demo", "--seed", "3"])
+    for wrong in (["--ranks", "8"], ["--dry-run", "--ranks", "0"], ["--dry-run", "--tflops"]):
+        with pytest.raises(ValueError, match=r"is for --dry-run|takes a"):
+            take_dry_run(["demo", *wrong])
+
+
+def test_the_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.command import main
+
+    file = tmp_path / "plan.json"
+    flags = ["--dry-run", "--ranks", "8", "--device-gb", "80", "--tflops", "400", "--json", str(file)]
+    shards = str(tmp_path / "none")
+    assert main(["gsv_cities_vitb", "--data.shards", shards, "--trainer.max-steps", "1000", *flags]) == 0
+    text = capsys.readouterr().out
+    assert "28.4 M parameters trained, 58.2 M frozen; 8 rank(s) on GPU" in text
+    assert f"1000 in all (no shard index at {shards}" in text
+    figures = json.loads(file.read_text())
+    assert figures["total_steps"] == 1000
+    assert figures["step_seconds"] == pytest.approx(60 * 46.3e9 * (1 + 2 * 4 / 12) / 400e12, rel=0.02)
+    assert 3e9 < figures["device_bytes"] < 6e9
+    assert not torch.distributed.is_initialized()
+
+
+def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.command import main
+
+    flags = ["--dry-run", "--ranks", "8", "--device-gb", "16", "--model.backbone", "vitg14", "--model.finetune", "all"]
+    with pytest.raises(SystemExit) as ended:
+        main(["gsv_cities_vitb", *flags])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rerankvpr: a rank needs ")
+    assert "--engine." in line
+    # What it advises fits, in truth: with these settings nothing is refused.
+    config = recipe(model={"backbone": "vitg14", "finetune": "all"}, engine={"precision": "bf16"})
+    argv = ["--dry-run", "--ranks", "8", "--device-gb", "16", "--tflops", "1"]
+    told, _ = take_dry_run(argv)
+    assert told
+    dry = plan(config, told)
+    assert shortfall(dry)
+    words = advice(dry).split(" needs ")[0].split()
+    changed = {key.removeprefix("--engine."): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    engine = type(config.engine).model_validate({**config.engine.model_dump(), **changed})
+    assert not shortfall(plan(config.model_copy(update={"engine": engine}), told))
+
+
+def test_places_that_ranks_cannot_share_are_refused() -> None:
+    told, _ = take_dry_run(["--dry-run", "--ranks", "7", "--device-gb", "80"])
+    assert told
+    with pytest.raises(ValueError, match="64 is not divisible by 7 ranks; nearest: 63 or 70"):
+        plan(recipe(), told)

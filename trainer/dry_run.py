@@ -1,0 +1,296 @@
+"""`train --dry-run`: what a recipe would take, from its numbers alone; refuses what cannot fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from configs.schema import Recipe
+from data_pipeline.mixture import EpochPlans, read_mixture
+from trainer.command import DryRunFlags
+from trainer.flops import model_flops, peak_tflops, step_flops
+from trainer.memory_plan import GB, MemoryPlan, Sizes, bytes_sent, parameter_sizes, plan_memory
+
+SUSTAINED = 0.4  # share of a GPU's peak that a training is taken to reach where --tflops is not given
+MEASURE_S = 0.5
+
+
+class CannotFitError(ValueError):
+    """A recipe that needs more memory than a rank has; the text says what would fit."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank runs on."""
+
+    on_cpu: bool
+    device_bytes: float
+    host_bytes: float | None  # of a rank; None where it is not known
+    tflops: float | None
+    tflops_from: str
+
+
+def find_machine(flags: DryRunFlags, recipe: Recipe, ranks: int) -> Machine:
+    """The device of a rank: this process's, or one as the flags describe it."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.cuda.is_available() or flags.device_gb:
+        known, peak, on_this = None, None, torch.cuda.is_available()
+        if on_this:
+            known = torch.cuda.mem_get_info()[1]
+            peak = peak_tflops(torch.cuda.get_device_name(), recipe.engine.precision)
+            local_ranks = local_ranks or min(ranks, torch.cuda.device_count())
+        peak = recipe.engine.peak_tflops or peak
+        device = flags.device_gb * GB if flags.device_gb else float(known or 0)
+        tflops = flags.tflops or (SUSTAINED * peak if peak else None)
+        source = "--tflops" if flags.tflops else f"{SUSTAINED:.0%} of a peak of {peak:g} TFLOP/s" if peak else ""
+        return Machine(False, device, host / local_ranks if on_this else None, tflops, source)
+    tflops = flags.tflops or measured_tflops()
+    source = "--tflops" if flags.tflops else f"a matrix product measured for {MEASURE_S:g} s on this machine"
+    return Machine(True, host / (local_ranks or ranks), None, tflops, source)
+
+
+def measured_tflops() -> float:
+    """TFLOP/s of a square fp32 matrix product with as many threads as torch has here."""
+    side, products = 768, 0
+    a = torch.randn(side, side)
+    a @ a
+    began = time.perf_counter()
+    while time.perf_counter() - began < MEASURE_S:
+        a @ a
+        products += 1
+    return products * 2 * side**3 / (time.perf_counter() - began) / 1e12
+
+
+def count_steps(recipe: Recipe) -> tuple[int | None, int | None, float, str]:
+    """Steps of an epoch and in all, bytes of the shard sets, and how they are known."""
+    try:
+        places = read_mixture(recipe.data)
+    except FileNotFoundError:
+        total = recipe.trainer.max_steps or None
+        return None, total, math.inf, f"no shard index at {recipe.data.shards}: the steps of an epoch are not known"
+    per_epoch = EpochPlans(places, recipe.data, seed=recipe.seed).num_steps
+    num_bytes = float(sum(int(index.size.sum()) for index in places.sets))
+    total = recipe.trainer.epochs * per_epoch
+    if recipe.trainer.max_steps:
+        total = min(total, recipe.trainer.max_steps)
+    return per_epoch, total, num_bytes, f"from the index of {recipe.data.shards}"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The plan of a training."""
+
+    recipe: Recipe
+    ranks: int
+    machine: Machine
+    sizes: Sizes
+    memory: MemoryPlan
+    steps_per_epoch: int | None
+    total_steps: int | None
+    steps_from: str
+    sent: dict[str, float]
+    flops: float  # of a rank in a step, with what is computed again
+    seconds: float | None  # a step, computing alone
+    memory_of: Callable[[Recipe], MemoryPlan]  # of the same ranks, the engine's settings being others
+
+    def figures(self) -> dict[str, float]:
+        """Flat, for --json: bytes, steps, seconds."""
+        out = {
+            "ranks": float(self.ranks),
+            "parameters_trained": float(self.sizes.trained),
+            "parameters_frozen": float(self.sizes.frozen),
+            "device_bytes": self.memory.device_peak,
+            "host_bytes": self.memory.host_peak,
+            "device_limit_bytes": self.machine.device_bytes,
+            "step_flops": self.flops,
+            "sent_bytes": sum(self.sent.values()),
+        }
+        for part in self.memory.parts:
+            key = part.name.replace(" ", "_").replace(",", "")
+            out |= {f"memory/{key}/device": part.device, f"memory/{key}/host": part.host}
+        known = {
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "step_seconds": self.seconds,
+            "tflops": self.machine.tflops,
+        }
+        return out | {name: float(value) for name, value in known.items() if value is not None}
+
+
+def plan(recipe: Recipe, flags: DryRunFlags) -> DryRun:
+    """Everything that a dry run prints; neither weights nor a process group are made."""
+    ranks = flags.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.data.places_per_batch % ranks:
+        low = max(ranks, recipe.data.places_per_batch // ranks * ranks)
+        raise ValueError(
+            f"data.places_per_batch {recipe.data.places_per_batch} is not divisible by {ranks} ranks; nearest: {low} "
+            f"or {low + ranks}"
+        )
+    machine = find_machine(flags, recipe, ranks)
+    sizes = parameter_sizes(recipe)
+    per_epoch, total, shard_bytes, source = count_steps(recipe)
+    every = recipe.trainer.checkpoint_every_steps or per_epoch
+    saves_between_steps = every is None or total is None or every < total
+
+    def memory_of(other: Recipe) -> MemoryPlan:
+        return plan_memory(
+            other,
+            ranks=ranks,
+            on_cpu=machine.on_cpu,
+            sizes=sizes,
+            saves_between_steps=saves_between_steps,
+            shard_bytes=shard_bytes,
+        )
+
+    images = recipe.data.places_per_batch * recipe.data.images_per_place // ranks
+    flops = images * step_flops(recipe)
+    seconds = flops / (machine.tflops * 1e12) if machine.tflops else None
+    sent = bytes_sent(recipe, sizes, ranks)
+    return DryRun(
+        recipe, ranks, machine, sizes, memory_of(recipe), per_epoch, total, source, sent, flops, seconds, memory_of
+    )
+
+
+def shortfall(dry: DryRun, memory: MemoryPlan | None = None) -> str:
+    """What of a rank's memory a plan exceeds; empty where it fits."""
+    memory, machine = memory or dry.memory, dry.machine
+    if memory.device_peak > machine.device_bytes:
+        where = "of this machine's memory" if machine.on_cpu else "on its GPU"
+        return f"{memory.device_peak / GB:.1f} GB {where}, and has {machine.device_bytes / GB:.1f}"
+    if machine.host_bytes is not None and memory.host_peak > machine.host_bytes:
+        return f"{memory.host_peak / GB:.1f} GB of the host's memory, and has {machine.host_bytes / GB:.1f}"
+    return ""
+
+
+def changes(recipe: Recipe, ranks: int) -> Iterator[dict[str, Any]]:
+    """Settings of the engine that need less memory, each cheaper in time than those after it."""
+    images = recipe.data.places_per_batch * recipe.data.images_per_place // ranks
+    stages = [stage for stage in (1, 2, 3) if stage >= recipe.engine.zero_stage] if ranks > 1 else [3]
+    more = [chunks for chunks in (1, 2, 4, 8, 16) if recipe.engine.gradient_accumulation * chunks <= images]
+    for offload in ("none", "optimizer", "all"):
+        for chunks in more:
+            for checkpointing in (recipe.engine.activation_checkpointing, True):
+                for stage in stages:
+                    yield {
+                        "zero_stage": stage,
+                        "offload": offload if offload != "none" else recipe.engine.offload,
+                        "activation_checkpointing": checkpointing,
+                        "gradient_accumulation": recipe.engine.gradient_accumulation * chunks,
+                    }
+
+
+def with_engine(recipe: Recipe, changed: dict[str, Any]) -> Recipe | None:
+    """The recipe with other settings of the engine; None where they do not go together."""
+    try:
+        engine = type(recipe.engine).model_validate({**recipe.engine.model_dump(), **changed})
+    except ValueError:
+        return None
+    return recipe.model_copy(update={"engine": engine})
+
+
+def advice(dry: DryRun) -> str:
+    """The first change of the engine's settings with which the recipe fits, as flags."""
+    for changed in changes(dry.recipe, dry.ranks):
+        other = with_engine(dry.recipe, changed)
+        if other is None:
+            continue
+        memory = dry.memory_of(other)
+        if not shortfall(dry, memory):
+            before = dry.recipe.engine.model_dump()
+            flags = " ".join(f"--engine.{key} {value}" for key, value in changed.items() if before[key] != value)
+            return f"{flags} needs {memory.device_peak / GB:.1f} GB"
+    return "no zero_stage, offload, activation_checkpointing or gradient_accumulation is enough: use more ranks"
+
+
+def alternatives(dry: DryRun) -> Iterator[tuple[str, MemoryPlan]]:
+    """The recipe at other stages, offloads and with or without activation checkpointing."""
+    for stage in (0, 1, 2, 3):
+        for offload in ("none", "optimizer", "all"):
+            for checkpointing in (False, True):
+                changed = {"zero_stage": stage, "offload": offload, "activation_checkpointing": checkpointing}
+                other = with_engine(dry.recipe, {**changed, "compile": False})
+                if other:
+                    name = f"ZeRO {stage}, offload {offload}" + (", activation checkpointing" if checkpointing else "")
+                    yield name, dry.memory_of(other)
+
+
+def print_plan(dry: DryRun, console: Console) -> None:
+    """The tables."""
+    recipe, memory, machine = dry.recipe, dry.memory, dry.machine
+    where = "CPU" if machine.on_cpu else "GPU"
+    console.print(
+        f"{recipe.name}: {recipe.model.backbone}, {dry.sizes.trained / 1e6:.1f} M parameters trained, "
+        f"{dry.sizes.frozen / 1e6:.1f} M frozen; {dry.ranks} rank(s) on {where}, ZeRO {recipe.engine.zero_stage}, "
+        f"offload {recipe.engine.offload}, {recipe.engine.precision}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(title="memory of a rank, GB", title_justify="left")
+    for column in ("part", "held", "process" if machine.on_cpu else "device", "host"):
+        table.add_column(column, justify="left" if column in ("part", "held") else "right")
+    for part in memory.parts:
+        device = part.device + (part.host if machine.on_cpu else 0.0)
+        host = "" if machine.on_cpu else f"{part.host / GB:.3f}"
+        table.add_row(part.name, ", ".join(part.phases), f"{device / GB:.3f}", host)
+    table.add_section()
+    host = "" if machine.on_cpu else f"{memory.host_peak / GB:.2f}"
+    table.add_row("peak", "", f"{memory.device_peak / GB:.2f}", host, style="bold")
+    console.print(table)
+    others = Table(title="the same at other settings, GB", title_justify="left")
+    for column in ("setting", "process" if machine.on_cpu else "device", "host"):
+        others.add_column(column, justify="left" if column == "setting" else "right")
+    for name, other in alternatives(dry):
+        others.add_row(
+            name,
+            f"{other.device_peak / GB:.2f}",
+            "" if machine.on_cpu else f"{other.host_peak / GB:.2f}",
+            style="" if not shortfall(dry, other) else "dim",
+        )
+    console.print(others)
+    for line in summary_lines(dry):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def summary_lines(dry: DryRun) -> Iterator[str]:
+    """Steps, bytes sent and time, a line each."""
+    per_epoch = "?" if dry.steps_per_epoch is None else str(dry.steps_per_epoch)
+    total = "?" if dry.total_steps is None else str(dry.total_steps)
+    yield f"steps: {per_epoch} an epoch, {total} in all ({dry.steps_from})"
+    sent = ", ".join(f"{name} {num_bytes / 1e6:.1f}" for name, num_bytes in dry.sent.items())
+    yield f"each rank sends {sum(dry.sent.values()) / 1e6:.1f} MB a step" + (f": {sent}" if sent else "")
+    if dry.seconds is None:
+        yield f"a rank computes {dry.flops / 1e12:.2f} TFLOP a step; give --tflops for an estimate of time"
+        return
+    hours = "" if dry.total_steps is None else f", {dry.total_steps * dry.seconds / 3600:.2f} h in all"
+    assert dry.machine.tflops is not None
+    useful = dry.recipe.data.places_per_batch * dry.recipe.data.images_per_place // dry.ranks * model_flops(dry.recipe)
+    again = dry.flops / useful - 1
+    yield (
+        f"time: {dry.seconds:.3f} s a step{hours}, if a rank sustains {dry.machine.tflops:.3g} TFLOP/s "
+        f"({dry.machine.tflops_from}) and waits neither for data nor for other ranks; evaluation not counted"
+        + (f"; {again:.0%} of it is computed again to save memory" if again > 0.005 else "")
+    )
+
+
+def dry_run(recipe: Recipe, flags: DryRunFlags) -> int:
+    """Prints the plan of a recipe; raises CannotFitError where a rank has too little memory for it."""
+    dry = plan(recipe, flags)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    print_plan(dry, console)
+    if flags.json:
+        flags.json.write_text(json.dumps(dry.figures(), indent=1) + "\n")
+    if short := shortfall(dry):
+        raise CannotFitError(f"a rank needs {short}; {advice(dry)}")
+    return 0

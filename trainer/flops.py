@@ -1,0 +1,113 @@
+"""Floating-point operations of a training step, and the share of a device's peak that they reach (MFU)."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from configs.schema import PATCH, ModelConfig, Recipe
+from model.vit import REGISTERS, SIZES
+
+# Dense TFLOP/s of one device as its vendor's data sheet gives them, without sparsity: (words of its name, 16-bit tensor
+# cores, fp32 outside them). More words come first.
+PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("H100 PCIe", 756, 51),
+    ("H100 NVL", 835, 60),
+    ("GH200", 989, 67),
+    ("H100", 989, 67),
+    ("H200", 989, 67),
+    ("H800", 989, 67),
+    ("B200", 2250, 75),
+    ("A100", 312, 19.5),
+    ("A800", 312, 19.5),
+    ("A10G", 70, 35),
+    ("A10", 125, 31.2),
+    ("A40", 149.7, 37.4),
+    ("A6000", 154.8, 38.7),
+    ("L40S", 362, 91.6),
+    ("L4", 121, 30.3),
+    ("V100", 125, 15.7),
+    ("T4", 65, 8.1),
+    ("RTX 4090", 165.2, 82.6),
+    ("RTX 3090", 71, 35.6),
+)
+BF16_MISSING = ("V100", "T4")  # no bf16 in hardware
+
+
+def num_tokens(backbone: str, side: int) -> int:
+    """Tokens of a square image: class token, register tokens, patches."""
+    return 1 + (REGISTERS if backbone.endswith("_reg") else 0) + (side // PATCH) ** 2
+
+
+def block_flops(backbone: str, side: int) -> float:
+    """Operations of one block's forward pass on one image, a multiply-add counted as two.
+
+    Linear layers 24 d^2 n (query, key, value and projection 8, MLP 16 at width 4 d; SwiGLU of the giant: the same
+    sixteen), attention 4 n^2 d.
+    """
+    channels, _, _ = SIZES[backbone.partition("_")[0]]
+    tokens = num_tokens(backbone, side)
+    return 24.0 * channels**2 * tokens + 4.0 * tokens**2 * channels
+
+
+def forward_flops(backbone: str, side: int) -> float:
+    """Operations of a forward pass on one image: the blocks and the patch embedding."""
+    channels, depth, _ = SIZES[backbone.partition("_")[0]]
+    embedding = 2.0 * 3 * PATCH**2 * channels * (side // PATCH) ** 2
+    return depth * block_flops(backbone, side) + embedding
+
+
+def num_trained_blocks(model: ModelConfig) -> int:
+    """Blocks that are trained."""
+    depth = SIZES[model.backbone.partition("_")[0]][1]
+    return {"all": depth, "last_n_blocks": model.finetune_last_n_blocks, "head": 0}[model.finetune]
+
+
+def model_flops(recipe: Recipe) -> float:
+    """Operations that training on one image needs: the forward pass, and twice that of the trained part backward.
+
+    What is computed again to save memory is left out: MFU counts the model's work, not the machine's.
+    """
+    model, side = recipe.model, recipe.data.image_size
+    depth, trained = SIZES[model.backbone.partition("_")[0]][1], num_trained_blocks(model)
+    forward = forward_flops(model.backbone, side)
+    if trained == depth:
+        return 3 * forward
+    return forward + 2 * trained * block_flops(model.backbone, side)
+
+
+def step_flops(recipe: Recipe) -> float:
+    """Operations that a rank does for each of its images in a step, with what is computed again.
+
+    Activation checkpointing runs trained blocks once more; engine.gradient_accumulation above 1 the whole network.
+    """
+    model, side = recipe.model, recipe.data.image_size
+    again = 0.0
+    if recipe.engine.activation_checkpointing:
+        again += num_trained_blocks(model) * block_flops(model.backbone, side)
+    if recipe.engine.gradient_accumulation > 1:
+        again += forward_flops(model.backbone, side)
+    return model_flops(recipe) + again
+
+
+def peak_tflops(device_name: str, precision: str) -> float | None:
+    """Peak TFLOP/s of a GPU by the name that CUDA gives it, at fp32, bf16 or fp16; None where it is not known."""
+    words = re.split(r"[\s-]+", device_name.lower())
+    if "laptop" in words:
+        return None
+    for name, half, single in PEAKS:
+        if set(name.lower().split()) <= set(words):
+            if precision == "bf16" and name in BF16_MISSING:
+                return None
+            return single if precision == "fp32" else half
+    return None
+
+
+def device_peak_tflops(recipe: Recipe) -> float | None:
+    """Peak TFLOP/s of a rank's device: engine.peak_tflops, else that of this process's GPU where it is known."""
+    if recipe.engine.peak_tflops:
+        return recipe.engine.peak_tflops
+    if not torch.cuda.is_available():
+        return None
+    return peak_tflops(torch.cuda.get_device_name(), recipe.engine.precision)

@@ -1,0 +1,375 @@
+"""Memory of a rank by part, from the recipe alone: what `train --dry-run` prints and refuses by.
+
+docs/training.md explains each formula. Sizes follow what DeepSpeed 0.19, torch's optimizers and the network's blocks
+really allocate; `benchmarks/giant.py` holds them against measured peaks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.schema import Recipe
+from memory.losses import LOSSES
+from memory.registry import build
+from model.network import PlaceModel, meta_model
+from model.vit import SIZES
+from trainer.engine import BUCKET, LIVE, parameter_groups
+from trainer.flops import num_tokens, num_trained_blocks
+
+GB = 1e9
+FP32 = 4
+KEPT_WHOLE = 100_000  # elements up to which ZeRO-3 leaves a parameter whole on all ranks (DeepSpeed's default)
+REDUCE_ALL = 500_000_000  # elements that DeepSpeed adds up at a time at stage 0
+BLOCK_KEEPS = 10  # activations of a block that backward needs, in channels a token, beside those of the MLP
+HEAP = 32 << 20  # bytes of the largest tensor that glibc takes from its heap (DEFAULT_MMAP_THRESHOLD_MAX)
+CPU_PROCESS = 0.74e9  # a rank on a CPU that trains a network of no size: packages, libraries, process group, threads
+GPU_PROCESS = 1.5e9  # CUDA context, cuBLAS and NCCL of a rank, on its GPU; an estimate, not measured here
+
+# "backward" is its begin, when all activations are there and no gradient yet; "reduce" its end, the other way round.
+Phase = Literal["always", "build", "forward", "loss", "backward", "reduce", "update", "save", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes that one part takes on the device and on the host, and when."""
+
+    name: str
+    device: float
+    host: float = 0.0
+    phases: tuple[Phase, ...] = ("always",)
+    tensor: float = math.inf  # bytes of its largest tensor
+
+    @property
+    def in_heap(self) -> bool:
+        """Whether glibc takes it from its heap on a CPU, where it stays resident after it has been freed."""
+        return self.tensor <= HEAP and not {"always", "save"} & set(self.phases)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a network's parameters, as the plan needs them."""
+
+    trained: int
+    frozen: int
+    kept_whole: int  # in parameters small enough for ZeRO-3 to leave them whole, trained ones
+    kept_whole_frozen: int
+    largest_group: int  # of the optimizer's parameter groups
+    largest: int  # of the trained parameters
+    by_parameter: tuple[tuple[int, bool], ...]  # elements and whether trained, in the model's order
+
+    @property
+    def total(self) -> int:
+        """All elements."""
+        return self.trained + self.frozen
+
+
+def parameter_sizes(recipe: Recipe, model: PlaceModel | None = None) -> Sizes:
+    """Counts the parameters of a recipe's network, built without memory."""
+    model = model or meta_model(recipe.model)
+    every = tuple((parameter.numel(), parameter.requires_grad) for parameter in model.parameters())
+    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, recipe.optim)]
+
+    def count(trained: bool, at_most: float = math.inf) -> int:
+        return sum(numel for numel, trains in every if trains == trained and numel <= at_most)
+
+    return Sizes(
+        trained=count(True),
+        frozen=count(False),
+        kept_whole=count(True, KEPT_WHOLE),
+        kept_whole_frozen=count(False, KEPT_WHOLE),
+        largest_group=max(groups),
+        largest=max(numel for numel, trains in every if trains),
+        by_parameter=every,
+    )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A rank's memory: parts, and the greatest sums of those that are held together, in bytes."""
+
+    parts: tuple[Part, ...]
+    on_cpu: bool  # ranks on a CPU have one memory, which the host's part is in
+
+    @property
+    def phases(self) -> dict[Phase, tuple[float, float]]:
+        """Bytes on device and host in each phase of a training.
+
+        On a CPU small tensors come from glibc's heap, which keeps what it has held at most, and large ones go back to
+        the system as soon as they are freed.
+        """
+        names: set[Phase] = {phase for part in self.parts for phase in part.phases} - {"always"}
+        held = {name: [part for part in self.parts if {name, "always"} & set(part.phases)] for name in names}
+        if self.on_cpu:
+            heap = max(sum(part.device + part.host for part in parts if part.in_heap) for parts in held.values())
+            held = {name: [part for part in parts if not part.in_heap] for name, parts in held.items()}
+        else:
+            heap = 0.0
+        return {
+            name: (heap + sum(part.device for part in parts), sum(part.host for part in parts))
+            for name, parts in held.items()
+        }
+
+    @property
+    def device_peak(self) -> float:
+        """Most bytes on the device; on a CPU, of the process."""
+        return max(device + (host if self.on_cpu else 0) for device, host in self.phases.values())
+
+    @property
+    def host_peak(self) -> float:
+        """Most bytes of host memory beside the process's own; 0 on a CPU, where `device_peak` has them."""
+        return 0.0 if self.on_cpu else max(host for _, host in self.phases.values())
+
+
+def plan_memory(
+    recipe: Recipe,
+    *,
+    ranks: int,
+    on_cpu: bool,
+    sizes: Sizes | None = None,
+    saves_between_steps: bool = True,
+    shard_bytes: float = math.inf,
+) -> MemoryPlan:
+    """The memory of one of `ranks` ranks, of which each reads its part of `shard_bytes` of shards.
+
+    Without `saves_between_steps` the only checkpoint is that of the last step.
+    """
+    sizes = sizes or parameter_sizes(recipe)
+    parts = [
+        Part("process", CPU_PROCESS if on_cpu else GPU_PROCESS),
+        *_engine_parts(recipe, sizes, ranks, on_cpu),
+        *_activation_parts(recipe, ranks),
+        *_memory_parts(recipe, ranks),
+        *_data_parts(recipe, ranks, on_cpu, shard_bytes),
+        _checkpoint_part(recipe, sizes, ranks, saves_between_steps),
+        *_evaluation_parts(recipe, sizes),
+    ]
+    return MemoryPlan(tuple(part for part in parts if part.device or part.host), on_cpu)
+
+
+def element_bytes(recipe: Recipe) -> tuple[int, int]:
+    """Bytes of an element of a trained and of a frozen weight."""
+    trained = FP32 if recipe.engine.precision == "fp32" else 2
+    return trained, 2 if recipe.model.frozen_precision == "bf16" else trained
+
+
+def images_at_once(recipe: Recipe, ranks: int) -> int:
+    """Images whose activations a rank holds at a time."""
+    images = recipe.data.places_per_batch * recipe.data.images_per_place // ranks
+    return math.ceil(images / recipe.engine.gradient_accumulation)
+
+
+def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> list[Part]:
+    """Weights, gradients, optimizer and buffers, by stage and offload."""
+    engine, trained, frozen = recipe.engine, sizes.trained, sizes.frozen
+    stage, offloads = engine.zero_stage, engine.offload != "none"
+    each, each_frozen = element_bytes(recipe)
+    half = each < FP32
+    moments = {"adamw": 2, "adam": 2, "sgd": 1 if recipe.optim.beta1 else 0}[recipe.optim.name]
+    share = 1 / ranks if stage else 1.0
+    # A bucket on a GPU is taken whole; on a CPU only what is written to it takes memory.
+    bucket = (min(BUCKET, trained) if on_cpu else BUCKET) * each
+    flattened = min(BUCKET, trained) * each  # the copy that is sent
+    # torch's Adam makes its denominator of one flat group at a time: in two steps on a CPU, in one on a GPU.
+    group = (sizes.largest_group * share if stage or half else sizes.largest if on_cpu else trained) * FP32
+    steps_on_cpu = on_cpu or offloads
+    temporaries = group * (0 if recipe.optim.name == "sgd" else 2 if steps_on_cpu else 1)
+
+    # Gradients of one chunk grow while its activations are freed; of earlier chunks they are all there.
+    while_they_grow: tuple[Phase, ...] = ("backward", "reduce") if engine.gradient_accumulation > 1 else ("reduce",)
+
+    def placed(name: str, num_bytes: float, host: bool, *phases: Phase, tensor: float = math.inf) -> Part:
+        return Part(name, 0.0 if host else num_bytes, num_bytes if host else 0.0, phases or ("always",), tensor)
+
+    if stage == 3:
+        parted = (trained * each + frozen * each_frozen) / ranks
+        whole = sizes.kept_whole * each + sizes.kept_whole_frozen * each_frozen
+        # Autograd's reference to a trained weight keeps it whole from forward to backward, though ZeRO-3 lets it go.
+        kept = 0 if engine.activation_checkpointing else trained
+        gathered = min(sizes.total, LIVE + BUCKET + kept) * max(each, each_frozen)
+        # In fp32 the optimizer works on the weights themselves, unless they must be on the host.
+        masters = FP32 if half or offloads else 0
+        return [
+            placed("weights, parted", parted, engine.offload == "all"),
+            placed("weights, small ones whole", whole, False),
+            placed("weights, gathered", gathered, False, "forward", "loss", "backward"),
+            placed("gradients", trained / ranks * (each + (FP32 if offloads else 0)), offloads),
+            placed("optimizer", trained / ranks * (masters + FP32 * moments), offloads),
+            placed("optimizer, while it steps", temporaries + (0 if offloads else group), offloads, "update"),
+            placed("reduce bucket", bucket, False),
+            placed("reduce bucket, as sent", flattened * (1 + 1 / ranks), False, "backward"),
+        ]
+    weights = trained * each + frozen * each_frozen
+    if stage == 0:
+        masters, copied = (FP32, trained * FP32) if half else (0, 0.0)
+        return [
+            placed("weights", weights, False),
+            placed("gradients", trained * each, False, *while_they_grow, "update", tensor=sizes.largest * each),
+            placed("gradients, as sent", min(trained, REDUCE_ALL) * each, False, "reduce"),
+            placed("optimizer", trained * (masters + FP32 * moments), False),
+            placed("optimizer, while it steps", temporaries + copied, False, "update"),
+        ]
+    # Stage 1 keeps all gradients until backward is done; stage 2 sends each bucket as it fills, and keeps its own part.
+    own = trained / ranks * each
+    reduces: tuple[Phase, ...] = ("reduce",) if stage == 1 else ("backward", "reduce")
+    buffers: tuple[Phase, ...] = reduces if on_cpu else ("backward", "reduce")
+    parts = [
+        placed("weights", weights, False),
+        placed("weights, as built", trained * FP32, False, "build", tensor=sizes.largest * FP32),
+        placed("optimizer", trained / ranks * (FP32 + FP32 * moments), offloads),
+        placed("reduce bucket", bucket, False, *buffers),
+        placed("reduce bucket, as sent", flattened, False, *reduces),
+    ]
+    if stage == 1:
+        parts.append(placed("gradients", trained * each, False, *while_they_grow, tensor=sizes.largest * each))
+    if offloads:
+        return [
+            *parts,
+            placed("gradients of the optimizer", trained / ranks * (FP32 + each), True),
+            placed("optimizer, while it steps", temporaries, True, "update"),
+            placed("gradient buffers", sizes.largest * each, True),
+        ]
+    return [
+        *parts,
+        placed("gradients of the optimizer", own, False, *reduces, "update"),
+        placed("optimizer, while it steps", temporaries + group + (group / 2 if half else 0), False, "update"),
+    ]
+
+
+def mlp_widths(backbone: str) -> tuple[float, float]:
+    """Outputs of a block's first MLP layer, and activations that its MLP keeps for backward, both / channels."""
+    return (16 / 3, 32 / 3) if backbone.startswith("vitg14") else (4.0, 8.0)
+
+
+def block_activations(backbone: str, side: int, each: int) -> float:
+    """Bytes that one trained block keeps of one image for its backward pass, with fused attention.
+
+    In channels a token: inputs of both norms and both layer scales 4, of query-key-value and the MLP 2, query, key,
+    value 3, the attention's output 1, the MLP 8 (SwiGLU 32/3); beside them fp32 numbers of norms and attention.
+    """
+    channels, _, heads = SIZES[backbone.partition("_")[0]]
+    return num_tokens(backbone, side) * (channels * each * (BLOCK_KEEPS + mlp_widths(backbone)[1]) + FP32 * (heads + 4))
+
+
+def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
+    """Activations: of the frozen part while it runs, of the trained blocks until backward has passed them."""
+    backbone, side, images = recipe.model.backbone, recipe.data.image_size, images_at_once(recipe, ranks)
+    channels, depth, _ = SIZES[backbone.partition("_")[0]]
+    each, each_frozen = element_bytes(recipe)
+    trained = num_trained_blocks(recipe.model)
+    stream = images * num_tokens(backbone, side) * channels * each  # bytes of all tokens
+    width, _ = mlp_widths(backbone)
+    wide = max(width, 3)  # of the widest tensor: MLP, or query, key and value
+    block = images * block_activations(backbone, side, each)
+    narrow = 7 * stream  # of a block's: what has one number a channel
+    kept = trained * stream if recipe.engine.activation_checkpointing else trained * block
+    kept_narrow = trained * (stream if recipe.engine.activation_checkpointing else narrow)
+    while_backward = stream * (1 + 2 * width)  # gradients of the tokens and around the activation function
+    if recipe.engine.activation_checkpointing:
+        while_backward += block
+    running = stream / each * (each_frozen if trained < depth else each) * (2 + 2 * width)
+    pixels = images * 3 * side**2
+    both: tuple[Phase, ...] = ("loss", "backward")
+    return [
+        Part("activations, one a channel", kept_narrow + 2 * stream, phases=both, tensor=stream),
+        Part("activations, wider", kept - kept_narrow, phases=both, tensor=wide * stream),
+        Part("activations, while a block runs", running, phases=("forward",), tensor=wide * stream),
+        Part(
+            "activations, while a block runs back",
+            while_backward if trained else 0.0,
+            phases=("backward",),
+            tensor=wide * stream,
+        ),
+        Part("images, normalised", pixels * (FP32 + (each if each < FP32 else 0)), phases=("forward",)),
+    ]
+
+
+def _memory_parts(recipe: Recipe, ranks: int) -> list[Part]:
+    """Queue, drift probe, and what the loss holds at once."""
+    memory, data = recipe.memory, recipe.data
+    size = SIZES[recipe.model.backbone.partition("_")[0]][0]
+    batch = data.places_per_batch * data.images_per_place
+    shards = ranks if memory.placement == "sharded" else 1
+    queue = memory.size * FP32 * size / shards + memory.size * 16
+    loss = recipe.loss.name
+    arrays = build("loss", loss, recipe.loss.args, LOSSES).arrays if loss in LOSSES else 4
+    anchors = batch if shards > 1 else batch // ranks
+    columns = (batch + memory.size) / shards if shards > 1 else batch + memory.size
+    tile = min(memory.tile_mb << 20, anchors * columns * FP32 * arrays)
+    parts = [
+        Part("queue", queue),
+        Part("loss", tile + 4 * batch * size * FP32 + 24 * (batch + memory.size), phases=("loss",)),
+    ]
+    if memory.size and memory.drift_every:
+        kept = memory.drift_images * (3 * data.image_size**2 + size * FP32)
+        parts.append(Part("drift probe", kept))
+    return parts
+
+
+def _data_parts(recipe: Recipe, ranks: int, on_cpu: bool, shard_bytes: float) -> list[Part]:
+    """Decoded batches ahead of the step, bytes read ahead of the decoder, and the step's own images."""
+    data = recipe.data
+    images = data.places_per_batch * data.images_per_place // ranks
+    batch = images * 3 * data.image_size**2
+    ahead = data.prefetch_batches + 2 if data.decode_threads else 1
+    augmented = 2 if data.augmentation == "randaugment" else 0
+    read = min(data.read_ahead_mb * 2.0**20, shard_bytes / ranks)
+    parts = [Part("decoded batches", 0.0, ahead * batch), Part("read ahead", 0.0, read)]
+    return [*parts, Part("images of the step", batch * (augmented + (0 if on_cpu else 1)))]
+
+
+def _checkpoint_part(recipe: Recipe, sizes: Sizes, ranks: int, saves_between_steps: bool) -> Part:
+    """The copy that a checkpoint is written from, while training goes on: weights, masters and moments in fp32."""
+    moments = {"adamw": 2, "adam": 2, "sgd": 1 if recipe.optim.beta1 else 0}[recipe.optim.name]
+    of_trained = 1 + moments + (1 if recipe.engine.precision != "fp32" else 0)
+    shares = [0.0] * ranks
+    for i, (numel, trains) in enumerate(sizes.by_parameter):
+        shares[i % ranks] += numel * FP32 * (of_trained if trains else 1)
+    queue = next(part.device for part in _memory_parts(recipe, ranks) if part.name == "queue")
+    return Part("checkpoint being written", 0.0, max(shares) + queue, ("always",) if saves_between_steps else ("save",))
+
+
+def _evaluation_parts(recipe: Recipe, sizes: Sizes) -> list[Part]:
+    """A forward pass of evaluation, and at ZeRO-3 the whole weights that it runs on."""
+    if not recipe.eval.benchmarks:
+        return []
+    each, each_frozen = element_bytes(recipe)
+    backbone = recipe.model.backbone
+    channels = SIZES[backbone.partition("_")[0]][0]
+    tokens = recipe.eval.batch_size * num_tokens(backbone, recipe.eval.image_size)
+    parts = [
+        Part(
+            "evaluation, a forward pass",
+            tokens * channels * each * (2 + 2 * mlp_widths(backbone)[0]),
+            phases=("evaluate",),
+        )
+    ]
+    if recipe.engine.zero_stage == 3:
+        whole = sizes.trained * each + sizes.frozen * each_frozen
+        parts.append(Part("evaluation, weights whole", whole, phases=("evaluate",)))
+    return parts
+
+
+def bytes_sent(recipe: Recipe, sizes: Sizes, ranks: int) -> dict[str, float]:
+    """Bytes that each rank sends in a step, by what for; ring collectives, which send (W - 1) / W of a tensor."""
+    each, each_frozen = element_bytes(recipe)
+    stage, chunks = recipe.engine.zero_stage, recipe.engine.gradient_accumulation
+    ring = (ranks - 1) / ranks
+    gradients = sizes.trained * each * ring
+    batch = recipe.data.places_per_batch * recipe.data.images_per_place
+    channels = SIZES[recipe.model.backbone.partition("_")[0]][0]
+    sent = {
+        "gradients, reduced": gradients * (1 if stage == 3 else 2) * (chunks if stage >= 2 else 1),
+        "descriptors, gathered": ring * batch * (FP32 * channels + 8),
+        "descriptors' gradients, scattered": ring * batch * FP32 * channels,
+    }
+    if stage in (1, 2):
+        sent["weights, after the update"] = gradients
+    if stage == 3:
+        forward = (sizes.trained * each + sizes.frozen * each_frozen) * ring
+        passes = 2 * chunks if chunks > 1 else 1
+        sent["weights, gathered for use"] = passes * forward + chunks * gradients
+    if recipe.memory.placement == "sharded" and recipe.memory.size:
+        sent["sharded queue, anchors' sums"] = 2 * ring * batch * FP32 * (recipe.data.images_per_place + 6)
+    return {name: num_bytes for name, num_bytes in sent.items() if num_bytes}
