@@ -419,8 +419,8 @@ class Recipe(Section):
         engine, trainer = self.engine, self.trainer
         if self.model.frozen_precision == "bf16" and engine.zero_stage == 3 and engine.precision == "fp32":
             raise ValueError(
-                "model.frozen_precision bf16 at engine.zero_stage 3 needs engine.precision bf16: DeepSpeed keeps parted "
-                "weights in one precision"
+                "model.frozen_precision bf16 at engine.zero_stage 3 needs engine.precision bf16: DeepSpeed keeps "
+                "parted weights in one precision"
             )
         if self.optim.schedule == "plateau" and not (trainer.validate_every_epochs and self.eval.benchmarks):
             raise ValueError(
