@@ -21,7 +21,7 @@ Layout = tuple[int, str]  # ZeRO stage, offload
 
 
 def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1) -> Any:
-    from trainer.engine import build_engine
+    from trainer.engine import build_engine, partitioner
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -33,6 +33,9 @@ def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1) -
     engine = EngineConfig.model_validate(
         {"zero_stage": stage, "offload": offload, "precision": precision, "gradient_accumulation": chunks}
     )
+    if part := partitioner(engine):  # as the network is built
+        for module in model:
+            part(module)
     optim = OptimConfig(name=name, lr=1e-2, weight_decay=0.05)
     return build_engine(model, engine=engine, optim=optim, images_per_rank=IMAGES // dist.get_world_size())
 

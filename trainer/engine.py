@@ -119,7 +119,14 @@ def partitioner(engine: EngineConfig) -> Callable[[nn.Module], None] | None:
         return None
     deepspeed = _deepspeed()
     config = deepspeed_config(engine, gradient_clipping=0.0, images_per_rank=1)
-    return lambda module: deepspeed.zero.Init(module=module, config_dict_or_path=config) and None
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
+
+    def part(module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)  # the engine casts only what is whole
+        deepspeed.zero.Init(module=module, config_dict_or_path=config)
+
+    return part
 
 
 def build_engine(
