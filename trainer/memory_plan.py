@@ -194,6 +194,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
         return [
             placed("weights, parted", parted, engine.offload == "all"),
             placed("weights, small ones whole", whole, False),
+            placed("weights, as built", trained / ranks * FP32, False, "build", tensor=sizes.largest / ranks * FP32),
             placed("weights, gathered", gathered, False, "forward", "loss", "backward"),
             placed("gradients", trained / ranks * (each + (FP32 if offloads else 0)), offloads),
             placed("optimizer", trained / ranks * (masters + FP32 * moments), offloads),
