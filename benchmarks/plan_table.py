@@ -11,6 +11,7 @@ import tyro
 from configs.schema import Recipe
 from trainer.command import DryRunFlags
 from trainer.dry_run import advice, plan, shortfall
+from trainer.memory_plan import Sizes
 
 BACKBONES = ("vits14", "vitb14", "vitl14", "vitg14")
 
@@ -38,9 +39,12 @@ class Options:
 def main() -> None:
     """Prints the table."""
     options = tyro.cli(Options)
-    print("| backbone | GPUs | images a step | GB a GPU | GB of host a GPU | s a step | MB sent a step | h an epoch |")
+    print(
+        "| backbone | GPUs | images a step | GB a GPU | GB of host a GPU | s a step | MB sent a step | min an epoch |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for backbone in BACKBONES:
+        sizes: Sizes | None = None
         for gpus in options.gpus:
             recipe = Recipe.model_validate(
                 {
@@ -49,15 +53,16 @@ def main() -> None:
                     "engine": {"zero_stage": options.zero_stage, "precision": "bf16"},
                 }
             )
-            dry = plan(recipe, DryRunFlags(gpus, options.device_gb, options.tflops))
+            dry = plan(recipe, DryRunFlags(gpus, options.device_gb, options.tflops), sizes)
+            sizes = dry.sizes
             images = options.places * recipe.data.images_per_place * gpus
             row = [backbone, str(gpus), str(images), f"{dry.memory.device_peak / 1e9:.1f}"]
             if shortfall(dry):
                 row[-1] += f" (too much; {advice(dry)})"
             assert dry.seconds is not None
-            hours = math.floor(options.epoch_places / (options.places * gpus)) * dry.seconds / 3600
+            minutes = math.floor(options.epoch_places / (options.places * gpus)) * dry.seconds / 60
             sent = sum(dry.sent.values()) / 1e6
-            row += [f"{dry.memory.host_peak / 1e9:.1f}", f"{dry.seconds:.2f}", f"{sent:.0f}", f"{hours:.2f}"]
+            row += [f"{dry.memory.host_peak / 1e9:.1f}", f"{dry.seconds:.3f}", f"{sent:.0f}", f"{minutes:.1f}"]
             print(f"| {' | '.join(row)} |")
 
 

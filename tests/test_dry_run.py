@@ -15,6 +15,7 @@ from configs.schema import Recipe
 from model.network import build_model, meta_model
 from trainer.command import take_dry_run
 from trainer.dry_run import advice, plan, shortfall
+from trainer.engine_state import keepers
 from trainer.flops import forward_flops, model_flops, num_tokens, peak_tflops, step_flops
 from trainer.memory_plan import (
     block_activations,
@@ -101,7 +102,7 @@ def test_a_block_keeps_the_activations_that_are_planned_for(backbone: str, dtype
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images, side = 3, 98
+    images, side = 3, 56
     x_BTC = torch.randn(images, num_tokens(backbone, side), model.descriptor_size, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out_BTC = block(x_BTC)
@@ -175,6 +176,18 @@ def test_zero_stages_hold_what_they_say() -> None:
     assert {"weights, parted", "gradients", "optimizer"} <= on_host
     frozen_bf16 = recipe(engine={"zero_stage": 1}, model={"frozen_precision": "bf16"})
     assert held(recipe(), 1, "weights") - held(frozen_bf16, 1, "weights") == pytest.approx(2 * frozen)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    parameters=st.lists(st.tuples(st.integers(1, 10**6), st.booleans()), min_size=1, max_size=40),
+    ranks=st.integers(1, 9),
+)
+def test_ranks_keep_equally_much_of_a_checkpoint(parameters: list[tuple[int, bool]], ranks: int) -> None:
+    kept = [0] * ranks
+    for (numel, trained), keeper in zip(parameters, keepers(parameters, ranks), strict=True):
+        kept[keeper] += numel * (3 if trained else 1)
+    assert max(kept) - min(kept) <= max(numel * (3 if trained else 1) for numel, trained in parameters)
 
 
 def test_bytes_sent_are_those_of_rings() -> None:

@@ -127,7 +127,7 @@ class DryRun:
         return out | {name: float(value) for name, value in known.items() if value is not None}
 
 
-def plan(recipe: Recipe, flags: DryRunFlags) -> DryRun:
+def plan(recipe: Recipe, flags: DryRunFlags, sizes: Sizes | None = None) -> DryRun:
     """Everything that a dry run prints; neither weights nor a process group are made."""
     ranks = flags.ranks or int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.data.places_per_batch % ranks:
@@ -137,7 +137,7 @@ def plan(recipe: Recipe, flags: DryRunFlags) -> DryRun:
             f"or {low + ranks}"
         )
     machine = find_machine(flags, recipe, ranks)
-    sizes = parameter_sizes(recipe)
+    sizes = sizes or parameter_sizes(recipe)
     per_epoch, total, shard_bytes, source = count_steps(recipe)
     every = recipe.trainer.checkpoint_every_steps or per_epoch
     saves_between_steps = every is None or total is None or every < total
@@ -175,7 +175,7 @@ def shortfall(dry: DryRun, memory: MemoryPlan | None = None) -> str:
 def changes(recipe: Recipe, ranks: int) -> Iterator[dict[str, Any]]:
     """Settings of the engine that need less memory, each cheaper in time than those after it."""
     images = recipe.data.places_per_batch * recipe.data.images_per_place // ranks
-    stages = [stage for stage in (1, 2, 3) if stage >= recipe.engine.zero_stage] if ranks > 1 else [3]
+    stages = [stage for stage in (0, 1, 2, 3) if stage >= recipe.engine.zero_stage]
     more = [chunks for chunks in (1, 2, 4, 8, 16) if recipe.engine.gradient_accumulation * chunks <= images]
     for offload in ("none", "optimizer", "all"):
         for chunks in more:

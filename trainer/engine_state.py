@@ -1,15 +1,15 @@
 """The engine's state by parameter name: one set of files for any world size, ZeRO stage and offload, and no pickle.
 
 DeepSpeed's own checkpoints hold flat partitions, which resume at the world size and stage that wrote them alone. Here
-each parameter's weight, fp32 master and moments are put together one at a time, whole, and kept by one rank of all in
-turn, so that a rank holds and writes 1/W of them; they are handed back to whatever partitions the resuming engine has.
+each parameter's weight, fp32 master and moments are put together one at a time, whole, and kept by one rank of all,
+so that a rank holds and writes 1/W of them; they are handed back to whatever partitions the resuming engine has.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +36,13 @@ def take_state(engine: Any) -> EngineState:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     _link_states(engine)
-    keys, rank, world = _state_keys(engine), dist.get_rank(), dist.get_world_size()
+    keys, rank = _state_keys(engine), dist.get_rank()
     weights: Tensors = {}
     optimizer: Tensors = {}
-    for i, (name, parameter) in enumerate(engine.module.named_parameters()):
-        mine = i % world == rank
+    named = list(engine.module.named_parameters())
+    kept_by = keepers([(math.prod(_shape(p)), p.requires_grad) for _, p in named], dist.get_world_size())
+    for (name, parameter), keeper in zip(named, kept_by, strict=True):
+        mine = keeper == rank
         with _whole(parameter):
             if mine:
                 weights[name] = _copy(parameter)
@@ -60,6 +62,19 @@ def take_state(engine: Any) -> EngineState:
     if rank == 0:
         weights |= {name: _copy(buffer) for name, buffer in engine.module.named_buffers()}
     return EngineState(weights, optimizer, json.dumps({"counts": _counts(engine), "scaler": _scaler(engine)}))
+
+
+def keepers(parameters: Sequence[tuple[int, bool]], ranks: int) -> list[int]:
+    """The rank that keeps each parameter of (elements, whether trained), so that all keep about equally much.
+
+    A trained one counts three times, for its moments; the largest go first, each to the rank that has least.
+    """
+    sizes = [numel * (3 if trained else 1) for numel, trained in parameters]
+    kept, out = [0] * ranks, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        out[i] = kept.index(min(kept))
+        kept[out[i]] += sizes[i]
+    return out
 
 
 def put_state(

@@ -16,6 +16,7 @@ from memory.registry import build
 from model.network import PlaceModel, meta_model
 from model.vit import SIZES
 from trainer.engine import BUCKET, LIVE, parameter_groups
+from trainer.engine_state import keepers
 from trainer.flops import num_tokens, num_trained_blocks
 
 GB = 1e9
@@ -193,6 +194,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
         return [
             placed("weights, parted", parted, engine.offload == "all"),
             placed("weights, small ones whole", whole, False),
+            placed("weights, as built", trained / ranks * FP32, False, "build", tensor=sizes.largest / ranks * FP32),
             placed("weights, gathered", gathered, False, "forward", "loss", "backward"),
             placed("gradients", trained / ranks * (each + (FP32 if offloads else 0)), offloads),
             placed("optimizer", trained / ranks * (masters + FP32 * moments), offloads),
@@ -324,8 +326,8 @@ def _checkpoint_part(recipe: Recipe, sizes: Sizes, ranks: int, saves_between_ste
     moments = {"adamw": 2, "adam": 2, "sgd": 1 if recipe.optim.beta1 else 0}[recipe.optim.name]
     of_trained = 1 + moments + (1 if recipe.engine.precision != "fp32" else 0)
     shares = [0.0] * ranks
-    for i, (numel, trains) in enumerate(sizes.by_parameter):
-        shares[i % ranks] += numel * FP32 * (of_trained if trains else 1)
+    for (numel, trains), keeper in zip(sizes.by_parameter, keepers(sizes.by_parameter, ranks), strict=True):
+        shares[keeper] += numel * FP32 * (of_trained if trains else 1)
     queue = next(part.device for part in _memory_parts(recipe, ranks) if part.name == "queue")
     return Part("checkpoint being written", 0.0, max(shares) + queue, ("always",) if saves_between_steps else ("save",))
 
