@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-cluster env clean
+.PHONY: demo test test-faults test-cluster env clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
@@ -14,6 +14,10 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Trainings killed at random moments, in full counts. Not part of `make test`.
+test-faults: $(READY)
+	$(BIN)/python -m pytest tests/faults
 
 # A real SLURM with virtual nodes, hosts in network namespaces, an MLflow server: root on Debian. Not part of `make test`.
 test-cluster: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -85,5 +86,18 @@ def _nearest(name: str, names: list[str], prefix: str = "") -> str:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe as YAML, every key written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    """The recipe as YAML, every key written out; without the secrets of its addresses, for it goes with the results."""
+    return yaml.safe_dump(_shareable(recipe.model_dump(mode="json")), sort_keys=False)
+
+
+def _shareable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_shareable(key): _shareable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shareable(part) for part in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
+def without_secrets(text: str) -> str:
+    """A text whose addresses have lost user name, password and query: `http://ann:pw@host/x?key=1` is `http://host/x`."""
+    return re.sub(r"(\w://)(?:[^\s/'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)

@@ -60,6 +60,9 @@ class DataConfig(Section):
     augmentation: Literal["randaugment", "none"] = Field("randaugment", description="Augmentation of training images.")
     augment_ops: NonNegative = Field(3, description="RandAugment: operations applied to an image.")
     augment_magnitude: Annotated[int, Field(ge=0, le=30)] = Field(15, description="RandAugment: strength, 0 to 30.")
+    decode: Literal["cpu", "nvjpeg"] = Field(
+        "cpu", description="cpu: libjpeg-turbo in threads; nvjpeg: decoded and resized on the rank's NVIDIA GPU."
+    )
     decode_threads: NonNegative = Field(
         2, description="Threads a rank decodes JPEGs with; 0 decodes in the training thread."
     )
@@ -374,7 +377,20 @@ class TrackingConfig(Section):
 
     uri: str = Field("sqlite:///mlflow.db", description="MLflow store or server.")
     experiment: str = Field("rerankvpr", description="MLflow experiment.")
-    enabled: bool = Field(True, description="Log to MLflow; metrics go to metrics.jsonl in the output folder anyway.")
+    enabled: bool = Field(
+        True, description="Send to MLflow; metrics.jsonl in the output folder has it anyway, for rerankvpr sync."
+    )
+    system_metrics_every_s: Annotated[float, Field(ge=0)] = Field(
+        10.0, description="Seconds between samples of CPU, memory, disk, network and GPUs of rank 0's host; 0 is never."
+    )
+    log_model: bool = Field(True, description="Log the best network to MLflow at the end: a copy of its weights there.")
+    register_as: str = Field("", description="Name in MLflow's registry that the best network becomes a version of.")
+
+    @model_validator(mode="after")
+    def _registering_needs_a_model(self) -> TrackingConfig:
+        if self.register_as and not self.log_model:
+            raise ValueError("register_as needs log_model True")
+        return self
 
 
 class Recipe(Section):

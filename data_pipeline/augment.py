@@ -41,7 +41,7 @@ class BatchedRandAugment(v2.RandAugment):
     def augment(self, images_B3HW: torch.Tensor, seeds: list[int]) -> torch.Tensor:
         """uint8 images of any device, each augmented by its seed."""
         drawn = [self.draw(seed, *images_B3HW.shape[-2:]) for seed in seeds]
-        out_B3HW = images_B3HW.clone()
+        out_B3HW = images_B3HW.clone(memory_format=torch.contiguous_format)
         for turn in range(self.num_ops):
             alike: defaultdict[tuple[str, float], list[int]] = defaultdict(list)
             for image, operations in enumerate(drawn):

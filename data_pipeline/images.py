@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# What torchvision's resize of uint8 images runs, here in the form that writes where it is told.
+_RESIZE = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
+
+
+def empty_batch(num_images: int, side: int, *, device: str = "cpu", pin_memory: bool = False) -> torch.Tensor:
+    """uint8 [num_images, 3, side, side] to be filled, its channels interleaved as decoders write them."""
+    shape = (num_images, 3, side, side)
+    layout = torch.channels_last
+    return torch.empty(shape, dtype=torch.uint8, memory_format=layout, device=device, pin_memory=pin_memory)
+
 
 def decode(data: bytes, side: int, interpolation: str = "bilinear") -> torch.Tensor:
-    """An image file's bytes as uint8 [3, side, side]: RGB, resized anisotropically (antialiased, on uint8).
+    """An image file's bytes as uint8 [3, side, side]; see `decode_into`."""
+    out_3HW = empty_batch(1, side)[0]
+    decode_into(out_3HW, data, interpolation)
+    return out_3HW
 
-    `interpolation` is "bilinear" or "bicubic".
 
-    Raises ValueError where the bytes are no complete image.
+def decode_into(out_3HW: torch.Tensor, data: bytes, interpolation: str = "bilinear") -> None:
+    """Fills uint8 [3, H, W] with an image file: RGB, resized anisotropically to H x W (antialiased, on uint8).
+
+    `interpolation` is "bilinear" or "bicubic"; the pixels are those of torchvision's `resize`. An image of
+    `empty_batch` is filled fastest. Raises ValueError where the bytes are no complete image.
     """
     if not data:
         raise ValueError("empty file")
@@ -26,11 +46,32 @@ def decode(data: bytes, side: int, interpolation: str = "bilinear") -> torch.Ten
         image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[0]) from error
-    return F.resize(image, [side, side], interpolation=InterpolationMode(interpolation), antialias=True)
+    if image.shape == out_3HW.shape:
+        out_3HW.copy_(image)
+    else:
+        _RESIZE[interpolation](image[None], list(out_3HW.shape[1:]), False, None, None, out=out_3HW[None])
+
+
+def decode_on_gpu(out_B3HW: torch.Tensor, jpegs: Sequence[bytes], interpolation: str = "bilinear") -> None:
+    """Fills uint8 [B, 3, H, W] of a CUDA device with JPEGs: decoded by nvJPEG, resized on the device.
+
+    Pixels differ from those of `decode_into` by the rounding of another decoder. Raises ValueError where one of the
+    JPEGs cannot be decoded, without saying which.
+    """
+    try:
+        images = decode_jpeg(
+            [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs],
+            mode=ImageReadMode.RGB,
+            device=out_B3HW.device,
+        )
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    for image, out_3HW in zip(images, out_B3HW, strict=True):
+        out_3HW.copy_(F.resize(image, list(out_3HW.shape[1:]), interpolation=InterpolationMode(interpolation)))
 
 
 def read_image(path: Path, side: int) -> torch.Tensor:
-    """The image file at `path` as uint8 [3, side, side]; see `decode`. Errors name the file."""
+    """The image file at `path` as uint8 [3, side, side]; see `decode_into`. Errors name the file."""
     try:
         return decode(path.read_bytes(), side)
     except ValueError as error:
@@ -38,5 +79,6 @@ def read_image(path: Path, side: int) -> torch.Tensor:
 
 
 def normalise(images_B3HW: torch.Tensor) -> torch.Tensor:
-    """uint8 images of any device as float32 with ImageNet's mean and standard deviation."""
-    return F.normalize(images_B3HW.float().div_(255), list(IMAGENET_MEAN), list(IMAGENET_STD))
+    """uint8 images of any device as float32 with ImageNet's mean and standard deviation, planes of channels apart."""
+    floats_B3HW = images_B3HW.to(torch.float32, memory_format=torch.contiguous_format)
+    return F.normalize(floats_B3HW.div_(255), list(IMAGENET_MEAN), list(IMAGENET_STD))

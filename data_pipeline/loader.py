@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from configs.schema import DataConfig
 from data_pipeline.cache import RangeCache
-from data_pipeline.images import decode
+from data_pipeline.images import decode_into, decode_on_gpu, empty_batch
 from data_pipeline.index import PlaceRange
 from data_pipeline.plan import EpochPlan
 from data_pipeline.storage import RangeReader, is_remote
@@ -85,7 +85,10 @@ class PlaceLoader:
         self.rank, self.world_size = rank, world_size
         self.bad_images: dict[tuple[int, int], str] = {}
         self.reader = reader or build_reader(config, rank=rank)
-        self._pinned = torch.cuda.is_available()
+        if config.decode == "nvjpeg" and not torch.cuda.is_available():
+            raise ValueError("data.decode nvjpeg needs an NVIDIA GPU, and torch sees none; use cpu")
+        self._device = f"cuda:{torch.cuda.current_device()}" if config.decode == "nvjpeg" else "cpu"
+        self._pinned = torch.cuda.is_available() and self._device == "cpu"
         self._lock = threading.Lock()
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
 
@@ -170,8 +173,8 @@ class PlaceLoader:
     def _empty(self, step: _Step) -> torch.Tensor:
         """The step's batch to be filled, as [P, K, 3, side, side]."""
         side, shape_PK = self.config.image_size, step.views_PK.shape
-        step.images_B3HW = torch.empty(step.views_PK.size, 3, side, side, dtype=torch.uint8, pin_memory=self._pinned)
-        return step.images_B3HW.view(*shape_PK, 3, side, side)
+        step.images_B3HW = empty_batch(step.views_PK.size, side, device=self._device, pin_memory=self._pinned)
+        return step.images_B3HW.unflatten(0, shape_PK)
 
     def _read(self, place: PlaceRange, stop: threading.Event | None = None) -> bytes:
         """The bytes of a place; where they came over a network and differ from the index, once more from the source."""
@@ -186,8 +189,25 @@ class PlaceLoader:
         self, place: int, planned: PlaceRange, views_K: NDArray[np.int64], data: bytes, out_K3HW: torch.Tensor
     ) -> None:
         """Decodes the planned views of a place into `out`, uint8 [K, 3, side, side]."""
-        for view, out in zip(views_K.tolist(), out_K3HW, strict=True):
-            self._decode_view(place, planned, view, data, out)
+        views = views_K.tolist()
+        if not out_K3HW.is_cuda:
+            for view, out in zip(views, out_K3HW, strict=True):
+                self._decode_view(place, planned, view, data, out)
+        elif not self._decoded_on_gpu(planned, views, data, out_K3HW):
+            on_cpu_K3HW = empty_batch(len(views), self.config.image_size)
+            for view, out in zip(views, on_cpu_K3HW, strict=True):
+                self._decode_view(place, planned, view, data, out)
+            out_K3HW.copy_(on_cpu_K3HW)
+
+    def _decoded_on_gpu(self, planned: PlaceRange, views: list[int], data: bytes, out_K3HW: torch.Tensor) -> bool:
+        """Whether the GPU decoded all views; where one is bad, the decoder of the CPU finds out which."""
+        if not all(_is_whole(planned, data, view) for view in views):
+            return False
+        try:
+            decode_on_gpu(out_K3HW, [_jpeg(planned, data, view) for view in views], self.config.interpolation)
+        except ValueError:
+            return False
+        return True
 
     def _decode_view(self, place: int, planned: PlaceRange, view: int, data: bytes, out: torch.Tensor) -> None:
         num_views = len(planned.sizes)
@@ -196,7 +216,7 @@ class PlaceLoader:
                 self._note(place, planned, candidate, "its bytes differ from the index's crc32")
                 continue
             try:
-                out.copy_(decode(_jpeg(planned, data, candidate), self.config.image_size, self.config.interpolation))
+                decode_into(out, _jpeg(planned, data, candidate), self.config.interpolation)
             except ValueError as error:
                 self._note(place, planned, candidate, str(error))
             else:

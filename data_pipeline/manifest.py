@@ -23,6 +23,7 @@ _OPTIONAL = {
     "northdeg": pa.int64(),
     "panoid": pa.string(),
 }
+_BETWEEN = {"lat": (-90, 90), "lon": (-180, 180), "month": (1, 12), "northdeg": (0, 360), "place": (0, 10**18)}
 
 
 def read_manifest(path: Path, *, root: Path | None = None, min_images_per_place: int = 4) -> PlaceListing:
@@ -38,12 +39,17 @@ def read_manifest(path: Path, *, root: Path | None = None, min_images_per_place:
     for column in _NEEDED:
         if column not in table.column_names:
             raise ValueError(f"{path}: no column {column}; found {', '.join(table.column_names)}")
+        kind = table.schema.field(column).type
+        if pa.types.is_nested(kind):
+            raise ValueError(f"{path}: column {column} is {kind}; expected text or numbers")
+    if len(table) == 0:
+        raise ValueError(f"{path}: no rows; expected a row an image")
     columns: dict[str, Any] = {"file": table["path"].cast(pa.string())}
     for name, kind in _OPTIONAL.items():
         if name in table.column_names:
             try:
                 columns[name] = table[name].cast(kind)
-            except pa.ArrowInvalid as error:
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise ValueError(f"{path}: column {name} is no {kind} ({str(error).splitlines()[0]})") from error
         else:
             columns[name] = pa.nulls(len(table), kind)
@@ -54,7 +60,9 @@ def read_manifest(path: Path, *, root: Path | None = None, min_images_per_place:
         if values.null_count:
             missing = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
             raise ValueError(f"{path} row {missing + 2}: no {name}")
-    columns["place"] = _numbers(columns["city"], table["place"], path)
+    columns["place"] = _numbers(columns["city"], table["place"])
+    for name, (least, most) in _BETWEEN.items():
+        _check_between(columns[name], least, most, path, name)
     columns["csv"] = pa.repeat(path.name, len(table))
     columns["row"] = pa.array(np.arange(len(table)) + 2)
     return build_listing(
@@ -70,12 +78,12 @@ def _read(path: Path) -> pa.Table:
         table = pa.csv.read_csv(
             path, convert_options=pa.csv.ConvertOptions(column_types=text, null_values=[""], strings_can_be_null=True)
         )
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable table ({str(error).splitlines()[0]})") from error
     return table
 
 
-def _numbers(city: pa.Array, place: pa.ChunkedArray, path: Path) -> pa.Array:
+def _numbers(city: pa.Array, place: pa.ChunkedArray) -> pa.Array:
     """Places as whole numbers: their own, or their ranks within the city."""
     try:
         numbers = place.cast(pa.int64())
@@ -86,6 +94,12 @@ def _numbers(city: pa.Array, place: pa.ChunkedArray, path: Path) -> pa.Array:
         for pair in sorted(set(pairs)):
             rank_of[pair] = ranks[pair[0]] = ranks.get(pair[0], -1) + 1
         return pa.array([rank_of[pair] for pair in pairs], pa.int64())
-    if pc.min(numbers).as_py() < 0:
-        raise ValueError(f"{path}: a place is {pc.min(numbers).as_py()}; numbers count from 0")
     return numbers
+
+
+def _check_between(values: Any, least: int, most: int, path: Path, name: str) -> None:
+    """Raises ValueError for the first value outside [least, most], nulls apart."""
+    within = pc.fill_null(pc.and_(pc.greater_equal(values, least), pc.less_equal(values, most)), True)
+    wrong = pc.index(within, pa.scalar(False)).as_py()
+    if wrong >= 0:
+        raise ValueError(f"{path} row {wrong + 2}: {name} is {values[wrong].as_py()}; expected {least} to {most}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +40,17 @@ class PlaceMixture:
     def num_images(self) -> int:
         """Images in all sets."""
         return sum(index.num_images for index in self.sets)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of what is trained on: the contents of the sets, their order and weights, not their locations.
+
+        Of one set with weight 1 it is the set's own; no tar is read.
+        """
+        if len(self.sets) == 1 and self.weights == [1]:
+            return self.sets[0].digest
+        parts = [[index.digest, float(weight)] for index, weight in zip(self.sets, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def place_range(self, place_id: int) -> PlaceRange:
         """Where the views of a place lie."""

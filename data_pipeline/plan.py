@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
+_AT_ONCE = 2**15
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,11 @@ def plan_epoch(
 
 
 def _shuffled(items: Int64, bits: np.random.Philox) -> Int64:
-    return items[np.argsort(bits.random_raw(len(items)), kind="stable")]
+    """The items in the order of a random draw each, whose low bits are the item's number: no two are equal."""
+    number_bits = np.uint64((1 << len(items).bit_length()) - 1)
+    draws = bits.random_raw(len(items)) & ~number_bits | np.arange(len(items), dtype=np.uint64)
+    draws.sort()
+    return items[(draws & number_bits).astype(np.int64)]
 
 
 def visits_of_epoch(num_places: int, weight: float, *, seed: int, epoch: int, stream: int) -> Int64:
@@ -153,12 +158,23 @@ def _city_stream(place_city: Int64, batch: int, repeat: dict[int, int], visits: 
 
 def _draw_views(num_views_SP: Int64, k: int, bits: np.random.Philox) -> Int64:
     """K distinct views of each place, every K-subset as likely (Floyd's sampling, vectorised over places)."""
-    uniform = bits.random_raw(num_views_SP.size * k).reshape(*num_views_SP.shape, k)
-    views_SPK = np.empty((*num_views_SP.shape, k), dtype=np.int64)
+    num_views_N = num_views_SP.reshape(-1)
+    views_NK = np.empty((num_views_N.size, k), dtype=np.int64)
+    for start in range(0, len(views_NK), _AT_ONCE):  # what is worked on stays in the processor's cache
+        part = slice(start, start + _AT_ONCE)
+        views_NK[part] = _floyd(num_views_N[part], bits.random_raw(views_NK[part].size).reshape(-1, k)).T
+    return views_NK.reshape(*num_views_SP.shape, k)
+
+
+def _floyd(num_views_N: Int64, raw_NK: NDArray[np.uint64]) -> Int64:
+    """Floyd's sampling of K of each place's views, int64 [K, N], from 64 random bits for each view drawn."""
+    raw_KN = np.ascontiguousarray(raw_NK.T)
+    k = len(raw_KN)
+    views_KN = np.empty(raw_KN.shape, dtype=np.int64)
     for j in range(k):
-        last = num_views_SP - k + j
+        last = num_views_N - k + j
         # The top 53 bits as a fraction; the product stays below last + 1 for any number of views below 2**52.
-        drawn = ((uniform[..., j] >> np.uint64(11)) * 2.0**-53 * (last + 1)).astype(np.int64)
-        taken = (views_SPK[..., :j] == drawn[..., None]).any(axis=-1)
-        views_SPK[..., j] = np.where(taken, last, drawn)
-    return views_SPK
+        drawn = ((raw_KN[j] >> np.uint64(11)) * 2.0**-53 * (last + 1)).astype(np.int64)
+        taken = (views_KN[:j] == drawn).any(axis=0)
+        views_KN[j] = np.where(taken, last, drawn)
+    return views_KN

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.changes import changed_photograph, file_stat, file_stats
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX,
@@ -43,7 +45,6 @@ from data_pipeline.tar_writer import (
 
 SHARD_BYTES = 256 * 2**20
 _JOBS_AHEAD = 2
-_STAT_THREADS = 16
 
 Progress = Callable[[int, int], None]
 
@@ -109,14 +110,14 @@ def write_shards(
         if not (listing.source / folder).is_dir():
             raise FileNotFoundError(f"{listing.source}: no folder {folder}, which the CSV's city_id names")
     files = listing.images["file"].to_pylist()
-    sizes = _file_sizes(listing.source, files)
+    sizes, changed_ns = file_stats(listing.source, files)
     options = f"{FORMAT_VERSION} {shard_bytes} {listing.min_images_per_place}"
     if max_side is not None:
         options += f" {max_side} {quality}"
     set_digest = _digest("\n".join([options, *files]), *([listing.details] if listing.details else []))
     fingerprint = _digest(set_digest, sizes.tobytes())
     if (out / INDEX).exists():
-        return _reuse_complete(out, fingerprint)
+        return _reuse_complete(out, fingerprint, listing, changed_ns, max_side, quality)
 
     allowed = BadImages(max_bad, listing.num_images)
     missing = listing.images.take(np.flatnonzero(sizes < 0)).to_pylist()
@@ -135,6 +136,7 @@ def write_shards(
             place_sizes=np.diff(listing.place_starts[start : stop + 1]).tolist(),
             set_digest=set_digest,
             tar_digest=_digest(set_digest, f"{name} {start} {stop}", sizes[first:last].tobytes()),
+            changed_ns=int(changed_ns[first:last].max()),
             min_images_per_place=listing.min_images_per_place,
             max_side=max_side,
             quality=quality,
@@ -274,25 +276,6 @@ def _in_place_order(table: pa.Table) -> pa.Table:
     return table.set_column(0, SCHEMA.field("place_id"), pa.array(np.cumsum(first) - 1, pa.int64()))
 
 
-def _file_sizes(source: Path, files: list[str]) -> NDArray[np.int64]:
-    """Bytes of each file; -1 where there is none."""
-
-    def sizes(some: list[str]) -> list[int]:
-        return [_file_size(source / file) for file in some]
-
-    step = -(-len(files) // (8 * _STAT_THREADS)) or 1
-    with ThreadPoolExecutor(_STAT_THREADS, "stat") as pool:
-        parts = pool.map(sizes, [files[start : start + step] for start in range(0, len(files), step)])
-        return np.array([size for part in parts for size in part], dtype=np.int64)
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
 def _digest(*parts: str | bytes) -> str:
     return hashlib.sha256(b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)).hexdigest()
 
@@ -329,6 +312,11 @@ def _folder_for(out: Path, set_digest: str, part: tuple[int, int] | None, mine: 
                         f"{path}: of another shard set (other images or options); remove {out} or give another folder"
                     )
             yield
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                what = f"{out}: no space left on the disk; run again with more, finished tars are kept"
+                raise OSError(errno.ENOSPC, what) from error
+            raise
         finally:
             left = [path for tar in mine for path in unfinished(tar)] if part else [*shards.glob("train-*.tmp")]
             for path in [*left, *out.glob(f"{INDEX}*.tmp")]:
@@ -349,14 +337,30 @@ def _lock(path: Path, out: Path, *, shared: bool) -> int:
     return lock
 
 
-def _reuse_complete(out: Path, fingerprint: str) -> ShardSummary:
+def _reuse_complete(
+    out: Path,
+    fingerprint: str,
+    listing: PlaceListing,
+    changed_ns: NDArray[np.int64],
+    max_side: int | None,
+    quality: int,
+) -> ShardSummary:
     """The summary of the set that `out` holds, if it is the one asked for and its tars are there."""
-    metadata = read_index(out).metadata
+    index = read_index(out)
+    metadata = index.metadata
     if metadata.fingerprint != fingerprint:
         raise ValueError(f"{out}: holds another shard set (other images or options); remove it or give another folder")
+    written_ns = (out / INDEX).stat().st_mtime_ns
     for shard in metadata.shards:
-        if _file_size(out / shard.name) != shard.size:
+        size, _ = file_stat(out / shard.name)
+        if size != shard.size:
             raise ValueError(f"{out / shard.name}: missing or not {shard.size} bytes; remove {out} and shard again")
+        written_ns = min(written_ns, (out / shard.name).stat().st_mtime_ns)
+    changed = changed_photograph(listing, index, changed_ns > written_ns, max_side=max_side, quality=quality)
+    if changed is not None:
+        raise ValueError(
+            f"{out}: {listing.source / changed} is not the photograph that was sharded; remove {out} and shard again"
+        )
     _remove_rows_files(out)
     return _summary(out, metadata, shards_reused=len(metadata.shards))
 

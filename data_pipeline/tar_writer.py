@@ -54,7 +54,10 @@ class BadImages:
 
 @dataclass(frozen=True)
 class TarJob:
-    """What decides a tar: its images (a listing's rows) and how many each of its places has, in order."""
+    """What decides a tar: its images (a listing's rows) and how many each of its places has, in order.
+
+    `changed_ns` is when the last of its source files changed, in nanoseconds of the file system's clock.
+    """
 
     source: Path
     out: Path
@@ -63,6 +66,7 @@ class TarJob:
     place_sizes: list[int]
     set_digest: str
     tar_digest: str
+    changed_ns: int
     min_images_per_place: int
     max_side: int | None
     quality: int
@@ -127,7 +131,7 @@ def unfinished(tar: Path) -> list[Path]:
 
 
 def _earlier(job: TarJob) -> TarResult | None:
-    if not (job.tar.is_file() and rows_file(job.tar).is_file()):
+    if not (job.tar.is_file() and rows_file(job.tar).is_file()) or job.changed_ns > job.tar.stat().st_mtime_ns:
         return None
     rows, said = read_table(rows_file(job.tar))
     file = ShardFile(**said["file"])

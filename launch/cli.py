@@ -44,6 +44,7 @@ VERBS = {
         "--checkpoint DIR|--weights FILE --benchmarks NAME...",
         "Recall before and after re-ranking.",
     ),
+    "sync": ("launch.sync_command:main", "OUTPUT...", "Sends MLflow what it has not got of trainings."),
     "export": ("launch.export_command:main", "CHECKPOINT OUT.safetensors", "The trained network as one file."),
 }
 

@@ -185,11 +185,13 @@ def log_to_mlflow(command: EvalCommand, checkpoint: Path | None, recipe: Recipe,
 
     from mlflow import MlflowClient
 
+    from trainer.mlflow_sender import run_of
+
     client = MlflowClient(tracking_uri=command.track)
     found = client.get_experiment_by_name(recipe.tracking.experiment)
     experiment = found.experiment_id if found else client.create_experiment(recipe.tracking.experiment)
     tags = {"mlflow.source.name": "rerankvpr eval"}
-    if checkpoint and (parent := json.loads((checkpoint / "state.json").read_text())["mlflow_run_id"]):
+    if checkpoint and (parent := run_of(checkpoint)):
         tags["mlflow.parentRunId"] = parent
     run = client.create_run(experiment, run_name=f"eval {checkpoint or command.weights}", tags=tags).info.run_id
     for key, value in command.eval.model_dump(mode="json").items():

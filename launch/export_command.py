@@ -8,10 +8,8 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from safetensors.torch import save_file
 
-from configs.load import load_recipe, recipe_text
-from trainer.checkpoint import checkpoint_weights, find_checkpoint
+from trainer.checkpoint import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -34,21 +32,12 @@ def main(argv: list[str]) -> int:
     if command.out.suffix != ".safetensors":
         raise ValueError(f"export writes safetensors: {command.out} should end in .safetensors")
     checkpoint = find_checkpoint(command.checkpoint)
-    from model.backbone import AGGREGATOR, facebook_layout
+    from trainer.export import export_network
 
-    weights = checkpoint_weights(checkpoint)
-    backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
-    state = facebook_layout(backbone) | {key: value for key, value in weights.items() if key.startswith(AGGREGATOR)}
-    recipe = load_recipe(checkpoint / "recipe.yaml")
-    command.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = command.out.with_name(f".{command.out.name}.partial")
-    metadata = {"format": "pt", "recipe": recipe_text(recipe), "checkpoint": checkpoint.name}
-    save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=metadata)
-    partial.replace(command.out)
-    numbers = sum(value.numel() for value in state.values())
+    done = export_network(checkpoint, command.out)
     Console().print(
-        f"written: {command.out}, {recipe.model.backbone} with {recipe.model.aggregator} of {checkpoint}, "
-        f"{numbers / 1e6:.1f} M numbers, {command.out.stat().st_size / 2**20:.1f} MiB",
+        f"written: {done.file}, {done.recipe.model.backbone} with {done.recipe.model.aggregator} of {checkpoint}, "
+        f"{done.numbers / 1e6:.1f} M numbers, {done.file.stat().st_size / 2**20:.1f} MiB",
         soft_wrap=True,
         highlight=False,
     )

@@ -100,6 +100,7 @@ def _describe(console: Console, index: ShardIndex) -> None:
     if len(seen.cities) > SHOWN:
         table.add_row(f"and {len(seen.cities) - SHOWN:,} more", "", "", "")
     console.print(table)
+    console.print(f"{'digest':<18}{index.digest}", highlight=False)
     for what, (least, median, most) in {
         "images per place": seen.images_per_place,
         "width, pixels": seen.widths,

@@ -1,9 +1,18 @@
 """Fixtures that several test modules share."""
 
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+
+from data_pipeline.gsv_cities import read_gsv_cities
+from data_pipeline.shards import write_shards
+from tests.photos import SMALL_SHARD, write_gsv_cities
+
+Native = tuple[Path, dict[tuple[str, int], list[Path]]]
 
 
 @pytest.fixture(scope="module")
@@ -12,3 +21,39 @@ def single_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
+    """Three cities in GSV-Cities' layout, and the files of each place."""
+    folder = tmp_path_factory.mktemp("native")
+    return folder, write_gsv_cities(folder)
+
+
+@pytest.fixture(scope="session")
+def shard_set(native: Native, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their shard set, of small tars; nobody changes it."""
+    out = tmp_path_factory.mktemp("sets") / "set"
+    write_shards(read_gsv_cities(native[0]), out, shard_bytes=SMALL_SHARD)
+    return out
+
+
+@pytest.fixture
+def own_native(native: Native, tmp_path: Path) -> Native:
+    """A copy of the three cities to damage, and its files."""
+    folder = tmp_path / "native"
+    shutil.copytree(native[0], folder)
+    return folder, {key: [folder / f.relative_to(native[0]) for f in files] for key, files in native[1].items()}

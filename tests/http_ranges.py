@@ -44,13 +44,30 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def wait_for_port(port: int) -> None:
+    """Returns when somebody listens there; RuntimeError after ten seconds."""
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise RuntimeError(f"nobody listens on port {port}")
+
+
 class KillableServer:
     """The server in a process of its own, always on the same port."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.folder, self.options = folder, options
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -59,14 +76,7 @@ class KillableServer:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.http_ranges", str(self.folder), str(self.port), *self.options], cwd=ROOT
         )
-        for _ in range(200):
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-            except OSError:
-                time.sleep(0.05)
-            else:
-                return
-        raise RuntimeError("the server did not start")
+        wait_for_port(self.port)
 
     def kill(self) -> None:
         if self.process:

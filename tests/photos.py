@@ -18,6 +18,13 @@ THREE_CITIES = {
     "San-Juan_2": {5: 4, 6: 11},
 }
 
+SMALL_SHARD = 12_000
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, by their paths in it."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
 
 def jpeg(rng: np.random.Generator) -> bytes:
     """A JPEG of a random size, sometimes grey, sometimes progressive."""

@@ -93,6 +93,15 @@ def on_ranks(file: str, world_sizes: tuple[int, ...] = WORLD_SIZES) -> Callable[
     return test
 
 
+def shared_folder() -> Path:
+    """A temporary folder that all ranks know; called by a check, on every rank."""
+    import torch.distributed as dist
+
+    holder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(holder)
+    return Path(holder[0])
+
+
 def _main() -> None:
     folder, rank, world_size, modules = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
     import torch

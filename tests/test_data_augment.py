@@ -1,12 +1,17 @@
 """Batched augmentation: torchvision's own operations, image by image, bit by bit."""
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.augment import BatchedRandAugment, image_seeds, randaugment
-from data_pipeline.images import decode
+from data_pipeline.images import decode, decode_into, decode_on_gpu, empty_batch
 from tests.photos import jpeg
 
 SIDE = 42
@@ -19,6 +24,38 @@ def images() -> torch.Tensor:
     noise = torch.randint(0, 256, (20, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     flat = torch.full((4, 3, SIDE, SIDE), 128, dtype=torch.uint8)
     return torch.cat([torch.stack(photos), noise, flat])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side", [42, 224, 7])
+def test_decoding_into_a_slot_is_torchvisions_decoding_and_resize(interpolation: str, side: int) -> None:
+    rng = np.random.default_rng(side)
+    files = [jpeg(rng) for _ in range(12)]
+    square = BytesIO()
+    Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(square, "JPEG")
+    files.append(square.getvalue())
+    batch_B3HW = empty_batch(len(files), side)
+    for out_3HW, file in zip(batch_B3HW, files, strict=True):
+        decode_into(out_3HW, file, interpolation)
+    mode = InterpolationMode(interpolation)
+    for out_3HW, file in zip(batch_B3HW, files, strict=True):
+        image = decode_image(torch.frombuffer(bytearray(file), dtype=torch.uint8), ImageReadMode.RGB)
+        assert torch.equal(out_3HW, F.resize(image, [side, side], interpolation=mode, antialias=True))
+        planes_3HW = torch.empty(3, side, side, dtype=torch.uint8)
+        decode_into(planes_3HW, file, interpolation)
+        assert torch.equal(planes_3HW, out_3HW)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="nvJPEG needs an NVIDIA GPU")
+def test_nvjpeg_gives_nearly_the_pixels_of_the_cpu() -> None:
+    rng = np.random.default_rng(0)
+    files = [jpeg(rng) for _ in range(5)]
+    on_gpu = empty_batch(len(files), SIDE, device="cuda")
+    decode_on_gpu(on_gpu, files)
+    on_cpu = torch.stack([decode(file, SIDE) for file in files])
+    assert (on_gpu.cpu().float() - on_cpu.float()).abs().mean() < 2
+    with pytest.raises(ValueError):  # noqa: PT011 (in the words of nvJPEG)
+        decode_on_gpu(on_gpu, [*files[:4], files[4][:40]])
 
 
 def seeds_of(images: torch.Tensor) -> list[int]:

@@ -1,5 +1,7 @@
 """Several shard sets as one: ids that count on, weights that are kept exactly, plans that can be written and read."""
 
+import re
+import shutil
 import time
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from hypothesis import strategies as st
 from configs.schema import DataConfig
 from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.index import read_index
-from data_pipeline.mixture import EpochPlans, read_mixture
+from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
 from data_pipeline.plan import plan_epoch, visits_of_epoch
 from data_pipeline.shards import write_shards
+from tests.conftest import Native
 from tests.photos import write_gsv_cities
 
 
@@ -155,3 +158,21 @@ def test_a_million_places_are_planned_in_a_second(composition: str) -> None:
         seconds.append(time.process_time() - began)
         assert plan.num_steps == 976
     assert min(seconds) < 1
+
+
+def test_the_digest_says_what_is_trained_on_and_not_where_it_lies(
+    shard_set: Path, native: Native, tmp_path: Path
+) -> None:
+    write_shards(read_gsv_cities(native[0], cities=["Oslo"]), tmp_path / "oslo")
+    shutil.copytree(shard_set, tmp_path / "copy")
+    index, copy, oslo = read_index(shard_set), read_index(tmp_path / "copy"), read_index(tmp_path / "oslo")
+    assert re.fullmatch("[0-9a-f]{16}", index.digest)
+    assert PlaceMixture([index], [1.0]).digest == PlaceMixture([copy], [1.0]).digest == index.digest == copy.digest
+    others = [
+        PlaceMixture([oslo], [1.0]),
+        PlaceMixture([index], [2.0]),
+        PlaceMixture([index, oslo], [1.0, 1.0]),
+        PlaceMixture([oslo, index], [1.0, 1.0]),
+        PlaceMixture([index, oslo], [1.0, 0.5]),
+    ]
+    assert len({index.digest, *(mixture.digest for mixture in others)}) == 6

@@ -44,6 +44,7 @@ def test_inspect_prints_and_draws(shards: Path, tmp_path: Path, capsys: pytest.C
     assert main([*command, "--plan", str(plan), "--places-per-batch", "2", "--images-per-place", "3"]) == 0
     printed = capsys.readouterr().out
     assert "8 places, 42 images" in printed
+    assert read_index(shards).digest in printed
     assert "2 places with too few images (5 images), 0 bad images" in printed
     assert "4 steps of 2 places x 3 views" in printed
     assert len(pq.read_table(plan)) == 8

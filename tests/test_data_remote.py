@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from data_pipeline.loader import PlaceBatch, PlaceLoader, build_reader
 from data_pipeline.mixture import EpochPlans, read_mixture
 from data_pipeline.shards import write_shards
 from data_pipeline.storage import RangeReader, StorageError
-from tests.http_ranges import KillableServer
+from tests.http_ranges import KillableServer, free_port, wait_for_port
 from tests.photos import write_gsv_cities
 
 CITIES = {"Aachen": {i: 4 + i % 3 for i in range(20)}, "Bergen": dict.fromkeys(range(21), 5)}
@@ -61,6 +63,43 @@ def assert_same(some: list[PlaceBatch], others: list[PlaceBatch]) -> None:
     for one, other in zip(some, others, strict=True):
         assert torch.equal(one.images_B3HW, other.images_B3HW)
         assert torch.equal(one.place_ids_B, other.place_ids_B)
+
+
+NGINX = """
+daemon off; master_process off; pid {work}/pid; error_log {work}/error.log;
+events {{ worker_connections 64; }}
+http {{
+  log_format ranges '$status $http_range $request_uri';
+  access_log {work}/access.log ranges;
+  client_body_temp_path {work}/body; proxy_temp_path {work}/proxy; fastcgi_temp_path {work}/fastcgi;
+  uwsgi_temp_path {work}/uwsgi; scgi_temp_path {work}/scgi;
+  server {{ listen 127.0.0.1:{port}; root {root}; }}
+}}
+"""
+
+
+@pytest.fixture
+def nginx(shards: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The address of an nginx that serves the set, and its log of requests."""
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if program is None:
+        pytest.skip("nginx is not installed (Debian: nginx-light)")
+    port = free_port()
+    settings = tmp_path / "nginx.conf"
+    settings.write_text(NGINX.format(work=tmp_path, root=shards, port=port))
+    process = subprocess.Popen([program, "-c", str(settings), "-e", str(tmp_path / "error.log")])
+    wait_for_port(port)
+    yield f"http://127.0.0.1:{port}", tmp_path / "access.log"
+    process.terminate()
+    process.wait()
+
+
+def test_nginx_serves_an_epoch_by_ranges(shards: Path, nginx: tuple[str, Path]) -> None:
+    url, log = nginx
+    assert_same(list(batches(config(url))), list(batches(config(shards))))
+    asked = [line.split() for line in log.read_text().splitlines() if line.endswith(".tar")]
+    assert len(asked) == 40  # 10 steps of 4 places
+    assert {(status, requested[:6]) for status, requested, _ in asked} == {("206", "bytes=")}
 
 
 @pytest.mark.parametrize("threads", [0, 2])

@@ -214,7 +214,10 @@ def test_a_manifest_is_sharded(tmp_path: Path, kind: str, named: bool) -> None:
         ("path,place\na.jpg,1\nb.jpg,\n", "mine.csv row 3: no place"),
         ("path,place,year\na.jpg,1,soon\n", "column year is no int64"),
         ("path,place,city\na.jpg,1,St. Louis\n", "city 'St. Louis'; expected at most 64 letters"),
-        ("path,place\na.jpg,-1\n", "a place is -1; numbers count from 0"),
+        ("path,place\na.jpg,-1\n", "mine.csv row 2: place is -1; expected 0 to "),
+        ("path,place,lat\na.jpg,1,\nb.jpg,1,91\n", "mine.csv row 3: lat is 91"),
+        ("path,place,month\na.jpg,1,13\n", "mine.csv row 2: month is 13; expected 1 to 12"),
+        ("path,place\n", "mine.csv: no rows; expected a row an image"),
         ("path,place\na.jpg\n", "not a readable table"),
     ],
 )

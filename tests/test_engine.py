@@ -3,8 +3,6 @@
 import itertools
 import math
 import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from configs.schema import EngineConfig, OptimConfig
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, shared_folder
 
 IMAGES = 8
 
 
 Layout = tuple[int, str]  # ZeRO stage, offload
-
-
-def shared_folder() -> Path:
-    """A temporary folder that all ranks know."""
-    holder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(holder)
-    return Path(holder[0])
 
 
 def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1) -> Any:

@@ -122,6 +122,24 @@ def test_too_many_damaged_images_stop_the_run(index: ShardIndex) -> None:
         list(loader(index, decode_threads=2).batches(plan, range(1)))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only a machine without a GPU refuses")
+def test_nvjpeg_without_a_gpu_is_refused_in_one_line(index: ShardIndex) -> None:
+    with pytest.raises(ValueError, match=r"data\.decode nvjpeg needs an NVIDIA GPU, and torch sees none; use cpu"):
+        loader(index, decode="nvjpeg")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="nvJPEG needs an NVIDIA GPU")
+def test_nvjpeg_replaces_the_same_damaged_view(index: ShardIndex) -> None:
+    plan = plan_of(index)
+    damage(index, int(plan.places_SP[0, 1]), int(plan.views_SPK[0, 1, 0]))
+    (on_cpu,) = loader(index).batches(plan, range(1))
+    reader = loader(index, decode="nvjpeg", decode_threads=1)
+    (batch,) = reader.batches(plan, range(1))
+    assert batch.images_B3HW.is_cuda
+    assert reader.num_bad_images == 1
+    assert (batch.images_B3HW.cpu().float() - on_cpu.images_B3HW.float()).abs().mean() < 2
+
+
 def test_augmentation_depends_on_the_image_alone() -> None:
     images = torch.randint(0, 256, (6, 3, 42, 42), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ids, views = torch.tensor([5, 5, 9, 9, 1, 1]), torch.tensor([0, 1, 0, 1, 0, 1])

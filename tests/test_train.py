@@ -1,13 +1,11 @@
-"""Whole trainings in real processes: killed and resumed, on one rank and on two, tracked in a real MLflow store."""
+"""Whole trainings: killed and resumed, on one rank and on two, with faults, tracked in a real MLflow store."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,81 +16,32 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from configs.schema import ModelConfig
-from data_pipeline.gsv_cities import read_gsv_cities
-from data_pipeline.shards import write_shards
 from model.network import build_model
-from tests.photos import jpeg, write_gsv_cities
-from trainer.checkpoint import find_checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 300
-STEPS = 12  # 3 epochs of 4 steps; the queue starts with the second
+from tests.training import (
+    STEPS,
+    TIMEOUT_S,
+    faulty_ranks,
+    finish,
+    kill_all,
+    last_checkpoint,
+    logged,
+    make_workplace,
+    one_rank,
+    same_state,
+    start,
+    two_ranks,
+)
+from trainer.checkpoint import checkpoint_weights, find_checkpoint
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards, a benchmark of noise, and a recipe that visits every part of a training."""
+    """A folder with all that a training needs."""
     folder = tmp_path_factory.mktemp("train")
-    write_gsv_cities(folder / "native", {"Aachen": dict.fromkeys(range(9), 4), "Bergen": dict.fromkeys(range(8), 5)})
-    write_shards(read_gsv_cities(folder / "native"), folder / "shards")
-    rng = np.random.default_rng(0)
-    for part, count in (("database", 7), ("queries", 5)):
-        images = folder / "town" / "images" / "test" / part
-        images.mkdir(parents=True)
-        for i in range(count):
-            (images / f"@{500000 + 100 * i}@4000000@33@T@@@{i}@@@@@@@@.jpg").write_bytes(jpeg(rng))
-    recipe = {
-        "name": "test",
-        "data": {"shards": str(folder / "shards"), "places_per_batch": 4, "images_per_place": 3, "image_size": 28},
-        "model": {"backbone": "tiny14", "weights": "random", "finetune_last_n_blocks": 2},
-        "memory": {"size": 30, "start_epoch": 1, "placement": "sharded", "decay": "measured", "drift_every": 2},
-        "engine": {"gradient_accumulation": 2},
-        "optim": {"lr": 1e-3, "warmup_steps": 2},
-        "trainer": {"epochs": 3, "checkpoint_every_steps": 2, "validate_every_epochs": 1},
-        "eval": {"benchmarks": ["town"], "data_root": str(folder), "image_size": 28, "pictures": 2},
-        "tracking": {"uri": "sqlite:///mlflow.db"},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    make_workplace(folder)
     return folder
-
-
-def start(folder: Path, *command: str) -> subprocess.Popen[str]:
-    """`python -m ...` in a folder of its own, where MLflow puts its artifacts."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and all ranks, which are not in its process group."""
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        victim.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        kill_all(process)
-        raise
-    assert process.returncode == 0, output
-    return output
-
-
-def two_ranks(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
-    recipe = str(workplace / "recipe.yaml")
-    launcher = ("rerankvpr", "launch", "--nproc-per-node", "2", "--")
-    return start(workplace, *launcher, "train", recipe, "--output", str(workplace / output), *flags)
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +50,6 @@ def straight(workplace: Path) -> Path:
     text = finish(two_ranks(workplace, "straight"))
     assert f"trained {STEPS} steps" in text
     return workplace / "straight"
-
-
-def logged(folder: Path) -> dict[int, dict[str, float]]:
-    """Training metrics by step; of a step that was done twice, the last."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines if "train/loss" in line}
-
-
-def last_checkpoint(folder: Path) -> Path:
-    return folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
 
 
 def test_a_training_leaves_checkpoints_results_pictures_and_metrics(straight: Path) -> None:
@@ -141,7 +80,7 @@ def test_an_exported_checkpoint_is_the_same_network(workplace: Path, straight: P
     assert recipe["model"]["backbone"] == "tiny14"
     model = ModelConfig(backbone="tiny14", weights=str(out))
     loaded = build_model(model).state_dict()
-    trained = load_file(find_checkpoint(straight) / "model.safetensors")
+    trained = checkpoint_weights(find_checkpoint(straight))
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(loaded[key], trained[key]) for key in trained)
 
@@ -161,17 +100,15 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
     assert "resumed from" in text
     a, b = last_checkpoint(straight), last_checkpoint(folder)
     assert a.name == b.name
-    for file in ("model.safetensors", "queue-00000-of-00002.safetensors", "queue-00001-of-00002.safetensors"):
-        one, other = load_file(a / file), load_file(b / file)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), file
+    same_state(a, b)
     one, other = logged(straight), logged(folder)
     assert [one[s]["train/loss"] for s in sorted(one)] == [other[s]["train/loss"] for s in sorted(other)]
 
     client = MlflowClient(f"sqlite:///{workplace}/mlflow.db")
     experiment = client.get_experiment_by_name("rerankvpr")
-    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
-    ids = {f: json.loads((last_checkpoint(f) / "state.json").read_text())["mlflow_run_id"] for f in (straight, folder)}
+    found = client.search_runs([experiment.experiment_id])
+    runs = {run.info.run_id: run for run in found if "mlflow.parentRunId" not in run.data.tags}
+    ids = {f: json.loads((f / "metrics.sent").read_text())["run_id"] for f in (straight, folder)}
     assert set(runs) == set(ids.values())  # one run a training, whatever the ranks and the kills
     for path, run_id in ids.items():
         assert runs[run_id].info.status == "FINISHED"
@@ -179,7 +116,10 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
         assert "tracking.uri" not in runs[run_id].data.params
         steps = {m.step for m in client.get_metric_history(run_id, "train/loss")}
         assert steps == set(range(1, STEPS + 1)), path
-        assert {"recipe.yaml", "results.json", "pictures"} <= {f.path for f in client.list_artifacts(run_id)}
+        files = {f.path for f in client.list_artifacts(run_id)}
+        assert {"recipe.yaml", "environment.json", "results.json", "pictures"} <= files
+        (model,) = client.search_logged_models([experiment.experiment_id], f"source_run_id = '{run_id}'")
+        assert (model.name, model.status) == ("best", "READY")
 
 
 def test_asked_to_stop_it_saves_and_goes_on_later(workplace: Path, straight: Path) -> None:
@@ -202,14 +142,34 @@ def test_asked_to_stop_it_saves_and_goes_on_later(workplace: Path, straight: Pat
     assert [one[s]["train/loss"] for s in sorted(one)] == [other[s]["train/loss"] for s in sorted(other)]
 
 
-def one_rank(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
-    """By torchrun on the trainer's module, untracked."""
-    return start(
-        workplace,
-        *("torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "trainer"),
-        *(str(workplace / "recipe.yaml"), "--output", str(workplace / output), "--tracking.enabled", "False"),
-        *flags,
-    )
+def test_faults_are_skipped_survived_or_named(workplace: Path, small_disk: Path) -> None:
+    """In one training: NaN in one rank's descriptors and in one rank's gradient, a disk that is full for some steps,
+    then a rank that stops. It skips, goes on, and ends with the rank's name; resumed, it comes to its end."""
+    output = small_disk / "run"
+    faults = {
+        "nan_descriptor": {"rank": 1, "step": 1},
+        "full": {"rank": 0, "step": 3, "until": 6, "folder": str(small_disk)},
+        "nan_gradient": {"rank": 0, "step": 7},
+        "stop": {"rank": 1, "step": 9},
+    }
+    flags = ("--eval.benchmarks", "--tracking.enabled", "False", "--trainer.max-skipped-steps", "2")
+    process = faulty_ranks(workplace, output, faults, *flags, "--engine.stall-s", "6")
+    began = time.monotonic()
+    text, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode != 0
+    assert re.search(r"rank 1 on \S+ is silent: .* last heard of in section \w+ of step [89];", text), text
+    assert "could not be written" in text
+    assert "No space left" in text
+    assert (output / "stalled-rank-00000.txt").exists()
+    skipped = [json.loads(line) for line in (output / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["why"]) for line in skipped] == [(1, "loss is nan"), (7, "the gradient is not finite")]
+    assert all(len(line["place_ids"]) == 4 for line in skipped)
+    assert time.monotonic() - began < TIMEOUT_S
+    text = finish(faulty_ranks(workplace, output, {}, *flags, "--resume"))
+    assert "resumed from" in text
+    assert f"trained {STEPS} steps" in text
+    assert logged(output)[STEPS]["train/skipped_steps"] == 2
+    assert not any(p.name.startswith(".") for p in (output / "checkpoints").iterdir())
 
 
 def test_one_rank_gives_the_losses_of_two(workplace: Path, straight: Path) -> None:
@@ -224,9 +184,9 @@ def test_one_rank_gives_the_losses_of_two(workplace: Path, straight: Path) -> No
     assert max(losses[0]) - min(losses[0]) > 0.01
 
 
-@pytest.mark.parametrize("stage", ["0", "2"])
+@pytest.mark.parametrize("stage", ["0", "3"])
 def test_a_run_of_two_ranks_goes_on_with_one(workplace: Path, straight: Path, stage: str) -> None:
-    """From a checkpoint in the middle: one rank instead of two, ZeRO 0 or 2 instead of 1, the queue on one rank."""
+    """From a checkpoint in the middle: one rank instead of two, ZeRO 0 or 3 instead of 1, the queue on one rank."""
     folder = workplace / f"moved_{stage}"
     shutil.copytree(straight / "checkpoints" / "step-00000010", folder / "checkpoints" / "step-00000010")
     (folder / "checkpoints" / "latest").write_text("step-00000010\n")
@@ -235,7 +195,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(workplace: Path, straight: Path, st
     assert sorted(one) == [11, 12]
     # the first loss sees the restored weights and queue, the second the restored moments as well
     assert [one[s]["train/loss"] for s in (11, 12)] == pytest.approx([two[s]["train/loss"] for s in (11, 12)], rel=1e-5)
-    ours, theirs = (load_file(last_checkpoint(f) / "model.safetensors") for f in (folder, straight))
+    ours, theirs = (checkpoint_weights(last_checkpoint(f)) for f in (folder, straight))
     for name, tensor in ours.items():
         # a key bias has no true gradient (softmax does not see it), so that Adam moves it by rounding alone
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=2.5e-3 if "qkv.bias" in name else 1e-5)

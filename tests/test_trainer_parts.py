@@ -1,9 +1,7 @@
-"""Schedule, checkpoint folders and tracking by themselves."""
+"""Schedule and tracking by themselves."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,18 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from configs.schema import OptimConfig, Recipe
-from trainer.checkpoint import (
-    FORMAT,
-    CheckpointError,
-    best_recall,
-    faults,
-    find_checkpoint,
-    newest_valid,
-    point,
-    prune,
-    step_name,
-)
-from trainer.schedule import learning_rate
+from trainer.schedule import learning_rate, validations_since_best
 from trainer.tracking import Tracker, open_command
 
 
@@ -77,91 +64,32 @@ def test_schedules_are_those_of_torch(schedule: str, unit: str) -> None:
         theirs.step()
 
 
-def make_checkpoint(folder: Path, step: int) -> Path:
-    path = folder / step_name(step)
-    path.mkdir(parents=True)
-    files = {"model.safetensors": b"m" * 100, "optimizer.json": b"e" * 50}
-    for name, content in files.items():
-        (path / name).write_bytes(content)
-    digests = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
-    (path / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "world_size": 1, "files": digests}))
-    return path
+@given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 4))
+def test_plateau_is_that_of_torch(recalls: list[int], patience: int) -> None:
+    optim = OptimConfig(lr=0.5, warmup_steps=0, schedule="plateau", gamma=0.7, plateau_evals=patience)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode="max", factor=0.7, patience=patience - 1, threshold=0, eps=0
+    )
+    for i, recall in enumerate(recalls):
+        theirs.step(recall)
+        rate = learning_rate(9, total_steps=100, steps_per_epoch=4, optim=optim, recalls=map(float, recalls[: i + 1]))
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
-def cut(path: Path) -> None:
-    file = path / "optimizer.json"
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def flip(path: Path) -> None:
-    file = path / "model.safetensors"
-    file.write_bytes(b"x" + file.read_bytes()[1:])
-
-
-def lose(path: Path) -> None:
-    (path / "optimizer.json").unlink()
-
-
-def unfinished(path: Path) -> None:
-    (path / "manifest.json").unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [(cut, "has 49 bytes, expected 50"), (flip, "differs from"), (lose, "is missing"), (unfinished, "was cut off")],
-)
-def test_resume_takes_the_newest_checkpoint_that_verifies(damage, words: str, tmp_path: Path) -> None:
-    older, newer = make_checkpoint(tmp_path, 90), make_checkpoint(tmp_path, 100)
-    assert newest_valid(tmp_path) == (newer, [])
-    damage(newer)
-    found, notes = newest_valid(tmp_path)
-    assert found == older
-    assert words in notes[0]
-    assert newer.name in notes[0]
-    with pytest.raises(CheckpointError, match=words):
-        find_checkpoint(newer)
-
-
-def test_a_run_means_its_best_checkpoint_else_its_newest(tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoints"
-    first, second = make_checkpoint(folder, 5), make_checkpoint(folder, 10)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        find_checkpoint(tmp_path / "run")
-    point(folder / "latest", second)
-    assert find_checkpoint(tmp_path / "run") == second
-    assert best_recall(folder) == -1
-    point(folder / "best", first, 61.5)
-    assert best_recall(folder) == 61.5
-    assert find_checkpoint(tmp_path / "run") == find_checkpoint(folder / "best") == first
-    assert find_checkpoint(folder / "latest") == find_checkpoint(second) == second
-    assert not list(folder.glob("*.partial"))
-
-
-def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
-    made = [make_checkpoint(tmp_path, step) for step in range(1, 7)]
-    (tmp_path / ".step-00000009.partial").mkdir()
-    point(tmp_path / "best", made[1], 50.0)
-    prune(tmp_path, keep_last=2)
-    assert sorted(p.name for p in tmp_path.glob("*step-*")) == [made[1].name, made[4].name, made[5].name]
-    assert all(not faults(p) for p in (made[1], made[4], made[5]))
-
-
-def test_a_store_that_does_not_answer_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    recipe = Recipe.model_validate({"tracking": {"uri": "http://127.0.0.1:9"}})
-    console = Console(record=True, quiet=False, width=200, file=(tmp_path / "said.txt").open("w"))
-    tracker = Tracker(recipe, tmp_path / "out", console, run_id=None, active=True)
-    tracker.metrics({"train/loss": 1.5}, 3)
-    tracker.artifact(tmp_path / "said.txt")
-    tracker.close("FINISHED")
-    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text()) == {"step": 3, "train/loss": 1.5}
-    assert console.export_text().count("MLflow does not answer") == 1
+def test_validations_are_counted_from_the_first_best_one() -> None:
+    assert [validations_since_best(r) for r in ([], [3.0], [3.0, 3.0], [1.0, 3.0, 2.0, 3.0])] == [0, 0, 1, 2]
 
 
 def test_other_ranks_track_nothing(tmp_path: Path) -> None:
     tracker = Tracker(Recipe(), tmp_path / "out", Console(), run_id=None, active=False)
     tracker.metrics({"a": 1.0}, 0)
+    tracker.evaluation("town", 0, {}, {"recall_1": 50.0})
+    tracker.artifact(tmp_path / "picture.png")
+    tracker.model(tmp_path)
+    tracker.flush()
     tracker.close("FINISHED")
+    assert tracker.run_id is None
     assert not (tmp_path / "out").exists()
 
 

@@ -41,6 +41,7 @@ from trainer.checkpoint_writer import CheckpointWriter
 from trainer.engine import StepResult, build_engine, optimizer_step, partitioner, set_learning_rate, whole_numel
 from trainer.process_group import Rank
 from trainer.progress import Update, progress_bar
+from trainer.provenance import provenance
 from trainer.schedule import learning_rate, validations_since_best
 from trainer.stop_signal import Stopped, StopSignal
 from trainer.tracking import Tracker
@@ -118,7 +119,14 @@ class Training:
             set_aside_newer(self.checkpoints, found)
         self.bad_images_before = self.progress.bad_images
         self.writer = CheckpointWriter(self.checkpoints, keep_last=recipe.trainer.keep_last, say=self.say)
-        self.tracker = Tracker(recipe, recipe.output, console, run_id=self.progress.mlflow_run_id, active=rank.is_main)
+        self.tracker = Tracker(
+            recipe,
+            recipe.output,
+            console,
+            run_id=self.progress.mlflow_run_id,
+            active=rank.is_main,
+            facts=provenance(world_size=rank.world_size, device=rank.device),
+        )
         if rank.is_main:
             (recipe.output / "recipe.yaml").write_text(recipe_text(recipe))
             self.tracker.artifact(recipe.output / "recipe.yaml")
@@ -198,7 +206,7 @@ class Training:
                 self.tracker.artifact(path)
             except OSError as error:
                 self.say(f"[yellow]results could not be written to {path} ({error}); they are printed above")
-        self.tracker.close("FINISHED")
+            self.tracker.model(find_checkpoint(self.checkpoints))
         return Summary(self.progress.step, checkpoint, self.progress.before, [result.as_dict() for result in results])
 
     def _batches(self) -> Iterator[tuple[PlaceBatch, float]]:
@@ -435,7 +443,9 @@ def train(recipe: Recipe, rank: Rank, console: Console, *, resume: Resume | None
     training = Training(recipe, rank, console, resume=resume)
     try:
         with training.stop_signal, training.watchdog:
-            return training.run()
+            summary = training.run()
     except BaseException as error:
         training.tracker.close("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
         raise
+    training.tracker.close("FINISHED")  # may wait for MLflow
+    return summary

@@ -1,106 +1,210 @@
-"""Metrics, parameters and pictures: to `metrics.jsonl` always, to MLflow on rank 0 while it answers."""
+"""What a training tells: to `metrics.jsonl` at once, from there to MLflow by a thread that may wait."""
 
 from __future__ import annotations
 
 import json
+import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
+from rich.markup import escape
 
+from configs.load import without_secrets
 from configs.schema import Recipe
+from trainer import metrics_log
+from trainer.metrics_log import MetricsLog, read_records
+from trainer.mlflow_sender import Sender, first_line
+from trainer.system_metrics import SystemMetrics
 
-FLUSH_EVERY_S = 5.0
+SEND_EVERY_S = 5.0
+LONGEST_PAUSE_S = 60.0
+CLOSE_S = {"FINISHED": 120.0, "FAILED": 10.0, "KILLED": 10.0}
 
 
 class Tracker:
-    """One MLflow run for one training, resumed by its id; a store that fails is reported once and left alone."""
+    """One MLflow run for one training; no method waits for MLflow but `close`, and none raises.
 
-    def __init__(self, recipe: Recipe, folder: Path, console: Console, *, run_id: str | None, active: bool) -> None:
-        self.console = console
-        self.run_id = run_id
-        self.active = active
-        self.client: Any = None
-        self.pending: list[Any] = []
-        self.flushed = time.monotonic()
+    `metrics.jsonl` is the truth: each method appends a line to it (see `trainer.metrics_log` for a full disk) and a
+    thread sends the lines, in order, as `trainer.mlflow_sender` says. While MLflow does not answer it tries again with
+    growing pauses; what is left at the end is sent by `rerankvpr sync`. Where `active` is false nothing is done.
+
+    `run_id` is the run of an earlier part of the training, from its checkpoint. `facts` (`trainer.provenance`) become
+    tags and `environment.json`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        console: Console,
+        *,
+        run_id: str | None,
+        active: bool,
+        facts: dict[str, str] | None = None,
+    ) -> None:
+        self._recipe, self._folder, self._console = recipe, folder, console
+        self._given_run_id, self._active = run_id, active
+        self._step = 0
+        self._sending: _SenderThread | None = None
+        self._system: SystemMetrics | None = None
         if not active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.jsonl = (folder / "metrics.jsonl").open("a")
-        if recipe.tracking.enabled:
-            self._guard(lambda: self._open(recipe))
+        path, tracking = folder / metrics_log.NAME, recipe.tracking
+        self._log = MetricsLog(path, self._say)
+        self._event(
+            "start",
+            training=_training_id(path),
+            run_id=run_id,
+            name=recipe.name,
+            experiment=tracking.experiment,
+            params=_params(recipe),
+            facts=facts or {},
+        )
+        if facts:
+            self._write_environment(facts)
+        if tracking.enabled:
+            self._sending = _SenderThread(Sender(folder, tracking.uri, self._say), self._say)
+            self._sending.start()
+            if tracking.system_metrics_every_s:
+                every_s = tracking.system_metrics_every_s
+                self._system = SystemMetrics(lambda values: self.metrics(values, self._step), every_s, self._say)
+                self._system.start()
 
-    def _open(self, recipe: Recipe) -> None:
-        import logging
-        import os
-
-        # A server that is down costs seconds, not the minutes of MLflow's own retries.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-        import mlflow
-        from mlflow import MlflowClient
-
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        client = MlflowClient(tracking_uri=recipe.tracking.uri)
-        if self.run_id is None:
-            experiment = client.get_experiment_by_name(recipe.tracking.experiment)
-            experiment_id = (
-                experiment.experiment_id if experiment else client.create_experiment(recipe.tracking.experiment)
-            )
-            run = client.create_run(experiment_id, run_name=recipe.name, tags={"mlflow.source.name": "rerankvpr train"})
-            self.run_id = run.info.run_id
-            params = {k: str(v)[:500] for k, v in recipe.as_flat().items() if k != "tracking.uri"}
-            client.log_batch(self.run_id, params=[mlflow.entities.Param(k, v) for k, v in params.items()])
-        else:
-            client.update_run(self.run_id, status="RUNNING")
-        self.client = client
-
-    def _guard(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except Exception as error:  # noqa: BLE001 - whatever the store raises, a training must not end of it
-            self.client = None
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.console.print(f"[yellow]MLflow does not answer ({reason}); metrics go to metrics.jsonl alone")
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, for checkpoints; None until MLflow has answered once."""
+        return (self._sending.sender.run_id if self._sending else None) or self._given_run_id
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Logs values of one step; MLflow gets them in batches."""
-        if not self.active:
-            return
-        self.jsonl.write(json.dumps({"step": step, **values}) + "\n")
-        self.jsonl.flush()
-        if self.client is not None:
-            from mlflow.entities import Metric
+        """Values of one step, as they are named."""
+        if self._active:
+            self._step = max(step, self._step)
+            self._log.append({"step": step, "time_ms": _now_ms(), **values})
 
-            now = int(time.time() * 1000)
-            self.pending += [Metric(name, float(value), now, step) for name, value in values.items()]
-            if time.monotonic() - self.flushed > FLUSH_EVERY_S:
-                self.flush()
-
-    def flush(self) -> None:
-        """Sends what is waiting."""
-        self.flushed = time.monotonic()
-        while self.pending and self.client is not None:
-            batch, self.pending = self.pending[:1000], self.pending[1000:]
-            self._guard(lambda batch=batch: self.client.log_batch(self.run_id, metrics=batch))  # type: ignore[misc]
+    def evaluation(self, name: str, step: int, params: dict[str, Any], metrics: dict[str, float]) -> None:
+        """The evaluation of one benchmark: `eval/<name>/<metric>` of the run, and a run of its own under it."""
+        self.metrics({f"eval/{name}/{key}": value for key, value in metrics.items()}, step)
+        texts = {key: str(value) for key, value in params.items()}
+        self._event("evaluation", name=name, step=step, params=texts, metrics=metrics)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Stores a file with the run."""
-        if self.active and self.client is not None:
-            self._guard(lambda: self.client.log_artifact(self.run_id, str(path), folder))
+        """A file, as it will be when it is sent; `folder` is its place among the run's artifacts."""
+        self._event("artifact", path=self._relative(path), folder=folder)
+
+    def model(self, checkpoint: Path) -> None:
+        """The network of a checkpoint as the run's model, registered if the recipe says so."""
+        if self._recipe.tracking.log_model:
+            register_as = self._recipe.tracking.register_as
+            self._event("model", checkpoint=self._relative(checkpoint), register_as=register_as)
+
+    def flush(self) -> None:
+        """Returns once all lines are on the disk (and not only in MLflow's queue): call it before a checkpoint."""
+        if self._active:
+            self._log.flush()
 
     def close(self, status: str) -> None:
-        """Ends the run as FINISHED, FAILED or KILLED."""
-        if not self.active:
+        """Ends the run as FINISHED, FAILED or KILLED, and waits for MLflow: 10 s, 120 s for FINISHED.
+
+        It waits no longer than for one answer where MLflow fails; what is left is told with the command that sends it.
+        """
+        if not self._active:
             return
-        self.flush()
-        self.jsonl.close()
-        if self.client is not None:
-            self._guard(lambda: self.client.set_terminated(self.run_id, status))
+        if self._system:
+            self._system.stop()
+        self._event("end", status=status)
+        self._log.flush()
+        sent_all = self._sending is None or self._sending.finish(CLOSE_S[status])
+        lost = self._log.close()
+        if lost:
+            self._say(f"{self._folder / metrics_log.NAME}: the disk took no more; {lost} lines are lost")
+        if not sent_all:
+            self._say(f"MLflow has not got all of this training; to send the rest: rerankvpr sync {self._folder}")
+        self._active = False
+
+    def _event(self, kind: str, **content: Any) -> None:
+        if self._active:
+            self._log.append({"event": kind, "time_ms": _now_ms(), **content})
+
+    def _relative(self, path: Path) -> str:
+        """A path as seen from the output folder, which may move; absolute where it is outside."""
+        absolute = path.resolve()
+        home = self._folder.resolve()
+        return str(absolute.relative_to(home) if absolute.is_relative_to(home) else absolute)
+
+    def _write_environment(self, facts: dict[str, str]) -> None:
+        file = self._folder / "environment.json"
+        try:
+            file.write_text(json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            self._say(f"{file}: {error.strerror or error}; not written")
+        else:
+            self.artifact(file)
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"[yellow]{escape(text)}", highlight=False, soft_wrap=True)
+
+
+class _SenderThread(threading.Thread):
+    """Calls a sender until all is sent and `finish` was called."""
+
+    def __init__(self, sender: Sender, say: Callable[[str], None]) -> None:
+        super().__init__(name="MLflow sender", daemon=True)
+        self.sender, self._say = sender, say
+        self._finish = threading.Event()
+        self._sent_all = False
+
+    def run(self) -> None:
+        """Sends; says once that MLflow fails, and once that it is back."""
+        pause = 0.0
+        while True:
+            finishing = self._finish.is_set()  # asked before the last look at the file
+            try:
+                sent = self.sender.send()
+            except Exception as error:  # noqa: BLE001 - whatever the store raises, a training must not end of it
+                if not pause:
+                    self._say(f"MLflow does not answer ({first_line(error)}); metrics are kept in {self.sender.log}")
+                pause = min(LONGEST_PAUSE_S, 2 * pause or 1.0)
+                if finishing:
+                    return
+                self._finish.wait(pause)
+                continue
+            if pause:
+                self._say("MLflow answers again")
+                pause = 0.0
+            if sent:
+                continue
+            if finishing:
+                self._sent_all = True
+                return
+            self._finish.wait(SEND_EVERY_S)
+
+    def finish(self, limit_s: float) -> bool:
+        """Whether everything in the file was sent, after at most `limit_s` seconds."""
+        self._finish.set()
+        self.join(limit_s)
+        return self._sent_all
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _training_id(log: Path) -> str:
+    """The name that a log's first start gave to the training; another where there is none."""
+    for _, _, record in read_records(log):
+        if record and record.get("event") == "start":
+            return str(record["training"])
+    return uuid.uuid4().hex
+
+
+def _params(recipe: Recipe) -> dict[str, str]:
+    """All keys of a recipe as MLflow takes them; no secrets."""
+    return {key: without_secrets(str(value))[:500] for key, value in recipe.as_flat().items() if key != "tracking.uri"}
 
 
 def open_command(uri: str) -> str:
@@ -108,4 +212,4 @@ def open_command(uri: str) -> str:
     if uri.startswith(("http://", "https://")):
         parts = urlsplit(uri)
         return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-    return f"mlflow ui --backend-store-uri {uri}"
+    return f"mlflow ui --backend-store-uri {without_secrets(uri)}"

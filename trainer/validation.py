@@ -50,7 +50,8 @@ class Validation:
                         engine.module, benchmark, config, on_progress=_watched(update, watchdog), store=store
                     )
                 results.append(result)
-                tracker.metrics({f"eval/{benchmark.name}/{k}": v for k, v in result.metrics().items()}, step)
+                params = {"benchmark": benchmark.name, "protocol": result.protocol, "weights": label, "rerank": rerank}
+                tracker.evaluation(benchmark.name, step, params, result.metrics())
                 if main:
                     self.console.print(f"{label}: {result.line()}", highlight=False, soft_wrap=True)
                 if pictures and main:

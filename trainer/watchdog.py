@@ -56,8 +56,8 @@ def culprit(before: Mapping[int, Position], after: Mapping[int, Position], world
             return rank, f"rank {rank} does not answer: its process is stopped, or its node is gone{more}"
         last = after[rank]
         return rank, (
-            f"rank {rank} on {last.host} is silent since section {last.section} of step {last.step}: its process is "
-            f"stopped, or its node is gone{more}"
+            f"rank {rank} on {last.host} is silent: its process is stopped, or its node is gone; last heard of in "
+            f"section {last.section} of step {last.step}{more}"
         )
     rank = min(after, key=lambda r: after[r].order)
     last = after[rank]

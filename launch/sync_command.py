@@ -1,0 +1,92 @@
+"""`rerankvpr sync`: what MLflow has not got of trainings, from their output folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from configs.load import load_recipe, without_secrets
+from trainer import metrics_log
+from trainer.metrics_log import is_open, read_records
+from trainer.progress import progress_bar
+
+if TYPE_CHECKING:
+    from trainer.mlflow_sender import Sender
+
+
+@dataclass(frozen=True)
+class SyncCommand:
+    """Sends what MLflow has not got of trainings. Sent twice, it changes nothing.
+
+    A training that was killed ends as KILLED, at its last line; one that still runs is left to itself.
+    """
+
+    outputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Output folders of trainings (they hold metrics.jsonl)."""
+    uri: str = ""
+    """MLflow store or server; left out: the recipe's, with user and password from MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD, for a recipe that is kept holds neither."""
+
+
+def main(argv: list[str]) -> int:
+    """Sends each folder's lines and says what was sent."""
+    command = tyro.cli(SyncCommand, args=argv, prog="rerankvpr sync")
+    if not command.outputs:
+        raise ValueError("sync needs the output folder of a training: rerankvpr sync runs/demo")
+    for folder in command.outputs:
+        if not (folder / metrics_log.NAME).is_file():
+            raise ValueError(f"{folder} holds no {metrics_log.NAME}; expected the output folder of a training")
+    console = Console()
+    for folder in command.outputs:
+        _sync(folder, command.uri, console)
+    return 0
+
+
+def _sync(folder: Path, uri: str, console: Console) -> None:
+    from trainer.mlflow_sender import Sender, first_line
+
+    log = folder / metrics_log.NAME
+    if is_open(log):
+        _print(console, f"{folder}: its training runs and sends by itself; left alone")
+        return
+    if not uri:
+        if not (folder / "recipe.yaml").is_file():
+            raise ValueError(f"{folder} holds no recipe.yaml; name the store with --uri")
+        uri = load_recipe(folder / "recipe.yaml").tracking.uri
+    sender = Sender(folder, uri, lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True))
+    try:
+        with progress_bar(console, f"{folder}, bytes", log.stat().st_size) as update:
+            while sender.send():
+                update(sender.offset, note=", ".join(f"{n:,} {what}" for what, n in sender.sent.items()))
+        status = _status(sender, log)
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: MLflow at {without_secrets(uri)} does not answer ({first_line(error)}); {sender.offset} of "
+            f"{log.stat().st_size} bytes are sent, the same command goes on from there"
+        ) from error
+    counts = ", ".join(f"{n:,} {what}" for what, n in sorted(sender.sent.items()) if n) or "nothing was left to send"
+    where = f"run {sender.run_id} at {without_secrets(uri)}, {status}" if sender.run_id else "no training was begun"
+    _print(console, f"{folder}: {counts}; {where}")
+
+
+def _status(sender: Sender, log: Path) -> str:
+    """How the training ended; ends its run where the training could not."""
+    last_ms, ended = 0, ""
+    for _, _, record in read_records(log):
+        if record and isinstance(record.get("time_ms"), int):
+            last_ms = record["time_ms"]
+            if record.get("event") in ("start", "end"):
+                ended = record.get("status", "")
+    if ended or sender.run_id is None:
+        return ended
+    sender.end("KILLED", last_ms)
+    return "KILLED: no end was written"
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(escape(text), highlight=False, soft_wrap=True)

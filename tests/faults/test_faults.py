@@ -1,0 +1,110 @@
+"""The long form of the promises on faults: `make test-faults`, about a quarter of an hour on two cores."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.training import (
+    STEPS,
+    finish,
+    kill_all,
+    last_checkpoint,
+    logged,
+    make_workplace,
+    one_rank,
+    same_state,
+    start,
+    two_ranks,
+)
+from trainer.checkpoint import checkpoint_weights
+
+KILLS = 20
+LONG = ("--trainer.epochs", "12", "--trainer.keep-last", "3", "--tracking.enabled", "False")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that a training needs."""
+    folder = tmp_path_factory.mktemp("faults")
+    make_workplace(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(workplace: Path) -> Path:
+    """A training of 48 steps, a checkpoint every second and an evaluation every fourth of them."""
+    finish(two_ranks(workplace, "unbroken", *LONG))
+    return workplace / "unbroken"
+
+
+def test_killed_twenty_times_it_ends_with_the_same_bits(workplace: Path, unbroken: Path) -> None:
+    """SIGKILL at random moments, in steps, saves and evaluations; each resumption has to get on before the next."""
+    rng = random.Random(0)
+    folder = workplace / "killed"
+    process = two_ranks(workplace, "killed", *LONG, "--resume")
+    kills = 0
+    while kills < KILLS:
+        seen = (folder / "metrics.jsonl").stat().st_size if (folder / "metrics.jsonl").exists() else 0
+        deadline = time.monotonic() + 180
+        while process.poll() is None and time.monotonic() < deadline:
+            if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > seen:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 1.2))
+        if process.poll() is not None:
+            assert process.returncode == 0, process.communicate()[0]
+            break  # came to its end between two kills
+        kill_all(process)
+        kills += 1
+        print(f"kill {kills}: at step {max(logged(folder), default=0)}", flush=True)
+        process = two_ranks(workplace, "killed", *LONG, "--resume")
+    if process.poll() is None:
+        finish(process)
+    assert kills >= KILLS // 2
+    same_state(last_checkpoint(unbroken), last_checkpoint(folder))
+    one, other = logged(unbroken), logged(folder)
+    assert sorted(one) == sorted(other) == list(range(1, 4 * STEPS + 1))
+    assert [one[s]["train/loss"] for s in one] == [other[s]["train/loss"] for s in sorted(other)]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_it_goes_on_at_another_world_size_and_stage(workplace: Path, unbroken: Path, ranks: int) -> None:
+    """The last three steps of two ranks at ZeRO 1, by one or by four ranks at ZeRO 3."""
+    source = sorted((unbroken / "checkpoints").glob("step-*"))[0]
+    folder = workplace / f"moved_{ranks}"
+    shutil.copytree(source, folder / "checkpoints" / source.name)
+    flags = (*LONG, "--resume", "--engine.zero-stage", "3", "--eval.benchmarks")
+    if ranks == 1:
+        finish(one_rank(workplace, folder.name, *flags))
+    else:
+        launcher = ("rerankvpr", "launch", "--nproc-per-node", "4", "--")
+        recipe = str(workplace / "recipe.yaml")
+        finish(start(workplace, *launcher, "train", recipe, "--output", str(folder), *flags))
+    one, two = logged(folder), logged(unbroken)
+    assert len(one) >= 2
+    # float32 sums in another order, amplified by Adam over the steps that remain
+    assert [one[s]["train/loss"] for s in one] == pytest.approx([two[s]["train/loss"] for s in one], rel=1e-3)
+    ours, theirs = (checkpoint_weights(last_checkpoint(f)) for f in (folder, unbroken))
+    largest = max((ours[name] - theirs[name]).abs().max().item() for name in ours if "qkv.bias" not in name)
+    assert largest < 1e-4  # a key bias has no true gradient: Adam moves it by rounding alone
+
+
+def test_asked_to_stop_it_has_saved_within_half_a_minute(workplace: Path) -> None:
+    folder = workplace / "asked"
+    process = two_ranks(workplace, "asked", *LONG)
+    while not (folder / "metrics.jsonl").exists() or not logged(folder):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    workers = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
+    workers[0].terminate()
+    asked = time.monotonic()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert time.monotonic() - asked < 30
+    assert "saved at step" in text

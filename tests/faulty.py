@@ -1,0 +1,76 @@
+"""`torchrun ... -m tests.faulty FAULTS RECIPE ...`: a training in which things go wrong where FAULTS, a JSON, says.
+
+Keys, each with the rank and the step (from 0) at which it happens:
+  nan_descriptor   the rank's descriptors are NaN
+  nan_gradient     the rank's gradient of one parameter is NaN
+  stop             the rank stops itself (SIGSTOP) before its forward pass
+  full             the disk of `folder` is filled up; `until`, a later step, makes room again
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+FILLER_BYTES = 1 << 16
+
+
+def inject(faults: dict[str, dict[str, Any]], rank: int) -> None:
+    """Wraps the training's own methods; nothing in the product knows of it."""
+    from trainer.loop import Training
+
+    encode, step, backward = Training._encode, Training._step, Training._backward
+
+    def here(name: str, training: Training) -> bool:
+        fault = faults.get(name)
+        return fault is not None and fault["rank"] == rank and fault["step"] == training.progress.step
+
+    def faulty_encode(self: Training, images: Any) -> Any:
+        descriptors = encode(self, images)
+        return descriptors * float("nan") if here("nan_descriptor", self) else descriptors
+
+    def faulty_backward(self: Training, out: Any, cache: Any) -> Any:
+        if not here("nan_gradient", self):
+            return backward(self, out, cache)
+        parameter = next(p for p in self.model.parameters() if p.requires_grad)
+        handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
+        try:
+            return backward(self, out, cache)
+        finally:
+            handle.remove()
+
+    def faulty_step(self: Training, *args: Any) -> None:
+        if here("stop", self):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        full = faults.get("full")
+        if full and full["rank"] == rank:
+            filler = Path(full["folder"]) / "filler"
+            if self.progress.step == full["until"]:
+                filler.unlink(missing_ok=True)
+            elif self.progress.step == full["step"]:
+                _fill(filler)
+        step(self, *args)
+
+    Training._encode, Training._step = faulty_encode, faulty_step  # type: ignore[method-assign]
+    Training._backward = faulty_backward  # type: ignore[method-assign]
+
+
+def _fill(file: Path) -> None:
+    """Writes until the disk takes no more."""
+    try:
+        with file.open("wb", buffering=0) as stream:
+            while True:
+                stream.write(b"x" * FILLER_BYTES)
+    except OSError:
+        return
+
+
+if __name__ == "__main__":
+    inject(json.loads(sys.argv[1]), int(os.environ["RANK"]))
+    from trainer.command import main
+
+    sys.exit(main(sys.argv[2:]))

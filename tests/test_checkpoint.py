@@ -1,0 +1,188 @@
+"""Checkpoints under crashes and on full disks; folders of checkpoints that are pruned, damaged and chosen from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import ROOT, on_ranks, shared_folder
+from trainer.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    Contents,
+    best_recall,
+    faults,
+    find_checkpoint,
+    newest_valid,
+    point,
+    prune,
+    set_aside_newer,
+    step_name,
+)
+from trainer.checkpoint_writer import CheckpointWriter
+
+
+def make_checkpoint(folder: Path, step: int) -> Path:
+    path = folder / step_name(step)
+    path.mkdir(parents=True)
+    files = {"model-00000-of-00001.safetensors": b"m" * 100, "optimizer.json": b"e" * 50}
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    digests = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
+    (path / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "world_size": 1, "files": digests}))
+    return path
+
+
+def cut(path: Path) -> None:
+    file = path / "optimizer.json"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    file = path / "model-00000-of-00001.safetensors"
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+
+
+def lose(path: Path) -> None:
+    (path / "optimizer.json").unlink()
+
+
+def unfinished(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(cut, "has 49 bytes, expected 50"), (flip, "differs from"), (lose, "is missing"), (unfinished, "was cut off")],
+)
+def test_resume_takes_the_newest_checkpoint_that_verifies(
+    damage: Callable[[Path], None], words: str, tmp_path: Path
+) -> None:
+    older, newer = make_checkpoint(tmp_path, 90), make_checkpoint(tmp_path, 100)
+    assert newest_valid(tmp_path) == (newer, [])
+    damage(newer)
+    point(tmp_path / "best", newer, 50.0)
+    found, notes = newest_valid(tmp_path)
+    assert found == older
+    assert words in notes[0]
+    assert newer.name in notes[0]
+    with pytest.raises(CheckpointError, match=words):
+        find_checkpoint(newer)
+    set_aside_newer(tmp_path, found)
+    assert newest_valid(tmp_path) == (older, [])
+    assert (tmp_path / f"unused-{newer.name}").is_dir()
+    assert find_checkpoint(tmp_path) == older  # neither latest nor best name the damaged one
+    prune(tmp_path, keep_last=1)
+    assert older.is_dir()
+
+
+def test_a_run_means_its_best_checkpoint_else_its_newest(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    first, second = make_checkpoint(folder, 5), make_checkpoint(folder, 10)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        find_checkpoint(tmp_path / "run")
+    point(folder / "latest", second)
+    assert find_checkpoint(tmp_path / "run") == second
+    assert best_recall(folder) == -1
+    point(folder / "best", first, 61.5)
+    assert best_recall(folder) == 61.5
+    assert find_checkpoint(tmp_path / "run") == find_checkpoint(folder / "best") == first
+    assert find_checkpoint(folder / "latest") == find_checkpoint(second) == second
+    assert not list(folder.glob("*.partial"))
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    made = [make_checkpoint(tmp_path, step) for step in range(1, 7)]
+    (tmp_path / ".step-00000009.partial").mkdir()
+    point(tmp_path / "best", made[1], 50.0)
+    prune(tmp_path, keep_last=2)
+    assert sorted(p.name for p in tmp_path.glob("*step-*")) == [made[1].name, made[4].name, made[5].name]
+    assert all(not faults(p) for p in (made[1], made[4], made[5]))
+
+
+def test_a_crash_at_any_write_point_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.checkpoint_crashes", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    crashes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for damaged in (False, True):
+        points = [crash for crash in crashes if crash["damaged"] == damaged]
+        assert sum(crash["died"] for crash in points) >= 9
+        found = [crash["found"] for crash in points]
+        assert set(found) == {2, 4}, points  # never none
+        assert found == sorted(found), points  # and once the newer one is there, it stays
+        assert not points[-1]["died"]
+        assert any(crash["point"].startswith("half of") for crash in points)
+
+
+def contents(step: int, size: int) -> Contents:
+    part = f"{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
+    return {f"model-{part}": {"w": torch.full((size,), float(step))}, f"note-{dist.get_rank()}.json": "{}"}
+
+
+def check_ranks_write_a_checkpoint_together_while_they_go_on() -> None:
+    """Votes of all ranks make it valid at one step; a rank whose part cannot be written makes it void on all."""
+    folder, rank, world = shared_folder(), dist.get_rank(), dist.get_world_size()
+    said: list[str] = []
+    writer = CheckpointWriter(folder, keep_last=1, say=said.append)
+    writer.begin(3, contents(3, 200_000))
+    for _ in range(10_000):
+        votes = torch.tensor(writer.vote())
+        dist.all_reduce(votes)
+        if writer.settle(*votes.tolist()):
+            break
+    else:
+        raise AssertionError("never valid")
+    assert not writer.finish()  # nothing is being written
+    dist.barrier()
+    assert newest_valid(folder) == (folder / step_name(3), [])
+    dist.barrier()
+    unwritable = contents(4, 10)
+    if rank == world - 1:
+        unwritable = {"no/such/folder.json": "{}"}
+    writer.begin(4, unwritable)
+    assert not writer.finish()
+    assert f"rank {world - 1}: " in said[-1]
+    assert "step 4 could not be written" in said[-1]
+    writer.begin(5, contents(5, 10))
+    writer.begin(6, contents(6, 10))  # waits for 5
+    assert writer.finish()
+    dist.barrier()
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", step_name(6)]
+    manifest = json.loads((folder / step_name(6) / "manifest.json").read_text())
+    assert manifest["world_size"] == world
+    assert len(manifest["files"]) == 2 * world
+    dist.barrier()
+
+
+test_on_ranks = on_ranks(__file__)
+
+
+@pytest.mark.usefixtures("single_process")
+def test_a_full_disk_voids_the_checkpoint_and_keeps_the_one_before(small_disk: Path) -> None:
+    said: list[str] = []
+    folder = small_disk / "checkpoints"
+    writer = CheckpointWriter(folder, keep_last=2, say=said.append)
+    writer.begin(1, contents(1, 2_000_000))
+    assert writer.finish()
+    writer.begin(2, contents(2, 4_000_000))
+    assert not writer.finish()
+    assert "No space left" in said[0]
+    assert newest_valid(folder) == (folder / step_name(1), [])
+    writer.begin(3, contents(3, 2_000_000))  # what was begun is out of the way again
+    assert writer.finish()
+    assert find_checkpoint(folder) == folder / step_name(3)

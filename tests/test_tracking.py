@@ -1,0 +1,524 @@
+"""Tracking against real stores: an MLflow server that is killed and comes back, a full disk, a killed training."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from rich.console import Console
+from safetensors.torch import save_file
+
+from configs.load import recipe_text, without_secrets
+from configs.schema import Recipe
+from data_pipeline.images import normalise
+from launch.sync_command import main as sync
+from model.network import build_model
+from trainer import tracking
+from trainer.metrics_log import MetricsLog, is_open, read_records
+from trainer.mlflow_sender import Sender, read_state
+from trainer.provenance import provenance
+from trainer.tracking import Tracker
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKED_S = 0.1
+
+
+class Server:
+    """`mlflow server` on a port of its own, with SQLite and a folder of artifacts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.database = f"sqlite:///{folder / 'server.db'}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        stores = ["--backend-store-uri", self.database, "--artifacts-destination", str(self.folder / "artifacts")]
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a process less to wait for
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, *stores],
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+                env=env,
+            )
+        wait_until(self.answers, 240)
+
+    def answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2) as reply:
+            return reply.status == 200
+        return False
+
+    def kill(self) -> None:
+        """SIGKILL to the server and its workers."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def wait_until(done: Callable[[], object], limit_s: float = 30) -> None:
+    deadline = time.monotonic() + limit_s
+    while not done():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server"))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.kill()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines leave and failed calls are repeated sooner than in a training."""
+    monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.1)
+    monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+def recipe_for(uri: str, folder: Path, **keys: Any) -> Recipe:
+    """A recipe whose experiment is the test's folder."""
+    section = {"uri": uri, "experiment": folder.parent.name, "system_metrics_every_s": 0, **keys}
+    return Recipe.model_validate({"name": folder.name, "output": str(folder), "tracking": section})
+
+
+def track(recipe: Recipe, said: io.StringIO | None = None, run_id: str | None = None) -> Tracker:
+    console = Console(file=said or io.StringIO(), width=1000)
+    return Tracker(recipe, recipe.output, console, run_id=run_id, active=True, facts={"world_size": "1"})
+
+
+def steps_of(client: MlflowClient, run_id: str | None, name: str = "train/loss") -> list[int]:
+    return sorted(metric.step for metric in client.get_metric_history(run_id, name))
+
+
+def runs_of(client: MlflowClient, recipe: Recipe) -> list[Any]:
+    """The trainings of an experiment; evaluations are runs under them."""
+    experiment = client.get_experiment_by_name(recipe.tracking.experiment)
+    runs = client.search_runs([experiment.experiment_id])
+    return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+
+
+# The file
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.dictionaries(st.text(max_size=5), st.integers(), max_size=3), max_size=4), st.integers(0, 200))
+def test_a_line_cut_anywhere_costs_itself_alone(records: list[dict[str, int]], cut: int) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        log = MetricsLog(path, print)
+        for record in records:
+            log.append(record)
+        log.close()
+        data = path.read_bytes() if records else b""
+        path.write_bytes(data[:cut])
+        whole = [r for _, end, r in read_records(path)]
+        assert whole == records[: len(whole)]
+        assert len(whole) == data[:cut].count(b"\n")
+        log = MetricsLog(path, print)
+        log.append({"after": 1})
+        log.close()
+        read = [r for _, _, r in read_records(path) if r is not None]
+        ended = len(whole) + (data[:cut].endswith(b"}") and len(whole) < len(records))  # only its end was missing
+        assert read == [*records[:ended], {"after": 1}]
+
+
+def test_a_log_is_locked_while_it_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert not is_open(path)
+    log = MetricsLog(path, print)
+    log.append({"step": 1})
+    assert is_open(path)
+    log.close()
+    assert not is_open(path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no mount command for a small tmpfs")
+    if mounted.returncode:
+        pytest.skip(f"a small tmpfs cannot be mounted: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_no_line_that_is_held(small_disk: Path) -> None:
+    said: list[str] = []
+    log = MetricsLog(small_disk / "metrics.jsonl", said.append, held_lines=300)
+    for step in range(500):
+        log.append({"step": step, "text": "x" * 200})
+    log.append({"event": "artifact"})
+    log.flush()
+    on_disk = [record["step"] for _, _, record in read_records(log.path) if record]
+    assert on_disk == list(range(len(on_disk)))
+    assert 200 < len(on_disk) < 400
+    assert len(said) == 1
+    assert "No space left on device" in said[0]
+    for step in range(500, 700):
+        log.append({"step": step, "text": "x" * 200})
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    log.append({"step": 700})
+    assert log.close() == 0
+    read = [record for _, _, record in read_records(log.path)]
+    steps = [record["step"] for record in read if record and "step" in record]
+    # of what was held, the newest lines and the event
+    assert steps == [*on_disk, *range(700 - 299, 701)]
+    assert read.count({"event": "artifact"}) == 1
+    assert len(said) == 2
+    assert f"{701 - len(steps)} lines of metrics are lost" in said[1]
+
+
+def test_a_training_goes_on_where_its_disk_is_full_from_the_start(small_disk: Path, server: Server) -> None:
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError):
+        filler.write_bytes(b"x" * 2**20)
+    said = io.StringIO()
+    recipe = recipe_for(server.uri, small_disk / "run")
+    tracker = track(recipe, said)
+    for step in range(5):
+        tracker.metrics({"train/loss": 1.0}, step)
+    tracker.flush()
+    filler.unlink()
+    tracker.metrics({"train/loss": 1.0}, 5)
+    tracker.close("FINISHED")
+    assert steps_of(MlflowClient(server.uri), tracker.run_id) == list(range(6))
+    assert said.getvalue().count("metrics wait in memory") == 1
+    assert said.getvalue().count("takes lines again") == 1
+
+
+# The server
+
+
+def test_a_killed_server_costs_two_trainings_neither_time_nor_a_metric(server: Server, tmp_path: Path) -> None:
+    said = {name: io.StringIO() for name in ("one", "two")}
+    recipes = {name: recipe_for(server.uri, tmp_path / name, system_metrics_every_s=0.3) for name in said}
+    trackers = {name: track(recipe, said[name]) for name, recipe in recipes.items()}
+    slowest = 0.0
+
+    def train(steps: range) -> None:
+        nonlocal slowest
+        for step in steps:
+            for tracker in trackers.values():
+                began = time.perf_counter()
+                tracker.metrics({"train/loss": float("nan") if step == 7 else 1 / (1 + step), "train/lr": 0.1}, step)
+                slowest = max(slowest, time.perf_counter() - began)
+            time.sleep(0.01)
+
+    train(range(30))
+    wait_until(lambda: all(tracker.run_id for tracker in trackers.values()))
+    runs = {name: tracker.run_id for name, tracker in trackers.items()}
+    assert [read_state(recipes[name].output)["run_id"] for name in runs] == list(runs.values())
+    server.kill()
+    train(range(30, 90))
+    trackers["one"].evaluation("town", 90, {"protocol": "25 m"}, {"recall_1": 50.0})
+    wait_until(lambda: all("does not answer" in text.getvalue() for text in said.values()))
+    server.start()
+    train(range(90, 100))
+    wait_until(lambda: all("answers again" in text.getvalue() for text in said.values()))
+    for tracker in trackers.values():
+        tracker.close("FINISHED")
+    client = MlflowClient(server.uri)
+    for name, tracker in trackers.items():
+        run = client.get_run(tracker.run_id)
+        assert tracker.run_id == runs[name]
+        assert run.info.status == "FINISHED"
+        assert steps_of(client, tracker.run_id) == list(range(100))
+        history = {m.step: m for m in client.get_metric_history(tracker.run_id, "train/loss")}
+        lines = {
+            r["step"]: r for _, _, r in read_records(recipes[name].output / "metrics.jsonl") if r and "train/lr" in r
+        }
+        assert np.isnan(history[7].value)
+        assert {s: (m.value, m.timestamp) for s, m in history.items() if s != 7} == {
+            s: (line["train/loss"], line["time_ms"]) for s, line in lines.items() if s != 7
+        }
+        assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= run.data.metrics.keys()
+        assert said[name].getvalue().count("does not answer") == said[name].getvalue().count("answers again") == 1
+    assert slowest < BLOCKED_S
+    assert len(runs_of(client, recipes["one"])) == 2
+    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{trackers['one'].run_id}'")
+    assert [(c.info.status, c.data.params, c.data.metrics) for c in children] == [
+        ("FINISHED", {"protocol": "25 m"}, {"recall_1": 50.0})
+    ]
+
+
+def test_what_a_dead_server_missed_is_synced_once(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said, folder = io.StringIO(), tmp_path / "run"
+    recipe = recipe_for("http://ann:secret@127.0.0.1:9", folder)
+    tracker = track(recipe, said)
+    (folder / "recipe.yaml").write_text(recipe_text(recipe))
+    tracker.artifact(folder / "recipe.yaml", "configuration")
+    tracker.artifact(folder / "missing.txt")
+    for step in range(2500):
+        tracker.metrics({"train/loss": float(step)}, step)
+    tracker.evaluation("town", 2500, {"protocol": "25 m"}, {"recall_1": 50.0})
+    began = time.monotonic()
+    tracker.close("FINISHED")
+    assert time.monotonic() - began < 10
+    assert f"rerankvpr sync {folder}" in said.getvalue()
+    assert "secret" not in said.getvalue()
+    assert tracker.run_id is None
+
+    with pytest.raises(ValueError, match="does not answer"):
+        sync([str(folder)])
+    assert sync([str(folder), "--uri", server.uri]) == 0
+    text = capsys.readouterr().out
+    assert "2 artifacts, 1 evaluations, 2,501 metrics" in text
+    assert "missing.txt is gone" in text
+    assert sync([str(folder), "--uri", server.uri]) == 0
+    assert "nothing was left to send" in capsys.readouterr().out
+    (folder / "metrics.sent").unlink()  # all again
+    assert sync([str(folder), "--uri", server.uri]) == 0
+
+    client = MlflowClient(server.uri)
+    (run,) = runs_of(client, recipe)
+    assert run.info.status == "FINISHED"
+    assert steps_of(client, run.info.run_id) == list(range(2500))
+    assert len(client.search_runs([run.info.experiment_id])) == 2
+    assert run.data.params["optim.lr"] == "1e-05"
+    assert run.data.tags["world_size"] == "1"
+    assert not any("secret" in str(value) for value in [run.data.params, run.data.tags])
+    stored = client.download_artifacts(run.info.run_id, "configuration/recipe.yaml", str(tmp_path))
+    assert "secret" not in Path(stored).read_text()
+    assert "secret" not in (folder / "metrics.jsonl").read_text()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from rich.console import Console
+from configs.load import load_recipe
+from trainer.tracking import Tracker
+recipe = load_recipe(Path(sys.argv[1]))
+tracker = Tracker(recipe, recipe.output, Console(), run_id=None, active=True)
+for step in range(5):
+    tracker.metrics({"train/loss": 1.0}, step)
+while True:
+    time.sleep(0.1)
+    tracker.metrics({"train/loss": 1.0}, 5)
+"""
+
+
+def test_a_killed_training_goes_on_in_its_run(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    recipe = recipe_for(server.uri, folder)
+    (folder / "recipe.yaml").write_text(recipe_text(recipe))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder / "recipe.yaml")], cwd=ROOT)
+    try:
+        wait_until(lambda: read_state(folder).get("run_id"), 60)
+        assert sync([str(folder)]) == 0
+        assert "runs and sends by itself" in capsys.readouterr().out
+    finally:
+        process.kill()
+        process.wait()
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 6, "time_m')  # half a line
+    client = MlflowClient(server.uri)
+    (run,) = runs_of(client, recipe)
+    assert run.info.status == "RUNNING"
+    assert sync([str(folder)]) == 0
+    assert "KILLED: no end was written" in capsys.readouterr().out
+    assert client.get_run(run.info.run_id).info.status == "KILLED"
+
+    tracker = track(recipe.model_copy(update={"seed": 3}))  # no checkpoint knows the run
+    wait_until(lambda: client.get_run(run.info.run_id).info.status == "RUNNING")
+    tracker.metrics({"train/loss": 1.0}, 7)
+    tracker.close("KILLED")
+    (again,) = runs_of(client, recipe)
+    assert (again.info.run_id, again.info.status) == (run.info.run_id, "KILLED")
+    assert set(steps_of(client, run.info.run_id)) == {*range(6), 7}
+    assert (again.data.params["seed"], again.data.tags["changed.seed"]) == ("0", "3")
+
+
+def test_a_checkpoint_carries_its_run_to_another_folder(server: Server, tmp_path: Path) -> None:
+    first = track(recipe_for(server.uri, tmp_path / "one"))
+    first.metrics({"train/loss": 1.0}, 1)
+    first.close("FINISHED")
+    recipe = recipe_for(server.uri, tmp_path / "two")
+    second = track(recipe, run_id=first.run_id)
+    second.metrics({"train/loss": 1.0}, 2)
+    second.close("FINISHED")
+    assert second.run_id == first.run_id
+    assert steps_of(MlflowClient(server.uri), first.run_id) == [1, 2]
+    other = track(recipe_for(server.uri, tmp_path / "three"), run_id="0" * 32)  # a run of another store
+    other.metrics({"train/loss": 1.0}, 3)
+    other.close("FINISHED")
+    assert len(runs_of(MlflowClient(server.uri), recipe)) == 2
+
+
+def test_what_a_store_refuses_holds_nothing_up(server: Server, tmp_path: Path) -> None:
+    said = io.StringIO()
+    tracker = track(recipe_for(server.uri, tmp_path / "run"), said)
+    for step in range(4):
+        tracker.metrics({"bad$name": 1.0} if step == 2 else {"train/loss": 1.0}, step)
+    tracker.close("FINISHED")
+    assert steps_of(MlflowClient(server.uri), tracker.run_id) == [0, 1, 3]
+    assert said.getvalue().count("refuses") == 1
+
+
+def test_a_store_that_lost_the_run_gets_all_of_it(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tracker = track(recipe_for(server.uri, folder))
+    tracker.metrics({"train/loss": 1.0}, 1)
+    tracker.close("FINISHED")
+    state = read_state(folder)
+    (folder / "metrics.sent").write_text(json.dumps({**state, "run_id": "1" * 32}))
+    said: list[str] = []
+    sender = Sender(folder, server.uri, said.append)
+    while sender.send():
+        pass
+    assert sender.run_id == tracker.run_id  # found by its tag
+    assert sender.sent["metrics"] == 1
+    assert "does not know run" in said[0]
+
+
+# The model
+
+
+def test_the_best_model_is_logged_loaded_and_registered(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    recipe = recipe_for(server.database, folder, register_as="places")
+    recipe = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"backbone": "tiny14", "weights": "random", "aggregator": "gem"})
+        }
+    )
+    network = build_model(recipe.model, seed=5).eval()
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    save_file(
+        {k: v.contiguous() for k, v in network.state_dict().items()}, checkpoint / "model-00000-of-00001.safetensors"
+    )
+    (checkpoint / "recipe.yaml").write_text(recipe_text(recipe))
+    said = io.StringIO()
+    tracker = track(recipe, said)
+    tracker.model(checkpoint)
+    tracker.close("FINISHED")
+    assert not said.getvalue(), said.getvalue()
+    (folder / "metrics.sent").unlink()
+    sender = Sender(folder, server.database, print)
+    while sender.send():
+        pass
+    assert sender.sent["models"] == 1
+
+    client = MlflowClient(server.database)
+    (version,) = client.search_model_versions("name = 'places'")  # once, though it was sent twice
+    assert version.run_id == tracker.run_id
+    experiment = client.get_run(tracker.run_id).info.experiment_id
+    (logged,) = client.search_logged_models([experiment])
+    assert (logged.name, logged.status, logged.source_run_id) == ("best", "READY", tracker.run_id)
+    before = mlflow.get_tracking_uri()
+    try:
+        mlflow.set_tracking_uri(server.database)
+        local = mlflow.artifacts.download_artifacts("models:/places/1", dst_path=str(tmp_path))
+        loaded = mlflow.pyfunc.load_model(local)
+    finally:
+        mlflow.set_tracking_uri(before)
+    images = np.random.default_rng(1).integers(0, 256, (3, 3, 42, 28), dtype=np.uint8)
+    with torch.inference_mode():
+        expected = network(normalise(torch.from_numpy(images))).numpy()
+    np.testing.assert_allclose(loaded.predict(images), expected, atol=1e-6)
+    assert loaded.metadata.signature.inputs.inputs[0].shape == (-1, 3, -1, -1)
+    assert loaded.metadata.signature.outputs.inputs[0].shape == (-1, network.descriptor_size)
+    example = loaded.metadata.load_input_example(local)
+    assert loaded.predict(example).shape == (1, network.descriptor_size)
+    assert not [path for path in Path(local).rglob("*") if path.suffix in (".pkl", ".pyc")]
+    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+# What is told
+
+
+def test_no_secret_is_kept() -> None:
+    assert without_secrets("postgresql://ann:p@ss@host:5432/db?sslmode=x") == "postgresql://host:5432/db"
+    assert without_secrets("https://host/set?token=abc and s3://bucket/a@b") == "https://host/set and s3://bucket/a@b"
+    assert without_secrets("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+    recipe = Recipe.model_validate(
+        {
+            "data": {"shards": "https://ann:pw1@host/set", "mix": {"https://h/b?key=pw3": 0.5}},
+            "tracking": {"uri": "https://bob:pw2@host"},
+        }
+    )
+    text = recipe_text(recipe)
+    assert "pw1" not in text
+    assert "pw2" not in text
+    data = yaml.safe_load(text)["data"]
+    assert (data["shards"], data["mix"]) == ("https://host/set", {"https://h/b": 0.5})
+    assert Recipe.model_validate(yaml.safe_load(recipe_text(Recipe()))) == Recipe()
+
+
+def test_provenance_names_commit_versions_and_devices() -> None:
+    facts = provenance(world_size=4, device=torch.device("cpu"), data_digest="abc")
+    assert facts["version.torch"] == torch.__version__.partition("+")[0]
+    assert (facts["world_size"], facts["data.digest"], facts["hosts"]) == ("4", "abc", "1")
+    assert all(isinstance(value, str) for value in facts.values())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode == 0 and (ROOT / ".git").exists():
+        assert facts["git.commit"] == head.stdout.strip()
+        assert facts["git.dirty"] in ("true", "false")
+
+
+def test_two_threads_write_whole_lines(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", print)
+    threads = [
+        threading.Thread(target=lambda n=n: [log.append({"thread": n, "i": i}) for i in range(300)]) for n in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    log.close()
+    records = [record for _, _, record in read_records(log.path)]
+    for n in range(3):
+        assert [r["i"] for r in records if r and r["thread"] == n] == list(range(300))

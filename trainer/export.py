@@ -1,0 +1,40 @@
+"""A checkpoint's network as one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from configs.load import load_recipe, recipe_text
+from configs.schema import Recipe
+from model.backbone import AGGREGATOR, facebook_layout
+from trainer.checkpoint import checkpoint_weights
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    file: Path
+    recipe: Recipe
+    numbers: int
+
+
+def export_network(checkpoint: Path, out: Path) -> Exported:
+    """Writes backbone and aggregator of a step folder to a safetensors file, atomically.
+
+    The backbone has facebookresearch/dinov2's keys, the aggregator keys that begin with `aggregator.`; the metadata
+    holds the recipe.
+    """
+    weights = checkpoint_weights(checkpoint)
+    backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
+    state = facebook_layout(backbone) | {key: value for key, value in weights.items() if key.startswith(AGGREGATOR)}
+    recipe = load_recipe(checkpoint / "recipe.yaml")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    metadata = {"format": "pt", "recipe": recipe_text(recipe), "checkpoint": checkpoint.name}
+    save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=metadata)
+    partial.replace(out)
+    return Exported(out, recipe, sum(value.numel() for value in state.values()))

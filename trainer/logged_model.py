@@ -1,0 +1,114 @@
+"""A checkpoint's network as an MLflow model, loadable by `mlflow.pyfunc.load_model` and nothing else of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from configs.schema import PATCH, ModelConfig
+from model.network import build_model
+from trainer.export import export_network
+
+NAME = "best"
+HOME = Path(__file__).resolve().parent.parent
+CODE = ("configs", "data_pipeline", "model")  # what trainer/descriptor_model.py imports
+REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pydantic", "numpy", "PyYAML")
+EXAMPLE_SIDE = 4 * PATCH
+
+
+def log_model(
+    client: Any,
+    run_id: str,
+    checkpoint: Path,
+    *,
+    register_as: str,
+    tags: dict[str, str],
+    say: Callable[[str], None],
+) -> None:
+    """Logs a checkpoint's network as the model `best` of a run, and as a new version of `register_as` unless empty.
+
+    `tags` tell one logged model of a run from another: the model that carries them already is completed, not doubled.
+    A checkpoint that cannot be read is told and passed over; errors of the store are raised.
+    """
+    experiment = client.get_run(run_id).info.experiment_id
+    of_this = " AND ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    found = client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND {of_this}", max_results=1)
+    model = found[0] if found else None
+    if model is None or model.status != "READY":
+        scratch = checkpoint.parent / ".model.partial"  # one name: what a killed process left is replaced
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            model = model or client.create_logged_model(
+                experiment, NAME, source_run_id=run_id, tags=tags, model_type="descriptor"
+            )
+            try:
+                exported = export_network(checkpoint, scratch / "network.safetensors")
+                save_pyfunc(exported.file, exported.recipe.model, scratch / "model", run_id, model.model_id)
+            except (OSError, ValueError, SafetensorError) as error:
+                say(f"the model of {checkpoint} is not logged: {error}")
+                client.finalize_logged_model(model.model_id, "FAILED")
+                return
+            client.log_model_artifacts(model.model_id, str(scratch / "model"))
+            _attach(client, run_id, model.model_id)
+            client.finalize_logged_model(model.model_id, "READY")
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    if register_as:
+        _register(client, register_as, run_id, model)
+
+
+def save_pyfunc(network: Path, config: ModelConfig, out: Path, run_id: str, model_id: str) -> None:
+    """Writes an exported network as an MLflow model folder with its code, signature and an example.
+
+    In: uint8 RGB [B, 3, H, W], H and W multiples of 14. Out: float32 descriptors [B, D], L2-normalised. No pickle.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    with torch.device("meta"):
+        size = build_model(config.model_copy(update={"weights": "random"})).descriptor_size
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 3, -1, -1))]),
+        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, size))]),
+    )
+    rng = np.random.default_rng(0)
+    mlflow.pyfunc.save_model(
+        out,
+        python_model=HOME / "trainer" / "descriptor_model.py",
+        artifacts={"network": str(network)},
+        code_paths=[str(HOME / name) for name in CODE],
+        signature=signature,
+        input_example=rng.integers(0, 256, (1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE), dtype=np.uint8),
+        pip_requirements=[f"{name}=={metadata.version(name)}" for name in REQUIREMENTS],
+        mlflow_model=Model(run_id=run_id, model_id=model_id),
+    )
+    for cache in out.rglob("__pycache__"):
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def _attach(client: Any, run_id: str, model_id: str) -> None:
+    """Shows the model among the run's."""
+    from mlflow.entities import LoggedModelOutput
+
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def _register(client: Any, name: str, run_id: str, model: Any) -> None:
+    """Makes the model a version of `name`, once."""
+    from mlflow.exceptions import MlflowException
+
+    with contextlib.suppress(MlflowException):  # it exists; another reason is raised by the next call
+        client.create_registered_model(name)
+    versions = client.search_model_versions(f"name = '{name}' AND run_id = '{run_id}'")
+    source = model.artifact_location  # models:/<id> would be looked up in MLflow's global store
+    if not any(version.source == source for version in versions):
+        client.create_model_version(name, source=source, run_id=run_id, model_id=model.model_id)

@@ -1,0 +1,282 @@
+"""Sends what `metrics.jsonl` holds to MLflow, from where it stopped the last time.
+
+`metrics.sent` beside it holds the store, the run and the byte up to which lines were sent; it is replaced by rename
+after each call. A line may be sent twice, where a process dies between the two, and changes nothing then: MLflow keeps
+one of two equal metrics, and runs and models carry the line that they come from as a tag.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from configs.load import without_secrets
+from trainer import metrics_log
+from trainer.metrics_log import read_records
+
+STATE = "metrics.sent"
+METRICS_A_CALL = 1000
+TRAINING_TAG = "rerankvpr.training"
+EVENT_TAG = "rerankvpr.event"
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+Record = dict[str, Any]
+
+
+def _quiet_mlflow() -> None:
+    """Bounds how long MLflow's client waits and keeps its logs to errors."""
+    # A server that is down costs seconds, not the minutes of MLflow's own retries: the sender has its own.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow  # noqa: F401 - sets levels of its own
+
+    for name in ("alembic", "mlflow", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class Sender:
+    """Brings one output folder's `metrics.jsonl` into one MLflow run.
+
+    `run_id` is the run, once there is one; `sent` counts metrics, artifacts, evaluations and models. `say` gets a line
+    about what a store refused for good, which is passed over; all else that a store raises is the caller's to retry.
+    """
+
+    def __init__(self, folder: Path, uri: str, say: Callable[[str], None]) -> None:
+        self.folder, self.uri, self._say = folder, uri, say
+        self.log = folder / metrics_log.NAME
+        self.sent: Counter[str] = Counter()
+        self.run_id: str | None = None
+        self.offset = 0
+        self._client: Any = None
+        self._experiment_id = ""
+        self._refused_said = False
+        state = read_state(folder)
+        if state.get("uri") == without_secrets(uri):
+            self.run_id, self.offset = state["run_id"], state["offset"]
+
+    def send(self) -> bool:
+        """Sends the next lines, a thousand metrics or one event, and returns whether there were any.
+
+        Raises whatever MLflow raises where the store does not answer; the next call tries the same lines again.
+        """
+        try:
+            if self._client is None:
+                self._connect()
+            return self._send_next()
+        except Exception:
+            self._client = None  # the next call looks at the store anew, which may have lost the run
+            raise
+
+    def _connect(self) -> None:
+        _quiet_mlflow()
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=self.uri)
+        if self.offset > (self.log.stat().st_size if self.log.is_file() else 0):
+            self.offset = 0  # another file than the one that was sent
+        if self.run_id is not None and not self._exists(self.run_id):
+            self._say(f"MLflow does not know run {self.run_id}: all of {self.log} is sent to another")
+            self.run_id, self.offset = None, 0
+
+    def _exists(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._experiment_id = self._client.get_run(run_id).info.experiment_id
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return True
+
+    def _send_next(self) -> bool:
+        lines: list[list[Any]] = []
+        reached, num_metrics = self.offset, 0
+        for start, end, record in read_records(self.log, self.offset):
+            if record and "event" in record:
+                if not lines:
+                    self._send_event(record, start)
+                    reached = end
+                break
+            metrics = _metrics(record) if record and self.run_id else []  # before a start: not a run's
+            if lines and num_metrics + len(metrics) > METRICS_A_CALL:
+                break
+            lines.append(metrics)
+            num_metrics += len(metrics)
+            reached = end
+        if lines:
+            self._send_metrics(lines)
+        moved = reached > self.offset
+        if moved:
+            self.offset = reached
+            self._keep_state()
+        return moved
+
+    def _send_metrics(self, lines: list[list[Any]]) -> None:
+        """In one call; where the store refuses that, line by line."""
+        together = [metric for line in lines for metric in line]
+        if not together:
+            return
+        if not self._accepted(lambda: self._client.log_batch(self.run_id, metrics=together), say=len(lines) == 1):
+            if len(lines) > 1:
+                for line in lines:
+                    self._send_metrics([line])
+            return
+        self.sent["metrics"] += len(together)
+
+    def _accepted(self, call: Callable[[], object], *, say: bool = True) -> bool:
+        """Whether the store took it; False where it said that it never will."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            call()
+        except MlflowException as error:
+            if error.error_code not in REFUSED:
+                raise
+            if say and not self._refused_said:
+                self._refused_said = True
+                self._say(f"MLflow refuses a line of {self.log}, which is passed over: {first_line(error)}")
+            return False
+        return True
+
+    def _send_event(self, record: Record, offset: int) -> None:
+        kind = record["event"]
+        if kind == "start":
+            self._start(record)
+        elif self.run_id is None:
+            return  # before any start: not a run's
+        elif kind == "artifact":
+            self._artifact(self.folder / record["path"], record.get("folder"))
+        elif kind == "evaluation":
+            if self._accepted(lambda: self._evaluation(record, offset)):
+                self.sent["evaluations"] += 1
+        elif kind == "model":
+            if self._accepted(lambda: self._model(record, offset)):
+                self.sent["models"] += 1
+        elif kind == "end":
+            self.end(record["status"], record["time_ms"])
+
+    def _start(self, record: Record) -> None:
+        """Finds the training's run or creates it, and brings its parameters and tags up to date."""
+        from mlflow.entities import Param, RunTag
+
+        self._experiment_id = self._experiment(record["experiment"])
+        if self.run_id is None and record.get("run_id") and self._exists(record["run_id"]):
+            self.run_id = record["run_id"]
+        if self.run_id is None:
+            tags = {"mlflow.source.name": "rerankvpr train"}
+            self.run_id = self._run(TRAINING_TAG, record["training"], record["name"], record["time_ms"], tags)
+        self._keep_state()
+        run = self._client.get_run(self.run_id)
+        if run.info.status != "RUNNING":
+            self._client.update_run(self.run_id, status="RUNNING")
+        had, tags = run.data.params, dict(record["facts"])
+        # A parameter cannot change in MLflow; a training that goes on with another value says so in a tag.
+        tags |= {f"changed.{key}": value for key, value in record["params"].items() if had.get(key, value) != value}
+        if "git.commit" in tags:
+            tags["mlflow.source.git.commit"] = tags["git.commit"]
+        params = [Param(key, value) for key, value in record["params"].items() if key not in had]
+        self._client.log_batch(self.run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self._client.get_experiment_by_name(name)  # another training was faster
+        return str(found.experiment_id)
+
+    def _run(self, tag: str, value: str, name: str, time_ms: int, tags: dict[str, str]) -> str:
+        """The run that carries a tag; created where there is none."""
+        found = self._client.search_runs([self._experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
+        if found:
+            return str(found[0].info.run_id)
+        run = self._client.create_run(self._experiment_id, start_time=time_ms, run_name=name, tags={tag: value, **tags})
+        return str(run.info.run_id)
+
+    def _artifact(self, path: Path, folder: str | None) -> None:
+        if not path.is_file():
+            self._say(f"artifact {path} is gone: not sent to MLflow")
+        elif self._accepted(lambda: self._client.log_artifact(self.run_id, str(path), folder)):
+            self.sent["artifacts"] += 1
+
+    def _evaluation(self, record: Record, offset: int) -> None:
+        """A run of its own under the training's."""
+        from mlflow.entities import Metric, Param
+
+        name, step, time_ms = f"{record['name']}, step {record['step']}", record["step"], record["time_ms"]
+        tags = {"mlflow.parentRunId": str(self.run_id), "mlflow.source.name": "rerankvpr train"}
+        run = self._run(EVENT_TAG, f"{self.run_id}:{offset}", name, time_ms, tags)
+        metrics = [Metric(key, value, time_ms, step) for key, value in record["metrics"].items()]
+        params = [Param(key, value) for key, value in record["params"].items()]
+        self._client.log_batch(run, metrics=metrics, params=params)
+        self._client.set_terminated(run, "FINISHED", end_time=time_ms)
+
+    def _model(self, record: Record, offset: int) -> None:
+        from trainer.logged_model import log_model
+
+        checkpoint = self.folder / record["checkpoint"]
+        log_model(
+            self._client,
+            str(self.run_id),
+            checkpoint,
+            register_as=record["register_as"],
+            tags={EVENT_TAG: f"{self.run_id}:{offset}", "checkpoint": checkpoint.name},
+            say=self._say,
+        )
+
+    def end(self, status: str, time_ms: int) -> None:
+        """Ends the run as FINISHED, FAILED or KILLED at a time in milliseconds since 1970."""
+        self._client.set_terminated(self.run_id, status, end_time=time_ms)
+
+    def _keep_state(self) -> None:
+        state = {"uri": without_secrets(self.uri), "run_id": self.run_id, "offset": self.offset}
+        partial = self.folder / f".{STATE}.partial"
+        with contextlib.suppress(OSError):  # a full disk: the lines after the last that was kept are sent twice
+            partial.write_text(json.dumps(state) + "\n")
+            partial.replace(self.folder / STATE)
+
+
+def _metrics(record: Record) -> list[Any]:
+    """A line's metrics; empty for a line that is none or has no time."""
+    from mlflow.entities import Metric
+
+    step, time_ms = record.get("step"), record.get("time_ms")
+    if not isinstance(step, int) or not isinstance(time_ms, int):
+        return []
+    values = {key: value for key, value in record.items() if key not in ("step", "time_ms")}
+    return [Metric(key, float(v), time_ms, step) for key, v in values.items() if isinstance(v, int | float)]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `metrics.sent` of an output folder says: uri, run_id, offset; empty where it is missing or damaged."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) and {"uri", "run_id", "offset"} <= state.keys() else {}
+
+
+def run_of(checkpoint: Path) -> str | None:
+    """The MLflow run of a checkpoint's training: the checkpoint's own word, else its output folder's."""
+    run_id = json.loads((checkpoint / "state.json").read_text()).get("mlflow_run_id")
+    return run_id or read_state(checkpoint.parent.parent).get("run_id")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, without user names or passwords of the addresses in it."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return without_secrets(re.sub(r"\s+", " ", text))
