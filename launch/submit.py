@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+from configs.load import without_secrets
 from launch.slurm import Job, Resources, array_job, torchrun_job
 from launch.torchrun import resuming
 
@@ -88,6 +89,12 @@ def stage_jobs(verb: list[str], want: Resources) -> list[Job]:
 
     Raises ValueError for a verb that would fail at once on the cluster.
     """
+    for word in verb:
+        if without_secrets(word) != word:
+            raise ValueError(
+                f"submit: {without_secrets(word)} holds a password, and the script would keep it; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where you submit"
+            )
     if verb[0] == "train":
         return [_train_job(verb, want)]
     if verb[0] == "shard":

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from configs.load import without_secrets
 from launch.meeting import end_when_cut_off
 from launch.network import loopback, route_to
 from trainer.stop_signal import REQUEUE_STATUS
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("launch needs a verb after `--`, such as train or eval")
     dry_run = "--dry-run" in flags
     launch = plan([flag for flag in flags if flag != "--dry-run"], verb)
-    print(launch.command(), flush=True)
+    print(without_secrets(launch.command()), flush=True)
     return 0 if dry_run else start(launch)
 
 

@@ -193,6 +193,12 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "run").exists()
 
 
+def test_a_script_keeps_no_password(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds a password") as error:
+        stage_jobs(["train", "demo", "--tracking.uri", "http://me:hunter2@host:5000"], Resources())
+    assert "hunter2" not in str(error.value)
+
+
 FACTS = Facts(0, "a", 0, "eth0", {"torch": "2.11", "rerankvpr": "12ab"}, {"/runs": 500.0}, [])
 NETWORK = Network([0.0, 0.001], 0.2, 900.0)
 
