@@ -14,10 +14,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ import torch.distributed as dist
 SECTIONS = ("start", "data", "forward", "loss", "step", "save", "evaluation", "end")  # in the order of a step
 STALLED_STATUS = 74  # EX_IOERR of sysexits.h: something outside the program gave no answer
 OTHERS_WAIT_S = 3.0
+PATIENCE_S = 10.0  # with the store
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Watchdog:
     """Watches this rank's training thread, which says where it is by `enter` and `alive`; a context manager."""
 
     def __init__(self, *, limit_s: float, first_limit_s: float, folder: Path) -> None:
-        """`limit_s` is how long a section may last without a sign of progress (0: for ever); `first_limit_s` holds
-        until the first `enter("data")` of a second step. Stack traces go to `folder`. Every rank must call this."""
+        """`limit_s` is how long a section may last without a sign of progress (0: for ever); `first_limit_s`, if more,
+        holds for evaluations and until a second step. Stack traces go to `folder`. Every rank must call this."""
         self.limit_s, self.first_limit_s, self.folder = limit_s, max(limit_s, first_limit_s), folder
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.beat_s = min(5.0, limit_s / 10)
@@ -84,7 +88,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         if limit_s:
-            self._store = _open_store(self.beat_s)
+            self._store = _open_store()
             self._publish()
             dist.barrier()  # all have published once
 
@@ -119,27 +123,53 @@ class Watchdog:
         self._beat += 1
         self._store.set(str(self.rank), json.dumps(asdict(self._position())))
 
-    def _watch(self) -> None:
-        while not self._ended.wait(self.beat_s):
-            held_s = self._position().held_s
-            try:
-                self._publish()
-                if held_s > (self.limit_s if self._warm else self.first_limit_s):
-                    before = self._read()
-                    if self._ended.wait(2.5 * self.beat_s):
-                        return
-                    self._publish()
-                    if self._position().held_s > held_s:  # has not moved meanwhile
-                        self._end(*culprit(before, self._read(), self.world_size))
-            except RuntimeError:  # DistNetworkError, DistStoreError: rank 0 keeps the store
-                if held_s > self.limit_s and self._position().held_s > held_s:
-                    self._end(
-                        0, "rank 0, which keeps the store, does not answer: its process is stopped, or its node is gone"
-                    )
-
     def _read(self) -> dict[int, Position]:
         texts = self._store.multi_get([str(rank) for rank in range(self.world_size)])
         return {rank: Position(**json.loads(text)) for rank, text in enumerate(texts)}
+
+    def _limit_s(self) -> float:
+        return self.limit_s if self._warm and self._where[1] != "evaluation" else self.first_limit_s
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.beat_s):
+            held_s = self._position().held_s
+            stalled = held_s > self._limit_s()
+            try:
+                self._ask(self._publish)
+                if not stalled:
+                    continue
+                before = self._ask(self._read)
+                if self._ended.wait(2.5 * self.beat_s):
+                    return
+                self._ask(self._publish)
+                blame = culprit(before, self._ask(self._read), self.world_size)
+            except (TimeoutError, RuntimeError):  # a store that hangs, or that is gone (DistError)
+                if not stalled:
+                    continue
+                gone = "its process is stopped, or its node is gone"
+                blame = 0, f"rank 0, which keeps the ranks' positions, does not answer: {gone}"
+            if self._position().held_s > held_s:  # has not moved meanwhile
+                self._end(*blame)
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """A call to the store; TimeoutError where it hangs, as a client does whose server is stopped."""
+        answers: list[T] = []
+        errors: list[RuntimeError] = []
+
+        def run() -> None:
+            try:
+                answers.append(call())
+            except RuntimeError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name="watchdog store", daemon=True)
+        thread.start()
+        thread.join(PATIENCE_S)
+        if errors:
+            raise errors[0]
+        if not answers:
+            raise TimeoutError
+        return answers[0]
 
     def _end(self, rank: int, text: str) -> None:
         """Writes down what this rank's threads were doing, has one rank speak, and ends the process."""
@@ -163,9 +193,9 @@ class Watchdog:
         os._exit(STALLED_STATUS)
 
 
-def _open_store(beat_s: float) -> dist.Store:
+def _open_store() -> dist.Store:
     """A store that rank 0 keeps in its own process, for the watchdogs alone."""
-    host, patience = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=max(1.0, 2 * beat_s))
+    host, patience = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=PATIENCE_S)
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     port = torch.zeros(1, dtype=torch.int64, device=device)
     store = None
