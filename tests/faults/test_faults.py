@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from tests.training import (
     STEPS,
+    faulty_ranks,
     finish,
     kill_all,
     last_checkpoint,
@@ -22,7 +24,7 @@ from tests.training import (
     start,
     two_ranks,
 )
-from trainer.checkpoint import checkpoint_weights
+from trainer.checkpoint import checkpoint_weights, newest_valid
 
 KILLS = 20
 LONG = ("--trainer.epochs", "12", "--trainer.keep-last", "3", "--tracking.enabled", "False")
@@ -93,6 +95,19 @@ def test_it_goes_on_at_another_world_size_and_stage(workplace: Path, unbroken: P
     ours, theirs = (checkpoint_weights(last_checkpoint(f)) for f in (folder, unbroken))
     largest = max((ours[name] - theirs[name]).abs().max().item() for name in ours if "qkv.bias" not in name)
     assert largest < 1e-4  # a key bias has no true gradient: Adam moves it by rounding alone
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_in_time(workplace: Path, rank: int) -> None:
+    """Rank 0 keeps the store that the others read; stopped, it is named as rank 1 is."""
+    faults = {"stop": {"rank": rank, "step": 5}}
+    process = faulty_ranks(workplace, workplace / f"stop_{rank}", faults, *LONG, "--engine.stall-s", "8")
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert re.search(rf"rerankvpr: rank {rank}.*its process is stopped, or its node is gone", text), text
+    found, _ = newest_valid(workplace / f"stop_{rank}" / "checkpoints")
+    assert found
+    assert found.name >= "step-00000002"
 
 
 def test_asked_to_stop_it_has_saved_within_half_a_minute(workplace: Path) -> None:
