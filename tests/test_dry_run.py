@@ -140,10 +140,10 @@ def test_more_ranks_and_checkpointing_never_need_more(engine: dict[str, Any], on
     except ValueError:
         return  # a combination that DeepSpeed cannot do
     sizes = SIZES_OF_VITS
-    peaks = [plan_memory(config, ranks=ranks, on_cpu=on_cpu, sizes=sizes).device_peak for ranks in (1, 2, 8)]
+    peaks = [plan_memory(config, ranks=ranks, on_cpu=on_cpu, sizes=sizes).device_peak for ranks in (2, 3, 8)]
     assert peaks == sorted(peaks, reverse=True)
     again = config.model_copy(update={"engine": config.engine.model_copy(update={"activation_checkpointing": True})})
-    assert plan_memory(again, ranks=1, on_cpu=on_cpu, sizes=sizes).device_peak <= peaks[0]
+    assert plan_memory(again, ranks=2, on_cpu=on_cpu, sizes=sizes).device_peak <= peaks[0]
     assert all(
         part.device >= 0 and part.host >= 0 for part in plan_memory(config, ranks=2, on_cpu=False, sizes=sizes).parts
     )

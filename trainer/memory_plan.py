@@ -189,6 +189,8 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
         # Autograd's reference to a trained weight keeps it whole from forward to backward, though ZeRO-3 lets it go.
         kept = 0 if engine.activation_checkpointing else trained
         gathered = min(sizes.total, LIVE + BUCKET + kept) * max(each, each_frozen)
+        if ranks == 1 and (on_cpu or engine.offload != "all"):
+            gathered = 0  # one rank uses its only part as it is
         # In fp32 the optimizer works on the weights themselves, unless they must be on the host.
         masters = FP32 if half or offloads else 0
         return [
