@@ -135,8 +135,9 @@ def on_a_rank(options: Options) -> None:
         clock.mark("forward")
         dist.barrier()
         clock.mark("wait for ranks")
-        out = loss(descriptors, batch.place_ids_B.to(rank.device), queue, step=step)
-        (grad,) = torch.autograd.grad(out.loss, descriptors, retain_graph=True)
+        leaf = descriptors.detach().requires_grad_()  # DeepSpeed takes any gradient of its output for the backward pass
+        out = loss(leaf, batch.place_ids_B.to(rank.device), queue, step=step)
+        (grad,) = torch.autograd.grad(out.loss, leaf)
         queue.enqueue(out.descriptors_ND, out.place_ids_N, step)
         clock.mark("gather + loss + queue")
         engine.backward((descriptors * grad).sum())
