@@ -25,6 +25,16 @@ def step(workplace: Path, output: str) -> int:
     return max(losses(workplace / output), default=0)
 
 
+def test_the_doctor_examines_two_hosts(tmp_path: Path) -> None:
+    """Hosts whose names nobody resolves meet by address, on the interface that leads there."""
+    with hosts(2) as net:
+        argv = ("--nnodes", "2", "--", "doctor", "--shared", str(tmp_path / "out"))
+        agents = [net.launch(i, tmp_path, tmp_path / f"h{i}.log", *argv) for i in (1, 2)]
+        assert [agent.wait(300) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
+    assert "2 rank(s) on 2 node(s); h1: eth0, h2: eth0" in agents[0].text()
+    assert "0 errors" in agents[0].text()
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_training_across_hosts_equals_one_host(workplace: Path, unbroken: Path, count: int) -> None:
     """Two hosts give the bits of two ranks of one host; three train with two and one that waits, P being 4."""
