@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import ROOT, on_ranks, shared_folder
+from trainer import checkpoint_writer
 from trainer.checkpoint import (
     FORMAT,
     CheckpointError,
     Contents,
     best_recall,
+    checkpoint_weights,
     faults,
     find_checkpoint,
     newest_valid,
@@ -127,6 +129,20 @@ def test_a_crash_at_any_write_point_leaves_a_checkpoint_to_resume_from(tmp_path:
         assert found == sorted(found), points  # and once the newer one is there, it stays
         assert not points[-1]["died"]
         assert any(crash["point"].startswith("half of") for crash in points)
+
+
+@pytest.mark.usefixtures("single_process")
+def test_large_tensors_go_to_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_writer, "FILE_BYTES", 400)
+    tensors = {f"w{i}": torch.arange(float(size)) for i, size in enumerate((30, 250, 1, 0, 99, 100, 101))}
+    writer = CheckpointWriter(tmp_path, keep_last=1, say=print)
+    writer.begin(7, {"model-00000-of-00001.safetensors": dict(tensors), "state.json": "{}"})
+    assert writer.finish()
+    found = find_checkpoint(tmp_path / "latest")
+    assert len(list(found.glob("model-*.safetensors"))) > 3
+    stored = checkpoint_weights(found)
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[key], tensors[key]) for key in tensors)
 
 
 def contents(step: int, size: int) -> Contents:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from trainer.checkpoint import FORMAT, MANIFEST, Contents, digest, point, prune, step_name
+
+FILE_BYTES = 1 << 28
 
 
 @dataclass
@@ -32,6 +34,11 @@ class _Part:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # size and digest of each file, once written
     error: str = ""
     thread: threading.Thread | None = None
+
+    def note(self, name: str) -> None:
+        """Notes size and digest of a file that is written."""
+        file = self.folder / name
+        self.files[name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
 
 
 class CheckpointWriter:
@@ -114,16 +121,33 @@ class CheckpointWriter:
 def _write(part: _Part, contents: Contents) -> None:
     try:
         part.folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            file = part.folder / name
+        for content_name, content in contents.items():
             if isinstance(content, str):
-                _write_text(file, content)
-            else:
-                save_file(content, file)
-                _sync(file)
-            part.files[name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+                _write_text(part.folder / content_name, content)
+                part.note(content_name)
+                continue
+            for name, tensors in _pieces(content_name, content):
+                save_file(tensors, part.folder / name)
+                _sync(part.folder / name)
+                part.note(name)
     except Exception as error:  # noqa: BLE001 - safetensors has its own kinds for a full disk; told by all ranks
         part.error = " ".join(str(error).split()) or type(error).__name__
+
+
+def _pieces(name: str, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Tensors in files of about `FILE_BYTES`, taken out of `tensors` piece by piece: safetensors copies what it writes."""
+    if sum(tensor.nbytes for tensor in tensors.values()) <= FILE_BYTES:
+        yield name, tensors
+        return
+    stem, number = name.removesuffix(".safetensors"), 0
+    while tensors:
+        piece, size = {}, 0
+        while tensors and size < FILE_BYTES:
+            key = next(iter(tensors))
+            piece[key] = tensors.pop(key)
+            size += piece[key].nbytes
+        yield f"{stem}.{number:03d}.safetensors", piece
+        number += 1
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -48,6 +48,7 @@ def start_process_group(timeout_s: int) -> Rank:
     dist.init_process_group(
         "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), device_id=device if cuda else None
     )
+    dist.barrier()  # a rank that finds a mistake and ends should find the others in the group, not on their way
     return Rank(dist.get_rank(), dist.get_world_size(), device)
 
 
