@@ -135,7 +135,7 @@ def _write(part: _Part, contents: Contents) -> None:
 
 
 def _pieces(name: str, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Tensors in files of about `FILE_BYTES`, taken out of `tensors` piece by piece: safetensors copies what it writes."""
+    """Tensors in files of about `FILE_BYTES`, taken out of `tensors` as they go: safetensors copies what it writes."""
     if sum(tensor.nbytes for tensor in tensors.values()) <= FILE_BYTES:
         yield name, tensors
         return
