@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
@@ -16,8 +17,10 @@ from torch import nn
 from configs.schema import EngineConfig, OptimConfig
 from model.network import PlaceModel
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 NO_DECAY = ("cls_token", "pos_embed", "reg_token")
 BUCKET = 50_000_000  # elements reduced or gathered at a time; DeepSpeed's own 5e8 is 2 GB a buffer in fp32
+GIVEN_BACK = 1 << 20  # bytes from which ZeRO-3 has glibc return freed memory to the system
 LIVE = 100_000_000  # elements that ZeRO-3 keeps whole on a rank: the largest ViT's block has 28e6
 
 
@@ -118,6 +121,7 @@ def partitioner(engine: EngineConfig) -> Callable[[nn.Module], None] | None:
     if engine.zero_stage < 3:
         return None
     deepspeed = _deepspeed()
+    _give_back_freed_memory()
     config = deepspeed_config(engine, gradient_clipping=0.0, images_per_rank=1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
 
@@ -127,6 +131,17 @@ def partitioner(engine: EngineConfig) -> Callable[[nn.Module], None] | None:
         deepspeed.zero.Init(module=module, config_dict_or_path=config)
 
     return part
+
+
+def _give_back_freed_memory() -> None:
+    """Has glibc return freed blocks of `GIVEN_BACK` bytes and more at once.
+
+    By itself it keeps freed tensors of up to 32 MiB in its heap, which weights that are gathered and parted again cut
+    up: without this, host memory grows over the first steps, by more than a rank's part of the weights.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
 
 
 def build_engine(

@@ -15,7 +15,7 @@ from memory.losses import LOSSES
 from memory.registry import build
 from model.network import PlaceModel, meta_model
 from model.vit import SIZES
-from trainer.engine import BUCKET, LIVE, parameter_groups
+from trainer.engine import BUCKET, GIVEN_BACK, LIVE, parameter_groups
 from trainer.engine_state import keepers
 from trainer.flops import num_tokens, num_trained_blocks
 
@@ -42,10 +42,12 @@ class Part:
     phases: tuple[Phase, ...] = ("always",)
     tensor: float = math.inf  # bytes of its largest tensor
 
-    @property
-    def in_heap(self) -> bool:
-        """Whether glibc takes it from its heap on a CPU, where it stays resident after it has been freed."""
-        return self.tensor <= HEAP and not {"always", "save"} & set(self.phases)
+    def in_heap(self, largest: int) -> bool:
+        """Whether glibc takes it from its heap on a CPU, where it stays resident after it has been freed.
+
+        `largest` is the number of bytes up to which it does.
+        """
+        return self.tensor <= largest and not {"always", "save"} & set(self.phases)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class MemoryPlan:
 
     parts: tuple[Part, ...]
     on_cpu: bool  # ranks on a CPU have one memory, which the host's part is in
+    heap: int = HEAP  # bytes of the largest tensor that is in glibc's heap
 
     @property
     def phases(self) -> dict[Phase, tuple[float, float]]:
@@ -103,8 +106,10 @@ class MemoryPlan:
         names: set[Phase] = {phase for part in self.parts for phase in part.phases} - {"always"}
         held = {name: [part for part in self.parts if {name, "always"} & set(part.phases)] for name in names}
         if self.on_cpu:
-            heap = max(sum(part.device + part.host for part in parts if part.in_heap) for parts in held.values())
-            held = {name: [part for part in parts if not part.in_heap] for name, parts in held.items()}
+            heap = max(
+                sum(part.device + part.host for part in parts if part.in_heap(self.heap)) for parts in held.values()
+            )
+            held = {name: [part for part in parts if not part.in_heap(self.heap)] for name, parts in held.items()}
         else:
             heap = 0.0
         return {
@@ -146,7 +151,8 @@ def plan_memory(
         _checkpoint_part(recipe, sizes, ranks, saves_between_steps),
         *_evaluation_parts(recipe, sizes),
     ]
-    return MemoryPlan(tuple(part for part in parts if part.device or part.host), on_cpu)
+    heap = GIVEN_BACK if recipe.engine.zero_stage == 3 else HEAP
+    return MemoryPlan(tuple(part for part in parts if part.device or part.host), on_cpu, heap)
 
 
 def element_bytes(recipe: Recipe) -> tuple[int, int]:
