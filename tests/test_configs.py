@@ -67,3 +67,19 @@ def test_yaml_runs_nothing(tmp_path: Path) -> None:
 def test_missing_recipe_names_the_shipped_ones() -> None:
     with pytest.raises(RecipeError, match="mini_vits"):
         load_recipe(Path("nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"engine": {"precision": "bf16", "zero_stage": 0}}, "bf16 at zero_stage 0"),
+        ({"engine": {"offload": "optimizer", "zero_stage": 0}}, "offload optimizer needs zero_stage"),
+        ({"engine": {"offload": "all", "zero_stage": 2}}, "offload all needs zero_stage 3"),
+        ({"engine": {"compile": True, "zero_stage": 3}}, "compile at zero_stage 3"),
+        ({"engine": {"zero_stage": 3}, "model": {"frozen_precision": "bf16"}}, "needs engine.precision bf16"),
+        ({"optim": {"schedule": "plateau"}}, "plateau needs validations"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Recipe.model_validate(changes)
