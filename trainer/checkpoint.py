@@ -7,7 +7,6 @@ one-line files replaced by rename. Writing is `checkpoint_writer`'s.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 
 from configs.load import recipe_text
 from configs.schema import Recipe
+from data_pipeline.index import file_sha256
 from memory.drift import DriftProbe
 from memory.queue import MemoryQueue
 from trainer.engine_state import StoredTensors, put_state, take_state
@@ -83,19 +83,6 @@ def _buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in module.state_dict().items()}
 
 
-def digest(file: Path) -> str:
-    """sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream: Any) -> str:  # Python 3.10
-    sha = hashlib.sha256()
-    while block := stream.read(1 << 22):
-        sha.update(block)
-    return sha.hexdigest()
-
-
 def point(link: Path, checkpoint: Path, recall: float | None = None) -> None:
     """Makes the one-line file `link` name `checkpoint` (and the recall it is kept for), atomically."""
     partial = link.with_suffix(".partial")
@@ -131,7 +118,7 @@ def faults(checkpoint: Path) -> list[str]:
             found.append(f"{file} is missing")
         elif file.stat().st_size != expected["bytes"]:
             found.append(f"{file} has {file.stat().st_size} bytes, expected {expected['bytes']}")
-        elif digest(file) != expected["sha256"]:
+        elif file_sha256(file) != expected["sha256"]:
             found.append(f"{file} differs from its digest")
     return found
 

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from trainer.checkpoint import FORMAT, MANIFEST, Contents, digest, point, prune, step_name
+from data_pipeline.index import file_sha256, sync
+from trainer.checkpoint import FORMAT, MANIFEST, Contents, point, prune, step_name
 
 FILE_BYTES = 1 << 28
 
@@ -38,7 +39,7 @@ class _Part:
     def note(self, name: str) -> None:
         """Notes size and digest of a file that is written."""
         file = self.folder / name
-        self.files[name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+        self.files[name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 class CheckpointWriter:
@@ -113,7 +114,7 @@ class CheckpointWriter:
         if final.exists():
             shutil.rmtree(final)
         part.folder.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         point(self.folder / "latest", final)
         prune(self.folder, self.keep_last)
 
@@ -128,7 +129,7 @@ def _write(part: _Part, contents: Contents) -> None:
                 continue
             for name, tensors in _pieces(content_name, content):
                 save_file(tensors, part.folder / name)
-                _sync(part.folder / name)
+                sync(part.folder / name)
                 part.note(name)
     except Exception as error:  # noqa: BLE001 - safetensors has its own kinds for a full disk; told by all ranks
         part.error = " ".join(str(error).split()) or type(error).__name__
@@ -155,12 +156,3 @@ def _write_text(file: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
