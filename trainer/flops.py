@@ -14,6 +14,7 @@ from model.vit import REGISTERS, SIZES
 PEAKS: tuple[tuple[str, float, float], ...] = (
     ("H100 PCIe", 756, 51),
     ("H100 NVL", 835, 60),
+    ("H200 NVL", 835, 60),
     ("GH200", 989, 67),
     ("H100", 989, 67),
     ("H200", 989, 67),
@@ -26,13 +27,16 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
     ("A40", 149.7, 37.4),
     ("A6000", 154.8, 38.7),
     ("L40S", 362, 91.6),
+    ("L40", 181, 90.5),
     ("L4", 121, 30.3),
+    ("RTX 6000 Ada", 364.2, 91.1),
+    ("V100 PCIE", 112, 14),
     ("V100", 125, 15.7),
     ("T4", 65, 8.1),
     ("RTX 4090", 165.2, 82.6),
     ("RTX 3090", 71, 35.6),
 )
-BF16_MISSING = ("V100", "T4")  # no bf16 in hardware
+BF16_MISSING = ("V100 PCIE", "V100", "T4")  # no bf16 in hardware
 
 
 def num_tokens(backbone: str, side: int) -> int:
