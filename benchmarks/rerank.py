@@ -142,7 +142,7 @@ def _measure(model: PlaceModel, options: Options) -> Iterator[tuple[int, dict[st
         for top in options.top:
             candidates_QT = np.tile(np.arange(top), (options.queries, 1))
             own = queries.patches(numbers[:1], device)
-            plan = plan_batches(queries, database, top, rerank_config.memory_mb)
+            plan = plan_batches(queries, database, top, rerank_config.memory_mb, device)
             others = database.patches(candidates_QT[0, : plan.candidates], device)
             products_CX = others.codes_BMC.flatten(0, 1).T
 

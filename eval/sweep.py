@@ -67,7 +67,7 @@ def sweep_thresholds(
     """
     stored = config.saliency_thresh
     kept = tuple(s for s in saliency if stored is None or s >= stored)
-    plan = plan_batches(queries, database, candidates_QT.shape[1], max(1, config.memory_mb // 2))
+    plan = plan_batches(queries, database, candidates_QT.shape[1], max(1, config.memory_mb // 2), device)
     scores_SMQT = torch.zeros(len(kept), len(match), *candidates_QT.shape, device=device)
     patches_SQ = torch.zeros(len(kept), len(candidates_QT), dtype=torch.int64, device=device)
     blocks = list(blocks_of(len(candidates_QT), plan.queries))

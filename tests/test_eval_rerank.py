@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -153,13 +154,15 @@ def test_batches_stay_below_the_bound_and_what_cannot_is_said(tmp_path: Path) ->
     images = [torch.randn(60, 500) for _ in range(5)]
     features = store(tmp_path, images)
     pair, own = pair_bytes(60, 60, 500), 8 * 60 * 500
-    for depth in (1, 7, 400):
-        plan = plan_batches(features, features, depth, 2)
-        assert plan.queries * (own + plan.candidates * pair) <= 2 << 20
+    for depth, (name, memory_mb, most_mb) in product(
+        (1, 7, 400), (("cuda", 100, 100), ("cuda", 2, 2), ("cpu", 100, 24))
+    ):
+        plan = plan_batches(features, features, depth, memory_mb, torch.device(name))
+        assert plan.queries * (own + plan.candidates * pair) <= most_mb << 20
         assert plan.candidates == depth or plan.queries == 1
     big = store(tmp_path / "big", [torch.zeros(600, 500)])
     with pytest.raises(ValueError, match=r"rerank.memory_mb 1: one pair of images takes .* MB; allow at least \d+"):
-        plan_batches(big, big, 1, 1)
+        plan_batches(big, big, 1, 1, torch.device("cpu"))
 
 
 def test_margin_is_the_least_above_all_that_changed() -> None:
