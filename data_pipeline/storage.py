@@ -184,7 +184,11 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            hint = "the index names it, but it is not there; `rerankvpr verify` lists all that is missing"
+            raise FileNotFoundError(f"{path}: {hint}") from error
 
     def read(self, start: int, length: int) -> bytes:
         return os.pread(self.descriptor, length, start)

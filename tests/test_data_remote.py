@@ -148,6 +148,11 @@ def test_what_no_second_try_can_mend_is_an_error_at_once(shards: Path, server: K
     assert time.monotonic() - began < 10
 
 
+def test_a_tar_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"train-000003\.tar: the index names it, but it is not there"):
+        RangeReader().read(str(tmp_path / "train-000003.tar"), 0, 10)
+
+
 @pytest.fixture
 def s3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     boto3 = pytest.importorskip("boto3", reason="s3 needs the extra s3 and moto's server")
