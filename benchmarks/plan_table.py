@@ -39,9 +39,7 @@ class Options:
 def main() -> None:
     """Prints the table."""
     options = tyro.cli(Options)
-    print(
-        "| backbone | GPUs | images a step | GB a GPU | GB of host a GPU | s a step | MB sent a step | min an epoch |"
-    )
+    print("| backbone | GPUs | images a step | GB a GPU | GB of host a GPU | s a step | MB sent a step | s an epoch |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for backbone in BACKBONES:
         sizes: Sizes | None = None
@@ -60,9 +58,9 @@ def main() -> None:
             if shortfall(dry):
                 row[-1] += f" (too much; {advice(dry)})"
             assert dry.seconds is not None
-            minutes = math.floor(options.epoch_places / (options.places * gpus)) * dry.seconds / 60
+            epoch_s = math.floor(options.epoch_places / (options.places * gpus)) * dry.seconds
             sent = sum(dry.sent.values()) / 1e6
-            row += [f"{dry.memory.host_peak / 1e9:.1f}", f"{dry.seconds:.3f}", f"{sent:.0f}", f"{minutes:.1f}"]
+            row += [f"{dry.memory.host_peak / 1e9:.1f}", f"{dry.seconds:.3f}", f"{sent:.0f}", f"{epoch_s:.0f}"]
             print(f"| {' | '.join(row)} |")
 
 

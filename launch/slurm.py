@@ -12,6 +12,8 @@ import tyro
 
 from trainer.stop_signal import REQUEUE_STATUS
 
+LAST_S = 60  # from the end of the first node's task to that of the last, before Slurm ends the rest
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -110,7 +112,8 @@ def torchrun_job(name: str, folder: Path, verb: list[str], want: Resources, *, p
         '--rdzv "$address:$port" --rdzv-id "$SLURM_JOB_ID.$restarts" --max-restarts 3',
         f"-- {shlex.join(verb)}",
     ]
-    srun = ["srun", f"--kill-on-bad-exit={int(low == high)}", *container_flags(want)]
+    # All save and end with 75, some a little later than the first, which --kill-on-bad-exit would not let them.
+    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LAST_S if low == high else 0}", *container_flags(want)]
     options = [f"nodes={want.nodes}", "ntasks-per-node=1", *resource_options(want)]
     options += [f"signal=USR1@{want.signal_s}", "requeue"]
     text = f"""\

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from configs.load import without_secrets
 from launch.meeting import end_when_cut_off
 from launch.network import loopback, route_to
+from trainer.command import parse, take_dry_run
 from trainer.stop_signal import REQUEUE_STATUS
 
 USAGE = """usage: rerankvpr launch [--nproc-per-node N] [--nnodes N --rdzv HOST[:PORT]] [flags] -- VERB ...
@@ -71,7 +72,11 @@ def main(argv: list[str]) -> int:
     dry_run = "--dry-run" in flags
     launch = plan([flag for flag in flags if flag != "--dry-run"], verb)
     print(without_secrets(launch.command()), flush=True)
-    return 0 if dry_run else start(launch)
+    if dry_run:
+        return 0
+    if verb[0] == "train":  # a mistake is told once, not by each rank after each restart
+        parse(take_dry_run(verb[1:])[1])
+    return start(launch)
 
 
 def run(flags: list[str], verb: list[str]) -> int:

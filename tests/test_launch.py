@@ -22,6 +22,7 @@ from launch.network import interface_of, loopback, route_to
 from launch.rank import fitting_world, release, wait_for_the_end
 from launch.slurm import Resources, torchrun_job
 from launch.submit import eval_verbs, main, split_stages, stage_jobs
+from launch.torchrun import main as launch_main
 from launch.torchrun import plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +75,15 @@ def test_wrong_launches_are_refused(flags: list[str], words: str) -> None:
 def test_a_launch_that_restarts_does_not_go_back_to_a_named_checkpoint() -> None:
     with pytest.raises(ValueError, match="--resume runs/a: a training that may be restarted"):
         plan(["--max-restarts", "1", "--nproc-per-node", "1"], ["train", "demo", "--resume", "runs/a"])
+
+
+def test_a_mistake_in_a_recipe_is_told_before_anything_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="shipped"):
+        launch_main(["--max-restarts", "3", "--nproc-per-node", "2", "--", "train"])
+    with pytest.raises(SystemExit) as stopped:
+        launch_main(["--nproc-per-node", "2", "--", "train", "demo", "--data.places-per-batch", "many"])
+    assert stopped.value.code == 2
+    assert "places-per-batch" in capsys.readouterr().err
 
 
 def test_routes() -> None:

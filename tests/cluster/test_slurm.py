@@ -153,6 +153,7 @@ def test_four_nodes_and_whatever_is_free(four_nodes: Slurm, workplace: Path, unb
     four_nodes.wait(number["train-noise"], "COMPLETED", 180)
     one, ours = losses(unbroken), losses(workplace / "four")
     assert [ours[s] for s in range(1, 41)] == pytest.approx([one[s] for s in range(1, 41)], rel=5e-3)
+    four_nodes.wait_until_idle(60)
     four_nodes.run("scontrol", "update", "nodename=n4", "state=drain", "reason=test")
     number = submit(four_nodes, workplace, "--nodes", "2-4", *options, "--", *train, *short, "--output", "range")
     four_nodes.wait(number["train-noise"], "COMPLETED", 180)
