@@ -100,7 +100,7 @@ def test_preempted_requeued_by_the_controller_and_a_node_lost(
         two_nodes.wait_for(number, lambda: max(losses(workplace / output), default=0) >= step, 180)
 
     def restarted(times: int) -> None:
-        two_nodes.wait_for(number, lambda: int(two_nodes.job(number).get("Restarts", 0)) >= times, 60)
+        two_nodes.wait_for(number, lambda: f"start {times}:" in two_nodes.log(number), 120)
 
     reach(40)
     urgent = ("--partition=high", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
@@ -119,7 +119,7 @@ def test_preempted_requeued_by_the_controller_and_a_node_lost(
 
     reach(max(losses(workplace / output)) + 40)
     two_nodes.lose_node("n2")
-    restarted(3)
+    two_nodes.wait_for(number, lambda: int(two_nodes.job(number)["Restarts"]) == 3, 60)
     two_nodes.return_node("n2")
     two_nodes.wait(number, "COMPLETED", 240)
     assert two_nodes.log(number).count("resumed from") == 3
