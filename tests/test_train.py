@@ -158,7 +158,7 @@ def test_faults_are_skipped_survived_or_named(workplace: Path, small_disk: Path)
     began = time.monotonic()
     text, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode != 0
-    assert re.search(r"rank 1 on \S+ is silent: .* last heard of in section \w+ of step \d;", text), text  # as of its last beat
+    assert re.search(r"rank 1 on \S+ is silent: .* last heard of in section \w+ of step \d;", text), text
     assert "could not be written" in text
     assert "No space left" in text
     assert (output / "stalled-rank-00000.txt").exists()
