@@ -320,7 +320,8 @@ class RerankConfig(Section):
     )
     project_size: Positive = Field(128, description="Channels after projection.")
     memory_mb: Positive = Field(
-        256, description="Most MB that matching holds at a time on a rank; on a CPU it takes no more than 24."
+        256,
+        description="Most MB that matching holds at a time on a rank; on a CPU it takes 24, or what one pair needs.",
     )
 
     @model_validator(mode="after")

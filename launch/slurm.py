@@ -115,9 +115,8 @@ def torchrun_job(name: str, folder: Path, verb: list[str], want: Resources, *, p
     # All save and end with 75, some a little later than the first, which --kill-on-bad-exit would not let them.
     srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LAST_S if low == high else 0}", "--ntasks-per-node=1"]
     srun += container_flags(want)
-    # For a range of nodes sbatch would make that the least number of tasks, and Slurm give no more nodes.
-    options = [f"nodes={want.nodes}", *(["ntasks-per-node=1"] if low == high else []), *resource_options(want)]
-    options += [f"signal=USR1@{want.signal_s}", "requeue"]
+    # No ntasks-per-node here: of a range of nodes sbatch would then ask for the least, and get no more.
+    options = [f"nodes={want.nodes}", *resource_options(want), f"signal=USR1@{want.signal_s}", "requeue"]
     text = f"""\
 {header(Job(name, folder, ""), options, cwd)}
 
