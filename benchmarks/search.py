@@ -2,7 +2,10 @@
 
 `python -m benchmarks.search [--json FILE]`. The processes are real gloo ranks on this machine, one thread each. Their
 work is the CPU time of all ranks together, without making the rows: on one machine, more ranks than cores are no
-faster. Rows are random and made a block at a time, so that a database larger than memory can be searched.
+faster. Processes that share a core also spend more CPU time on the same work; so beside the ratio to one index that has
+the machine to itself stands the ratio to as many processes, each of which searches a bare index over its part of the
+rows at the same time and merges nothing. Rows are random and made a block at a time, so that a database larger than
+memory can be searched.
 """
 
 from __future__ import annotations
@@ -62,8 +65,8 @@ class Options:
 
 def main() -> None:
     """Measures and prints."""
-    if len(sys.argv) == 5 and sys.argv[1] == "rank":
-        _rank(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    if len(sys.argv) == 6 and sys.argv[1] == "rank":
+        _rank(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), bare=sys.argv[5] == "bare")
         return
     options = tyro.cli(Options, prog="python -m benchmarks.search")
     figures = _against_one_index(options)
@@ -74,36 +77,44 @@ def main() -> None:
 
 
 def _against_one_index(options: Options) -> dict[str, float]:
-    worlds = (0, *options.world_sizes)
-    runs = [{world: _run(options, world, options.rows) for world in worlds} for _ in range(options.repeats)]
-    first = runs[0][worlds[1]]
-    figures: dict[str, float] = {}
-    rows: list[list[str]] = []
-    for world in worlds:
-        ofs = [run[world] for run in runs]
-        if world and any((of["ids"], of["scores"]) != (first["ids"], first["scores"]) for of in ofs):
-            raise SystemExit(f"{world} ranks do not give what {worlds[1]} give")
+    turns = []
+    for _ in range(options.repeats):
+        bare = {world: _run(options, world, options.rows, bare=True) for world in (1, *options.world_sizes)}
+        turns.append((bare, {world: _run(options, world, options.rows) for world in options.world_sizes}))
+    one, first = turns[0][0][1], turns[0][1][options.world_sizes[0]]
+    cpu = float(np.median([bare[1]["cpu"] for bare, _ in turns]))
+    figures = {"flat_cpu_s": cpu, "flat_peak_mb": one["mb"]}
+    rows: list[list[str]] = [["one IndexFlatIP, bare", f"{cpu:.2f}", "", "", f"{one['mb']:.0f}", "", ""]]
+    for world in options.world_sizes:
+        ofs = [ranks[world] for _, ranks in turns]
+        if any((of["ids"], of["scores"]) != (first["ids"], first["scores"]) for of in ofs):
+            raise SystemExit(f"{world} ranks do not give what {options.world_sizes[0]} give")
         cpu = float(np.median([of["cpu"] for of in ofs]))
-        ratios = [run[world]["cpu"] / run[0]["cpu"] for run in runs]
-        same = np.mean([sorted(a) == sorted(b) for a, b in zip(runs[0][0]["ids"], ofs[0]["ids"], strict=True)])
+        over_flat = [ranks[world]["cpu"] / bare[1]["cpu"] for bare, ranks in turns]
+        over_parts = [ranks[world]["cpu"] / bare[world]["cpu"] for bare, ranks in turns]
+        same = np.mean([sorted(a) == sorted(b) for a, b in zip(one["ids"], ofs[0]["ids"], strict=True)])
         rows.append(
             [
-                f"{world} ranks" if world else "one IndexFlatIP, bare",
+                f"{world} rank{'s' * (world > 1)}",
                 f"{cpu:.2f}",
-                f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if world else "",
+                *(f"{np.median(of):.3f} ({min(of):.3f} to {max(of):.3f})" for of in (over_flat, over_parts)),
                 f"{ofs[0]['mb']:.0f}",
-                f"{100 * same:.1f} %" if world else "",
-                "yes" if world else "",
+                f"{100 * same:.1f} %",
+                "yes",
             ]
         )
-        key = f"world{world}" if world else "flat"
-        figures |= {f"{key}_cpu_s": cpu, f"{key}_peak_mb": ofs[0]["mb"]}
-        if world:
-            figures |= {f"{key}_over_flat": float(np.median(ratios)), f"{key}_same_neighbours": float(same)}
+        figures |= {
+            f"world{world}_cpu_s": cpu,
+            f"world{world}_peak_mb": ofs[0]["mb"],
+            f"world{world}_over_flat": float(np.median(over_flat)),
+            f"world{world}_over_parts": float(np.median(over_parts)),
+            f"world{world}_same_neighbours": float(same),
+        }
     columns = [
         "",
         "CPU s, all ranks",
-        "of the bare index's (range)",
+        "of one bare index's (range)",
+        "of as many bare parts' at once (range)",
         "peak MB above start, a rank",
         "queries with its neighbours",
         "ids, scores equal at any number of ranks",
@@ -151,49 +162,50 @@ def _approximate(options: Options) -> dict[str, float]:
     return figures
 
 
-def _run(options: Options, world: int, rows: int) -> dict[str, Any]:
-    """Searches in `world` processes, or in one bare index over all rows where that is 0; the work of all ranks."""
+def _run(options: Options, world: int, rows: int, *, bare: bool = False) -> dict[str, Any]:
+    """Searches in `world` ranks, or in as many bare indices over parts of the rows; the work of all processes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "options.json").write_text(json.dumps({**vars(options), "json": None, "rows": rows}))
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         start = [sys.executable, "-m", "benchmarks.search", "rank", name]
-        ranks = [subprocess.Popen([*start, str(rank), str(world)], env=env) for rank in range(max(1, world))]
+        kind = "bare" if bare else "ranks"
+        ranks = [subprocess.Popen([*start, str(rank), str(world), kind], env=env) for rank in range(world)]
         if sum(process.wait() != 0 for process in ranks):
             raise SystemExit("a rank failed")
         found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(ranks))]
-    if any((of["ids"], of["scores"]) != (found[0]["ids"], found[0]["scores"]) for of in found):
+    if not bare and any((of["ids"], of["scores"]) != (found[0]["ids"], found[0]["scores"]) for of in found):
         raise SystemExit(f"the {world} ranks do not agree")
     slowest = {key: max(of[key] for of in found) for key in ("wall", "mb")}
     return {**found[0], **slowest, "cpu": sum(of["cpu"] for of in found)}
 
 
-def _rank(folder: Path, rank: int, world: int) -> None:
+def _rank(folder: Path, rank: int, world: int, *, bare: bool) -> None:
     options = json.loads((folder / "options.json").read_text())
     rows, size, k = options["rows"], options["size"], options["k"]
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     queries_QD = _rows(-1, options["queries"], size)
     search_blocks(queries_QD[:20], [(0, _rows(0, 4096, size))], 5)  # loads what FAISS loads at its first call
-    if world:
-        store = dist.FileStore(str(folder / "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        dist.barrier()
-    before_mb, start, cpu = _peak_mb(), time.perf_counter(), time.process_time()
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    before_mb = _peak_mb()
+    seeds = -(-rows // ROWS_PER_SEED)
+    first, stop = (min(rows, seeds * r // world * ROWS_PER_SEED) for r in (rank, rank + 1))
     making = [0.0]
-    if world:
-        seeds = -(-rows // ROWS_PER_SEED)
-        first, stop = (min(rows, seeds * r // world * ROWS_PER_SEED) for r in (rank, rank + 1))
-        scores, ids = search_ranks(
-            queries_QD, _blocks(first, stop, size, _block_rows(options["block_mb"], size), making), k
-        )
-    else:
-        ((_, rows_ND),) = _blocks(0, rows, size, rows, making)
+    if bare:
+        ((_, rows_ND),) = _blocks(first, stop, size, stop - first, making)
         index = faiss.IndexFlatIP(size)
         index.add(rows_ND)
         del rows_ND
-        making[0] = time.process_time() - cpu  # the index is there: its search alone is what is compared
+        making[0] = 0.0  # the index is there: its search alone is what is compared
+    dist.barrier()
+    start, cpu = time.perf_counter(), time.process_time()
+    if bare:
         scores, ids = index.search(queries_QD, k)
+    else:
+        blocks = _blocks(first, stop, size, _block_rows(options["block_mb"], size), making)
+        scores, ids = search_ranks(queries_QD, blocks, k)
     figures = {
         "wall": time.perf_counter() - start,
         "cpu": time.process_time() - cpu - making[0],
@@ -202,8 +214,8 @@ def _rank(folder: Path, rank: int, world: int) -> None:
         "scores": scores.tolist(),
     }
     (folder / f"{rank}.json").write_text(json.dumps(figures))
-    if world:
-        dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _block_rows(block_mb: int, size: int) -> int:

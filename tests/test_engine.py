@@ -20,7 +20,7 @@ IMAGES = 8
 Layout = tuple[int, str]  # ZeRO stage, offload
 
 
-def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1) -> Any:
+def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1, timeout_s: int = 60) -> Any:
     from trainer.engine import build_engine, partitioner
 
     torch.manual_seed(0)
@@ -31,7 +31,13 @@ def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1) -
         parameter.requires_grad_(False)
     stage, offload = layout
     engine = EngineConfig.model_validate(
-        {"zero_stage": stage, "offload": offload, "precision": precision, "gradient_accumulation": chunks}
+        {
+            "zero_stage": stage,
+            "offload": offload,
+            "precision": precision,
+            "gradient_accumulation": chunks,
+            "timeout_s": timeout_s,
+        }
     )
     if part := partitioner(engine):  # as the network is built
         for module in model:
@@ -98,6 +104,16 @@ def check_stages_agree_and_their_state_moves_between_them() -> None:
     dist.barrier()
     if rank == 0:
         shutil.rmtree(folder)
+
+
+def check_groups_that_deepspeed_makes_have_the_recipe_s_timeout() -> None:
+    """Left alone they would wait for a lost rank for torch's half an hour."""
+    from deepspeed.comm import new_group
+
+    build((1, "none"), "adamw", timeout_s=77)
+    group = new_group(list(range(dist.get_world_size())))
+    assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 77
+    dist.destroy_process_group(group)
 
 
 def check_a_gradient_that_is_not_finite_updates_nothing() -> None:

@@ -9,9 +9,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from configs.schema import EngineConfig, OptimConfig
@@ -104,7 +107,8 @@ def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_p
     }
 
 
-def _deepspeed() -> Any:
+def _deepspeed(timeout_s: int) -> Any:
+    """DeepSpeed, told to bound its groups' operations by `timeout_s`: it would leave them torch's half an hour."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     import deepspeed.ops
@@ -113,6 +117,8 @@ def _deepspeed() -> Any:
     logger.setLevel(logging.WARNING)
     # A kernel for inference on CPU only, which would be compiled in every first run (about 40 s).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend())  # takes the group that is there
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=timedelta(seconds=timeout_s))
     return deepspeed
 
 
@@ -120,7 +126,7 @@ def partitioner(engine: EngineConfig) -> Callable[[nn.Module], None] | None:
     """At ZeRO-3 what leaves this rank its part of a module's parameters, once they are filled; None at other stages."""
     if engine.zero_stage < 3:
         return None
-    deepspeed = _deepspeed()
+    deepspeed = _deepspeed(engine.timeout_s)
     _give_back_freed_memory()
     config = deepspeed_config(engine, gradient_clipping=0.0, images_per_rank=1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
@@ -148,7 +154,7 @@ def build_engine(
     model: nn.Module, *, engine: EngineConfig, optim: OptimConfig, images_per_rank: int
 ) -> Any:  # deepspeed.DeepSpeedEngine, which ships no types
     """`model` under DeepSpeed with the recipe's optimizer; averages gradients over ranks, as `GlobalLoss` expects."""
-    deepspeed = _deepspeed()
+    deepspeed = _deepspeed(engine.timeout_s)
     optimizer = build_optimizer(model, optim)
     config = deepspeed_config(engine, gradient_clipping=optim.gradient_clipping, images_per_rank=images_per_rank)
     built, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -206,7 +212,8 @@ def whole_weights(engine: Any) -> Iterator[None]:
     if engine.zero_optimization_stage() < 3:
         yield
         return
-    deepspeed = _deepspeed()
+    import deepspeed
+
     offload = engine.optimizer.parameter_offload
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         offload._remove_module_hooks()

@@ -74,7 +74,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def test_two_trainings_outlive_their_server(workplace: Path, server: Server) -> None:
     """Both end well, and each one's MLflow run has all of its steps."""
-    steps, outputs = 600, ("tracked_a", "tracked_b")
+    steps, outputs = 1500, ("tracked_a", "tracked_b")  # enough to outlast the start of a server beside them
     command = [sys.executable, "-m", "rerankvpr", "launch", "--nproc-per-node", "1", "--", "train"]
     flags = ("--tracking.uri", server.uri, "--trainer.max-steps", str(steps), "--eval.benchmarks")
     runs = []
@@ -93,8 +93,9 @@ def test_two_trainings_outlive_their_server(workplace: Path, server: Server) -> 
         time.sleep(2)
         assert all(run.poll() is None for run in runs)
         server.start()
+        assert all(run.poll() is None for run in runs)
         texts = [
-            (run.wait(240), (workplace / f"{output}.log").read_text())
+            (run.wait(300), (workplace / f"{output}.log").read_text())
             for run, output in zip(runs, outputs, strict=True)
         ]
     finally:
