@@ -1,10 +1,10 @@
 """The tables of docs/results.md: Gardens Point, frozen and fine-tuned, before and after re-ranking; choice; auto.
 
 `python -m benchmarks.gardens --weights FILE --data-root DATA [--checkpoint RUN] [--parts choice recalls auto]`.
-`choice` picks depth, thresholds and global weight from a grid, over all models, at `--choice-sizes` alone, on the pairs
-that do not put the two traverses of the claim against each other; the schema's defaults stand beside that choice.
-`recalls` is all six pairs by the defaults, `auto` the same with `rerank.when auto`. Features are kept in `--features`
-and read again by later runs.
+`choice` picks depth, thresholds, geometry and global weight from a grid, over all models, at `--choice-sizes` alone, on
+the pairs that do not put the two traverses of the claim against each other; the schema's defaults stand beside that
+choice. `recalls` is all six pairs by the defaults, `auto` the same with `rerank.when auto`. Features are kept in
+`--features` and read again by later runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,11 +33,12 @@ from trainer.checkpoint import find_checkpoint, load_model_weights
 
 CLAIMED = ("day_right", "night_right")  # database and queries of the claim
 TOP_K = (10, 15, 20, 30)
-SALIENCY = (0.1, 0.2)
+SALIENCY = (0.2, 0.3)
 MATCH = (0.6, 0.65, 0.7)
+GEOMETRIES = ("none", "translation 1", "translation 2")  # and patches by which a match may miss the shift
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 HELD_OUT = "100-199"  # frames that no training set of this project shows
-Point = tuple[int, float, float, float]
+Point = tuple[int, float, float, str, float]
 Run = tuple[str, PlaceModel, str]
 
 
@@ -195,11 +196,15 @@ def _choose(runs: list[Run], options: Options, figures: dict[str, float]) -> str
             benchmarks = load_benchmarks([spec], options.data_root)
             store = FeatureStore(benchmarks)
             for benchmark in benchmarks:
-                seen: list[tuple[FirstStage, Sweep]] = []
+                seen: list[tuple[FirstStage, dict[str, Sweep]]] = []
 
-                def sweep(found: FirstStage, seen: list[tuple[FirstStage, Sweep]] = seen) -> None:
-                    args = found.queries, found.database, found.predictions_QK[:, : stored.top_k], stored
-                    seen.append((found, sweep_thresholds(*args, torch.device("cpu"), saliency=SALIENCY, match=MATCH)))
+                def sweep(found: FirstStage, seen: list[tuple[FirstStage, dict[str, Sweep]]] = seen) -> None:
+                    candidates, swept = found.predictions_QK[:, : stored.top_k], {}
+                    for geometry in GEOMETRIES:
+                        how = stored.model_copy(update=_geometry(geometry))
+                        args = found.queries, found.database, candidates, how, torch.device("cpu")
+                        swept[geometry] = sweep_thresholds(*args, saliency=SALIENCY, match=MATCH)
+                    seen.append((found, swept))
 
                 config = _config(side, options, stored.model_copy(update={"top_k": 1}))
                 config = config.model_copy(update={"recall_at": [1, 5, 10, stored.top_k]})
@@ -214,11 +219,12 @@ def _choose(runs: list[Run], options: Options, figures: dict[str, float]) -> str
     harmless = {point: gain for point, gain in gains.items() if min(gain) >= 0}
     ranked = sorted(harmless, key=lambda point: -float(np.mean(harmless[point][::3])))
     default = RerankConfig()
-    own: Point = (default.top_k, default.saliency_thresh or 0.0, default.nn_match_thresh, default.global_weight)
+    named = default.geometry + (f" {default.geometry_cells}" if default.geometry != "none" else "")
+    own: Point = (default.top_k, default.saliency_thresh or 0.0, default.nn_match_thresh, named, default.global_weight)
     rows = [
         [
             name,
-            *(f"{x:g}" for x in point),
+            *(str(x) for x in point),
             *(
                 text
                 for of in (gains, left_out)
@@ -228,7 +234,7 @@ def _choose(runs: list[Run], options: Options, figures: dict[str, float]) -> str
         for name, point in (*((str(i + 1), point) for i, point in enumerate(ranked[:8])), ("default", own))
     ]
     columns = (
-        *("", "top_k", "saliency", "match", "weight", "mean gain of R@1", "least gain of R@1/5/10"),
+        *("", "top_k", "saliency", "match", "geometry", "weight", "mean gain of R@1", "least gain of R@1/5/10"),
         *("left-out pairs: mean gain of R@1", "least of R@1/5/10"),
     )
     figures |= {
@@ -247,16 +253,23 @@ def _choose(runs: list[Run], options: Options, figures: dict[str, float]) -> str
     return _show(f"The best of {len(harmless)} harmless points among {len(gains)}", columns, rows)
 
 
-def _gains(benchmark: Benchmark, found: FirstStage, swept: Sweep) -> dict[Point, list[float]]:
+def _geometry(name: str) -> dict[str, Any]:
+    """A name of GEOMETRIES as settings."""
+    kind, _, cells = name.partition(" ")
+    return {"geometry": kind, "geometry_cells": int(cells or 0)}
+
+
+def _gains(benchmark: Benchmark, found: FirstStage, by_geometry: dict[str, Sweep]) -> dict[Point, list[float]]:
     """Gain of R@1, R@5 and R@10 at each point of the grid."""
     before = recall_at(found.predictions_QK, benchmark, [1, 5, 10])
     gains: dict[Point, list[float]] = {}
-    for (s, saliency), (m, match) in product(enumerate(swept.saliency), enumerate(swept.match)):
-        for top_k, weight in product(TOP_K, WEIGHTS):
-            scores_QT, cosine_QT = swept.scores_SMQT[s, m][:, :top_k], found.similarities_QK[:, :top_k]
-            key_QT = fuse(scores_QT, cosine_QT, swept.patches_SQ[s], weight)
-            after = recall_at(reorder(key_QT, found.predictions_QK), benchmark, [1, 5, 10])
-            gains[top_k, saliency, match, weight] = [after[k] - before[k] for k in (1, 5, 10)]
+    for geometry, swept in by_geometry.items():
+        for (s, saliency), (m, match) in product(enumerate(swept.saliency), enumerate(swept.match)):
+            for top_k, weight in product(TOP_K, WEIGHTS):
+                scores_QT, cosine_QT = swept.scores_SMQT[s, m][:, :top_k], found.similarities_QK[:, :top_k]
+                key_QT = fuse(scores_QT, cosine_QT, swept.patches_SQ[s], weight)
+                after = recall_at(reorder(key_QT, found.predictions_QK), benchmark, [1, 5, 10])
+                gains[top_k, saliency, match, geometry, weight] = [after[k] - before[k] for k in (1, 5, 10)]
     return gains
 
 

@@ -129,7 +129,7 @@ def _measure(model: PlaceModel, options: Options) -> Iterator[tuple[int, dict[st
             paths.append(Path(name) / f"{i}.jpg")
             image.save(paths[-1])
         database_paths, query_paths = paths[:-3], paths[-3:]
-        # What is stored is random: matching takes the same time, and the images need not be encoded for it.
+        # What is stored is one scene under noise, so that every patch has a match: images need not be encoded for it.
         patches, channels = (options.image_size // PATCH) ** 2, model.backbone.embed_dim
         database, queries = (
             _random_features(Path(name) / part, len(of), patches, channels, options.config.store)
@@ -150,7 +150,8 @@ def _measure(model: PlaceModel, options: Options) -> Iterator[tuple[int, dict[st
                 return score_candidates(queries, numbers, database, candidates_QT, rerank_config, device)
 
             def matching(own: Patches = own, others: Patches = others) -> object:
-                return match_scores(own, others, nn_match_thresh=0.65, score="count", geometry="none", geometry_cells=0)
+                how = rerank_config.model_dump(include={"nn_match_thresh", "score", "geometry", "geometry_cells"})
+                return match_scores(own, others, **how)
 
             def products(own: Patches = own, products_CX: torch.Tensor = products_CX) -> object:
                 return own.codes_BMC[0] @ products_CX
@@ -192,17 +193,21 @@ def _as_the_original(model: PlaceModel, query: Path, candidates: list[Path], con
 
 
 def _random_features(folder: Path, count: int, patches: int, channels: int, kind: str) -> StoredFeatures:
-    """Images of random unit patches, as extraction writes them."""
+    """Images of one random scene, as extraction writes them: the cosine of a patch with its match is about 0.8."""
     folder.mkdir()
+    scene_PC = F.normalize(torch.randn(patches, channels, generator=torch.Generator().manual_seed(0)), dim=1)
+    side = round(patches**0.5)
+    cell_P2 = torch.stack([torch.arange(patches) // side, torch.arange(patches) % side], dim=1).to(torch.uint8)
     bounds, g = shard_bounds(count, 8), torch.Generator().manual_seed(count)
     for number, (first, stop) in enumerate(bounds):
-        codes, scale = encode(F.normalize(torch.randn((stop - first) * patches, channels, generator=g), dim=1), kind)
+        noise_BPC = F.normalize(torch.randn(stop - first, patches, channels, generator=g), dim=2)
+        codes, scale = encode(F.normalize(scene_PC + 0.5 * noise_BPC, dim=2).flatten(0, 1), kind)
         tensors = {
             "descriptors": torch.zeros(stop - first, channels),
             "count": torch.full((stop - first,), patches),
             "codes": codes,
             "scale": scale,
-            "cell": torch.zeros(len(codes), 2, dtype=torch.uint8),
+            "cell": cell_P2.repeat(stop - first, 1),
             "saliency": torch.ones(len(codes)).half(),
         }
         write_shard(shard_path(folder, number), tensors, "random")

@@ -306,11 +306,13 @@ class RerankConfig(Section):
         "count", description="Number of matches or the sum of their cosines."
     )
     geometry: Literal["none", "translation"] = Field(
-        "none", description="translation: only the matches that agree on one shift of the patch grid score."
+        "translation",
+        description="translation: only the matches that agree on one shift of the patch grid score; none: all (the "
+        "original).",
     )
-    geometry_cells: NonNegative = Field(2, description="Patches by which a match may miss the common shift.")
+    geometry_cells: NonNegative = Field(1, description="Patches by which a match may miss the common shift.")
     global_weight: Annotated[float, Field(ge=0)] = Field(
-        1.0,
+        0.25,
         description="Weight of the global cosine added to score / query's patches; 0, the original's rule, uses it for "
         "ties alone and can lower recall where retrieval is sure.",
     )

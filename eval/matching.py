@@ -46,49 +46,50 @@ def mutual_matches(sim_BNTM: torch.Tensor, nn_match_thresh: float) -> Matches:
 def match_scores(
     query: Patches, candidates: Patches, *, nn_match_thresh: float, score: str, geometry: str, geometry_cells: int
 ) -> torch.Tensor:
-    """Scores [B, T] of B queries with T candidates each (candidates of query b are rows b * T to b * T + T).
-
-    `count` is the number of matches and `similarity_sum` the sum of their cosines; with geometry `translation` only of
-    those that agree on one shift of the patch grid.
-    """
-    batch = len(query.codes_BMC)
-    candidates_BTMC = candidates.codes_BMC.unflatten(0, (batch, -1))
+    """Scores [B, T] of B queries with T candidates each (candidates of query b are rows b * T to b * T + T)."""
+    candidates_BTMC = candidates.codes_BMC.unflatten(0, (len(query.codes_BMC), -1))
     matches = mutual_matches(similarities(query.codes_BMC, candidates_BTMC), nn_match_thresh)
+    return score_matches(matches, query, candidates, score=score, geometry=geometry, geometry_cells=geometry_cells)
+
+
+def score_matches(
+    matches: Matches, query: Patches, candidates: Patches, *, score: str, geometry: str, geometry_cells: int
+) -> torch.Tensor:
+    """Scores [B, T]: `count` is the number of matches, `similarity_sum` the sum of their cosines.
+
+    With geometry `translation` only matches count that agree on one shift of the patch grid: the largest sum of those
+    whose shifts fit in a window of 2 * geometry_cells + 1 patches a side, over all windows, without rotation or scale.
+    Class tokens have no position and no vote.
+    """
     weight_BNT = matches.matched_BNT.float()
     if score == "similarity_sum":
         weight_BNT = weight_BNT * matches.cosine_BNT
     if geometry == "none":
         return weight_BNT.sum(dim=1)
-    cells_BTM2 = candidates.cell_BM2.unflatten(0, (batch, -1))
-    return translation_vote(query.cell_BM2, cells_BTM2, matches.nearest_BNT, weight_BNT, geometry_cells)
-
-
-def translation_vote(
-    query_cell_BN2: torch.Tensor,
-    cells_BTM2: torch.Tensor,
-    nearest_BNT: torch.Tensor,
-    weight_BNT: torch.Tensor,
-    tolerance: int,
-) -> torch.Tensor:
-    """The largest weight [B, T] of matches whose shifts fit in a window of 2 * tolerance + 1 patches a side.
-
-    A vote over all shifts, without rotation or scale; class tokens have no position and no vote.
-    """
-    is_patch_BNT = (query_cell_BN2[..., 0] != NO_CELL)[:, :, None] & (weight_BNT > 0)
-    index_BTN = nearest_BNT.transpose(1, 2)
-    cell_BTN2 = cells_BTM2.gather(2, index_BTN[..., None].expand(-1, -1, -1, 2))
-    is_patch_BTN = is_patch_BNT.transpose(1, 2) & (cell_BTN2[..., 0] != NO_CELL)
-    on_grid_BN2 = query_cell_BN2.where(query_cell_BN2 != NO_CELL, 0)
-    reach = 1 + int(max(on_grid_BN2.max(), cells_BTM2.where(cells_BTM2 != NO_CELL, 0).max()))
-    shift_BTN2 = (cell_BTN2 - query_cell_BN2[:, None]).clamp(-reach, reach) + reach
-    side = 2 * reach + 1
-    votes_BTX = torch.zeros(*index_BTN.shape[:2], side * side, device=weight_BNT.device)
-    bin_BTN = shift_BTN2[..., 0] * side + shift_BTN2[..., 1]
-    votes_BTX.scatter_add_(2, bin_BTN, weight_BNT.transpose(1, 2).where(is_patch_BTN, 0))
-    window = 2 * tolerance + 1
-    map_BTHW = votes_BTX.unflatten(2, (side, side))
-    sums_BTHW = F.avg_pool2d(map_BTHW, window, stride=1, padding=tolerance, divisor_override=1)
-    return sums_BTHW.amax(dim=(2, 3))
+    batch, _, depth = weight_BNT.shape
+    b, n, t = weight_BNT.nonzero(as_tuple=True)  # few of all patches
+    own_X2 = query.cell_BM2[b, n]
+    other_X2 = candidates.cell_BM2[b * depth + t, matches.nearest_BNT[b, n, t]]
+    on_grid_X = (own_X2[:, 0] != NO_CELL) & (other_X2[:, 0] != NO_CELL)
+    shift_X2 = (other_X2 - own_X2)[on_grid_X]
+    pair_X, weight_X = (b * depth + t)[on_grid_X], weight_BNT[b, n, t][on_grid_X]
+    scores_P = torch.zeros(batch * depth, device=weight_BNT.device)
+    if not len(shift_X2):
+        return scores_P.unflatten(0, (batch, depth))
+    shift_X2 = shift_X2 - shift_X2.amin(dim=0)
+    height, width = (shift_X2.amax(dim=0) + 1).tolist()
+    window = 2 * geometry_cells + 1
+    # As many maps of votes at a time as take the memory that the cosines took.
+    cosines = weight_BNT.numel() * candidates.codes_BMC.shape[1]
+    step = max(1, cosines // (2 * (height + window) * (width + window)))
+    for first in range(0, len(scores_P), step):
+        pairs = min(step, len(scores_P) - first)
+        here_X = (pair_X >= first) & (pair_X < first + pairs)
+        votes_PHW = torch.zeros(pairs, height, width, device=weight_BNT.device)
+        votes_PHW.index_put_((pair_X[here_X] - first, *shift_X2[here_X].T), weight_X[here_X], accumulate=True)
+        sums_PHW = F.avg_pool2d(votes_PHW, window, stride=1, padding=geometry_cells, divisor_override=1)
+        scores_P[first : first + pairs] = sums_PHW.amax(dim=(1, 2))
+    return scores_P.unflatten(0, (batch, depth))
 
 
 def pair_bytes(query_patches: int, candidate_patches: int, channels: int) -> int:

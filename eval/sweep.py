@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from configs.schema import RerankConfig
 from eval.benchmarks import Benchmark
-from eval.matching import mutual_matches, similarities
+from eval.matching import mutual_matches, score_matches, similarities
 from eval.recall import recall_at
 from eval.rerank import blocks_of, fuse, plan_batches, reorder
 from eval.store import StoredFeatures
@@ -66,10 +66,10 @@ def sweep_thresholds(
     Saliency below what was stored cannot be swept: those thresholds are left out. Equal on every rank.
     """
     stored = config.saliency_thresh
-    kept = tuple(s for s in saliency if stored is None or s >= stored)
+    swept = tuple(s for s in saliency if stored is None or s >= stored)
     plan = plan_batches(queries, database, candidates_QT.shape[1], max(1, config.memory_mb // 2), device)
-    scores_SMQT = torch.zeros(len(kept), len(match), *candidates_QT.shape, device=device)
-    patches_SQ = torch.zeros(len(kept), len(candidates_QT), dtype=torch.int64, device=device)
+    scores_SMQT = torch.zeros(len(swept), len(match), *candidates_QT.shape, device=device)
+    patches_SQ = torch.zeros(len(swept), len(candidates_QT), dtype=torch.int64, device=device)
     blocks = list(blocks_of(len(candidates_QT), plan.queries))
     for block in blocks[dist.get_rank() :: dist.get_world_size()]:
         own = queries.patches(np.arange(block.start, block.stop), device)
@@ -78,7 +78,7 @@ def sweep_thresholds(
             others = database.patches(candidates_QT[block, part].ravel(), device)
             sim_BNTM = similarities(own.codes_BMC, others.codes_BMC.unflatten(0, (len(own.count_B), -1)))
             salient_BTM = others.saliency_BM.unflatten(0, (len(own.count_B), -1))
-            for s, thresh in enumerate(kept):
+            for s, thresh in enumerate(swept):
                 # The stored threshold itself keeps all that is stored: saliency in fp16 may have been rounded onto it.
                 own_BN, other_BTM = own.saliency_BM > thresh, salient_BTM > thresh
                 if thresh == stored:
@@ -87,16 +87,20 @@ def sweep_thresholds(
                 masked_BNTM = sim_BNTM * own_BN[:, :, None, None] * other_BTM[:, None]
                 found = mutual_matches(masked_BNTM, 0.0)
                 for m, least in enumerate(match):
-                    good_BNT = found.matched_BNT & (found.cosine_BNT > least)
-                    value_BNT = good_BNT.float()
-                    if config.score == "similarity_sum":
-                        value_BNT = value_BNT * found.cosine_BNT
-                    scores_SMQT[s, m, block, part] = value_BNT.sum(dim=1)
+                    kept = replace(found, matched_BNT=found.matched_BNT & (found.cosine_BNT > least))
+                    scores_SMQT[s, m, block, part] = score_matches(
+                        kept,
+                        own,
+                        others,
+                        score=config.score,
+                        geometry=config.geometry,
+                        geometry_cells=config.geometry_cells,
+                    )
         if on_progress:
             on_progress(block.stop)
     dist.all_reduce(scores_SMQT)
     dist.all_reduce(patches_SQ)
-    return Sweep(kept, tuple(match), scores_SMQT.cpu().numpy(), patches_SQ.cpu().numpy())
+    return Sweep(swept, tuple(match), scores_SMQT.cpu().numpy(), patches_SQ.cpu().numpy())
 
 
 def draw_heat_map(path: Path, recall_SM: NDArray[np.float64], sweep: Sweep, title: str, first_stage: float) -> None:

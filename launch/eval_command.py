@@ -61,8 +61,8 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     )
     if command.list:
         return command, None, recipe
-    if command.sweep and not (command.eval.rerank.enabled and command.eval.rerank.geometry == "none"):
-        raise ValueError("eval --sweep needs --rerank.enabled True and --rerank.geometry none")
+    if command.sweep and not command.eval.rerank.enabled:
+        raise ValueError("eval --sweep needs --rerank.enabled True")
     if not command.eval.benchmarks:
         raise ValueError("eval needs --benchmarks, such as town or gardens_point/day_right/night_right/100-199")
     if command.weights:

@@ -40,6 +40,8 @@ def test_frozen_weights_reach_the_known_recalls_on_gardens_point(tmp_path: Path)
     plain = (
         "--rerank.saliency-thresh",
         "None",
+        "--rerank.geometry",
+        "none",
         "--rerank.global-weight",
         "0",
         "--rerank.top-k",

@@ -55,8 +55,15 @@ def brute_force(
         return len(found), sum(cos for _, cos in found.values())
     best = (0.0, 0.0)
     shifts = [(*(cells[1][j] - cells[0][i]).tolist(), cos) for j, (i, cos) in found.items()]
-    for y in range(-20, 21):
-        for x in range(-20, 21):
+    rows, columns = (
+        range(
+            min((s[axis] for s in shifts), default=0) - tolerance,
+            max((s[axis] for s in shifts), default=0) + tolerance + 1,
+        )
+        for axis in (0, 1)
+    )
+    for y in rows:
+        for x in columns:
             near = [cos for dy, dx, cos in shifts if abs(dy - y) <= tolerance and abs(dx - x) <= tolerance]
             best = max(best[0], len(near)), max(best[1], sum(near))
     return best
@@ -190,14 +197,16 @@ def check_ranking_equals_the_single_process() -> None:
         cases = (
             (23, 37, RerankConfig(top_k=6, nn_match_thresh=0.5, global_weight=0.0)),
             (23, 5, RerankConfig(top_k=50, nn_match_thresh=0.5, score="similarity_sum", global_weight=0.3)),
-            (3, 1, RerankConfig(top_k=2, nn_match_thresh=0.5)),
+            (3, 1, RerankConfig(top_k=2, nn_match_thresh=0.5, geometry="none")),
             (23, 37, RerankConfig(top_k=9, nn_match_thresh=0.5, memory_mb=1)),
         )
+        g = torch.Generator().manual_seed(0)
         for number, (num_database, num_queries, config) in enumerate(cases):
             database, queries = _photos(num_database, 1), _photos(num_queries, 2)
+            cells = [[torch.randint(0, 4, (len(x), 2), generator=g) for x in part] for part in (database, queries)]
             if dist.get_rank() == 0:
-                store(folder / f"d{number}", database)
-                store(folder / f"q{number}", queries)
+                store(folder / f"d{number}", database, cells=cells[0])
+                store(folder / f"q{number}", queries, cells=cells[1])
             dist.barrier()
             bounds_d, bounds_q = ([(i, min(i + 3, n)) for i in range(0, n, 3)] for n in (num_database, num_queries))
             stored_d = StoredFeatures(folder / f"d{number}", bounds_d)
@@ -209,7 +218,8 @@ def check_ranking_equals_the_single_process() -> None:
             expected = np.zeros_like(found.scores_QT)
             for q, row in enumerate(ids_QK[:, : config.top_k]):
                 for t, i in enumerate(row):
-                    pair = brute_force(queries[q], database[i], config.nn_match_thresh)
+                    grids = (cells[1][q], cells[0][i]) if config.geometry == "translation" else None
+                    pair = brute_force(queries[q], database[i], config.nn_match_thresh, grids, tolerance=1)
                     expected[q, t] = pair[config.score == "similarity_sum"]
             np.testing.assert_allclose(found.scores_QT, expected, rtol=1e-5, atol=1e-5)
             key = fuse(found.scores_QT, cosine_QK[:, : config.top_k], patch_counts(stored_q), config.global_weight)
@@ -225,20 +235,26 @@ def check_ranking_equals_the_single_process() -> None:
 def check_sweep_gives_the_scores_of_single_runs() -> None:
     with shared_folder() as folder:
         images, queries = _photos(9, 3), _photos(7, 4)
+        g = torch.Generator().manual_seed(0)
+        cells = [[torch.randint(0, 5, (len(x), 2), generator=g) for x in part] for part in (images, queries)]
         if dist.get_rank() == 0:
-            store(folder / "d", images)
-            store(folder / "q", queries)
+            store(folder / "d", images, cells=cells[0])
+            store(folder / "q", queries, cells=cells[1])
         dist.barrier()
         stored_d = StoredFeatures(folder / "d", [(0, 3), (3, 6), (6, 9)])
         stored_q = StoredFeatures(folder / "q", [(0, 3), (3, 6), (6, 7)])
         ids_QT = np.stack([np.random.default_rng(q).permutation(9)[:5] for q in range(7)])
-        config = RerankConfig(saliency_thresh=None)
-        sweep = sweep_thresholds(stored_q, stored_d, ids_QT, config, CPU, saliency=(0.0, 0.5), match=(0.3, 0.5, 0.7))
-        for m, thresh in enumerate(sweep.match):
-            single = RerankConfig(saliency_thresh=None, nn_match_thresh=thresh)
-            expected = score_candidates(stored_q, np.arange(7), stored_d, ids_QT, single, CPU)
-            for s in range(2):  # all patches here have saliency 1
-                np.testing.assert_array_equal(sweep.scores_SMQT[s, m], expected)
+        for config in (
+            RerankConfig(saliency_thresh=None, geometry="none", score="similarity_sum"),
+            RerankConfig(saliency_thresh=None, geometry="translation", geometry_cells=1),
+        ):
+            thresholds = {"saliency": (0.0, 0.5), "match": (0.3, 0.5, 0.7)}
+            sweep = sweep_thresholds(stored_q, stored_d, ids_QT, config, CPU, **thresholds)
+            for m, thresh in enumerate(sweep.match):
+                single = config.model_copy(update={"nn_match_thresh": thresh})
+                expected = score_candidates(stored_q, np.arange(7), stored_d, ids_QT, single, CPU)
+                for s in range(2):  # all patches here have saliency 1
+                    np.testing.assert_array_equal(sweep.scores_SMQT[s, m], expected)
         benchmark = Benchmark("x", "x", [], [], np.arange(8), np.arange(7) % 9)
         cosine = np.zeros((7, 5), dtype=np.float32)
         assert sweep.recall(benchmark, ids_QT, cosine, 0.0, 1).shape == (2, 3)
