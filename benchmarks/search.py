@@ -4,8 +4,8 @@
 work is the CPU time of all ranks together, without making the rows: on one machine, more ranks than cores are no
 faster. Processes that share a core also spend more CPU time on the same work; so beside the ratio to one index that has
 the machine to itself stands the ratio to as many processes, each of which searches a bare index over its part of the
-rows at the same time and merges nothing. Rows are random and made a block at a time, so that a database larger than
-memory can be searched.
+rows at the same time and merges nothing. Rows are random. For the comparison they are there before the clock starts;
+for a database larger than memory they are made a block at a time, and memory is measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Options:
 def main() -> None:
     """Measures and prints."""
     if len(sys.argv) == 6 and sys.argv[1] == "rank":
-        _rank(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), bare=sys.argv[5] == "bare")
+        _rank(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
         return
     options = tyro.cli(Options, prog="python -m benchmarks.search")
     figures = _against_one_index(options)
@@ -79,12 +79,12 @@ def main() -> None:
 def _against_one_index(options: Options) -> dict[str, float]:
     turns = []
     for _ in range(options.repeats):
-        bare = {world: _run(options, world, options.rows, bare=True) for world in (1, *options.world_sizes)}
-        turns.append((bare, {world: _run(options, world, options.rows) for world in options.world_sizes}))
+        bare = {world: _run(options, "bare", world, options.rows) for world in {1, *options.world_sizes}}
+        turns.append((bare, {world: _run(options, "ranks", world, options.rows) for world in options.world_sizes}))
     one, first = turns[0][0][1], turns[0][1][options.world_sizes[0]]
     cpu = float(np.median([bare[1]["cpu"] for bare, _ in turns]))
-    figures = {"flat_cpu_s": cpu, "flat_peak_mb": one["mb"]}
-    rows: list[list[str]] = [["one IndexFlatIP, bare", f"{cpu:.2f}", "", "", f"{one['mb']:.0f}", "", ""]]
+    figures = {"flat_cpu_s": cpu}
+    rows: list[list[str]] = [["one IndexFlatIP, bare", f"{cpu:.2f}", "", "", "", ""]]
     for world in options.world_sizes:
         ofs = [ranks[world] for _, ranks in turns]
         if any((of["ids"], of["scores"]) != (first["ids"], first["scores"]) for of in ofs):
@@ -98,14 +98,12 @@ def _against_one_index(options: Options) -> dict[str, float]:
                 f"{world} rank{'s' * (world > 1)}",
                 f"{cpu:.2f}",
                 *(f"{np.median(of):.3f} ({min(of):.3f} to {max(of):.3f})" for of in (over_flat, over_parts)),
-                f"{ofs[0]['mb']:.0f}",
                 f"{100 * same:.1f} %",
                 "yes",
             ]
         )
         figures |= {
             f"world{world}_cpu_s": cpu,
-            f"world{world}_peak_mb": ofs[0]["mb"],
             f"world{world}_over_flat": float(np.median(over_flat)),
             f"world{world}_over_parts": float(np.median(over_parts)),
             f"world{world}_same_neighbours": float(same),
@@ -115,7 +113,6 @@ def _against_one_index(options: Options) -> dict[str, float]:
         "CPU s, all ranks",
         "of one bare index's (range)",
         "of as many bare parts' at once (range)",
-        "peak MB above start, a rank",
         "queries with its neighbours",
         "ids, scores equal at any number of ranks",
     ]
@@ -126,7 +123,7 @@ def _against_one_index(options: Options) -> dict[str, float]:
 
 def _large(options: Options) -> dict[str, float]:
     """A database in blocks, and the memory that it takes beside what the rows would take."""
-    found = _run(options, options.large_world, options.large_rows)
+    found = _run(options, "blocks", options.large_world, options.large_rows)
     whole_mb = options.large_rows * options.size * 4 / 2**20
     row = [f"{options.large_world} ranks", f"{found['wall']:.1f}", f"{found['cpu']:.1f}", f"{found['mb']:.0f}"]
     print_table(
@@ -162,25 +159,28 @@ def _approximate(options: Options) -> dict[str, float]:
     return figures
 
 
-def _run(options: Options, world: int, rows: int, *, bare: bool = False) -> dict[str, Any]:
-    """Searches in `world` ranks, or in as many bare indices over parts of the rows; the work of all processes."""
+def _run(options: Options, kind: str, world: int, rows: int) -> dict[str, Any]:
+    """Searches in `world` processes; the work of all.
+
+    `bare` are indices over parts of the rows; `ranks` search one database, whose rows are there; in `blocks` rows are
+    made as they are searched.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "options.json").write_text(json.dumps({**vars(options), "json": None, "rows": rows}))
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         start = [sys.executable, "-m", "benchmarks.search", "rank", name]
-        kind = "bare" if bare else "ranks"
         ranks = [subprocess.Popen([*start, str(rank), str(world), kind], env=env) for rank in range(world)]
         if sum(process.wait() != 0 for process in ranks):
             raise SystemExit("a rank failed")
         found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(ranks))]
-    if not bare and any((of["ids"], of["scores"]) != (found[0]["ids"], found[0]["scores"]) for of in found):
+    if kind != "bare" and any((of["ids"], of["scores"]) != (found[0]["ids"], found[0]["scores"]) for of in found):
         raise SystemExit(f"the {world} ranks do not agree")
     slowest = {key: max(of[key] for of in found) for key in ("wall", "mb")}
     return {**found[0], **slowest, "cpu": sum(of["cpu"] for of in found)}
 
 
-def _rank(folder: Path, rank: int, world: int, *, bare: bool) -> None:
+def _rank(folder: Path, rank: int, world: int, kind: str) -> None:
     options = json.loads((folder / "options.json").read_text())
     rows, size, k = options["rows"], options["size"], options["k"]
     torch.set_num_threads(1)
@@ -189,26 +189,25 @@ def _rank(folder: Path, rank: int, world: int, *, bare: bool) -> None:
     search_blocks(queries_QD[:20], [(0, _rows(0, 4096, size))], 5)  # loads what FAISS loads at its first call
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    before_mb = _peak_mb()
     seeds = -(-rows // ROWS_PER_SEED)
     first, stop = (min(rows, seeds * r // world * ROWS_PER_SEED) for r in (rank, rank + 1))
     making = [0.0]
-    if bare:
-        ((_, rows_ND),) = _blocks(first, stop, size, stop - first, making)
-        index = faiss.IndexFlatIP(size)
-        index.add(rows_ND)
-        del rows_ND
-        making[0] = 0.0  # the index is there: its search alone is what is compared
+    blocks: Iterable[tuple[int, NDArray[np.float32]]]
+    blocks = _blocks(first, stop, size, _block_rows(options["block_mb"], size), making)
+    index = faiss.IndexFlatIP(size)
+    if kind == "bare":
+        for _, rows_ND in blocks:
+            index.add(rows_ND)
+            del rows_ND
+    elif kind == "ranks":
+        blocks = list(blocks)
+    made, before_mb = making[0], _peak_mb()
     dist.barrier()
     start, cpu = time.perf_counter(), time.process_time()
-    if bare:
-        scores, ids = index.search(queries_QD, k)
-    else:
-        blocks = _blocks(first, stop, size, _block_rows(options["block_mb"], size), making)
-        scores, ids = search_ranks(queries_QD, blocks, k)
+    scores, ids = index.search(queries_QD, k) if kind == "bare" else search_ranks(queries_QD, blocks, k)
     figures = {
         "wall": time.perf_counter() - start,
-        "cpu": time.process_time() - cpu - making[0],
+        "cpu": time.process_time() - cpu - (making[0] - made),
         "mb": _peak_mb() - before_mb,
         "ids": ids.tolist(),
         "scores": scores.tolist(),
