@@ -24,6 +24,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import tyro
@@ -201,7 +202,7 @@ def _rank(folder: Path, rank: int, world: int, kind: str) -> None:
             del rows_ND
     elif kind == "ranks":
         blocks = list(blocks)
-    made, before_mb = making[0], _peak_mb()
+    made, before_mb = making[0], psutil.Process().memory_info().rss / 2**20
     dist.barrier()
     start, cpu = time.perf_counter(), time.process_time()
     scores, ids = index.search(queries_QD, k) if kind == "bare" else search_ranks(queries_QD, blocks, k)
