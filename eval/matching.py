@@ -92,6 +92,16 @@ def score_matches(
     return scores_P.unflatten(0, (batch, depth))
 
 
+def agreeing(shift_X2: torch.Tensor, weight_X: torch.Tensor, geometry_cells: int) -> torch.Tensor:
+    """Which matches [X] of one pair of images, given by their shifts, score in `score_matches`: those of its window."""
+    if not len(shift_X2):
+        return torch.zeros(0, dtype=torch.bool, device=shift_X2.device)
+    low_C2 = torch.cartesian_prod(*(axis.unique() for axis in shift_X2.T)).reshape(-1, 2)
+    above_CX2 = shift_X2 - low_C2[:, None]
+    inside_CX = ((above_CX2 >= 0) & (above_CX2 <= 2 * geometry_cells)).all(dim=2)
+    return inside_CX[(inside_CX.float() @ weight_X).argmax()]
+
+
 def pair_bytes(query_patches: int, candidate_patches: int, channels: int) -> int:
     """Most bytes that scoring one query with one candidate takes, the query's own features aside."""
     stored = candidate_patches * channels * (4 + 4)  # as read and as float32

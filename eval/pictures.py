@@ -9,13 +9,13 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from configs.schema import EvalConfig
+from configs.schema import EvalConfig, RerankConfig
 from data_pipeline.images import normalise, read_image
 from eval.benchmarks import Benchmark
 from eval.evaluate import Result
 from eval.extract import load_image
 from eval.local_features import NO_CELL, LocalFeatures, compact, grid_of, read_local
-from eval.matching import mutual_matches
+from eval.matching import Matches, agreeing, mutual_matches
 from model.network import PlaceModel
 
 mpl.use("Agg")
@@ -23,6 +23,8 @@ mpl.use("Agg")
 RIGHT, WRONG = "#2e9e4f", "#cc3b3b"
 SHOWN = 3
 LINES = 60
+SCORING: dict[str, Any] = {"color": "#39d6ff", "alpha": 0.8}
+OTHERS: dict[str, Any] = {"color": "#9aa0a6", "alpha": 0.35}
 
 
 def draw_pictures(
@@ -92,7 +94,10 @@ def _draw_matches(
     model: PlaceModel,
     config: EvalConfig,
 ) -> Path:
-    """Saliency and mutual matches of each query with its best candidate, of features before any projection."""
+    """Saliency and mutual matches of each query with its best candidate, of features before any projection.
+
+    Matches that score are blue; those that do not agree with them on a shift are grey.
+    """
     from matplotlib.figure import Figure
 
     was_training = model.training
@@ -116,22 +121,20 @@ def _draw_matches(
         left.imshow(picture, alpha=0.45, zorder=2)
         left.set_title(f"query {query} and its best candidate: CLS attention", fontsize=8)
         right.imshow(picture)
-        matched = torch.nonzero(matches.matched_BNT[0, :, 0]).flatten()
-        drawn = [
-            patch
-            for patch in matched[matches.cosine_BNT[0, matched, 0].argsort(descending=True)].tolist()
-            if int(features[0].cell_P2[patch, 0]) != NO_CELL
-        ][:LINES]
+        matched, scoring = _matches(matches, features, config.rerank)
         side = model.backbone.patch_embed.patch_size[0]
-        for patch in drawn:
-            other = int(matches.nearest_BNT[0, patch, 0])
-            (y0, x0), (y1, x1) = features[0].cell_P2[patch].tolist(), features[1].cell_P2[other].tolist()
-            x, y = [(x0 + 0.5) * side, shift + (x1 + 0.5) * side], [(y0 + 0.5) * side, (y1 + 0.5) * side]
-            right.plot(x, y, linewidth=0.6, color="#39d6ff", marker="o", markersize=1.5, alpha=0.8)
+        for patches, style in ((matched[~scoring], OTHERS), (matched[scoring], SCORING)):
+            for patch in [p for p in patches.tolist() if int(features[0].cell_P2[p, 0]) != NO_CELL][:LINES]:
+                other = int(matches.nearest_BNT[0, patch, 0])
+                (y0, x0), (y1, x1) = features[0].cell_P2[patch].tolist(), features[1].cell_P2[other].tolist()
+                x, y = [(x0 + 0.5) * side, shift + (x1 + 0.5) * side], [(y0 + 0.5) * side, (y1 + 0.5) * side]
+                right.plot(x, y, linewidth=0.6, marker="o", markersize=1.5, **style)
         is_right = number in benchmark.positives(query)
         verdict = "the place" if is_right else "another place"
-        shown = f", {len(drawn)} drawn" if len(drawn) < len(matched) else ""
-        right.set_title(f"{len(matched)} matches{shown}: {verdict}", fontsize=8, color=RIGHT if is_right else WRONG)
+        agree = "" if config.rerank.geometry == "none" else f", {int(scoring.sum())} agree on a shift"
+        shown = f"; {LINES} drawn" if int(scoring.sum()) > LINES else ""
+        title = f"{len(matched)} matches{agree}{shown}: {verdict}"
+        right.set_title(title, fontsize=8, color=RIGHT if is_right else WRONG)
         for axis in (left, right):
             axis.set_axis_off()
             axis.set_xlim(0, picture.shape[1])
@@ -140,6 +143,25 @@ def _draw_matches(
     figure.savefig(path, dpi=110)
     model.train(was_training)
     return path
+
+
+def _matches(
+    matches: Matches, features: tuple[LocalFeatures, ...], rerank: RerankConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matched patches of the query, the most alike first, and which of them score."""
+    matched = torch.nonzero(matches.matched_BNT[0, :, 0]).flatten()
+    cosine = matches.cosine_BNT[0, matched, 0]
+    order = cosine.argsort(descending=True)
+    matched, cosine = matched[order], cosine[order]
+    if rerank.geometry == "none":
+        return matched, torch.ones_like(matched, dtype=torch.bool)
+    own_X2 = features[0].cell_P2[matched].long()
+    other_X2 = features[1].cell_P2[matches.nearest_BNT[0, matched, 0]].long()
+    on_grid = (own_X2[:, 0] != NO_CELL) & (other_X2[:, 0] != NO_CELL)
+    weight = cosine if rerank.score == "similarity_sum" else torch.ones_like(cosine)
+    scoring = torch.zeros_like(on_grid)
+    scoring[on_grid] = agreeing((other_X2 - own_X2)[on_grid], weight[on_grid], rerank.geometry_cells)
+    return matched, scoring
 
 
 def _read_one(image: torch.Tensor, model: PlaceModel, config: EvalConfig) -> tuple[LocalFeatures, np.ndarray]:
