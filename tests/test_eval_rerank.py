@@ -117,13 +117,15 @@ def test_scores_and_order_equal_plain_loops(
             pair = brute_force(queries[q], database[i], thresh, cells, tolerance=1)
             expected[q, t] = pair[score == "similarity_sum"]
     np.testing.assert_array_equal(scores_QT, expected)
-    if geometry == "translation" and score == "count":
+    if geometry == "translation":
         found = mutual_matches(similarities(own.codes_BMC, others.codes_BMC.unflatten(0, ids_QK.shape)), thresh)
         for q, t in product(range(len(queries)), range(len(database))):
             matched = found.matched_BNT[q, :, t].nonzero().flatten()
             other_X2 = others.cell_BM2[q * len(database) + t, found.nearest_BNT[q, matched, t]]
-            scoring = agreeing(other_X2 - own.cell_BM2[q, matched], torch.ones(len(matched)), 1)
-            assert scoring.sum() == expected[q, t]
+            cosine_X = found.cosine_BNT[q, matched, t]
+            value_X = cosine_X if score == "similarity_sum" else torch.ones_like(cosine_X)
+            scoring = agreeing(other_X2 - own.cell_BM2[q, matched], value_X, 1)
+            assert value_X[scoring].sum() == expected[q, t]
     ranked = reorder(fuse(scores_QT, cosine_QK, counts, config.global_weight), ids_QK)
     for q, row in enumerate(ranked):
         keys = [
