@@ -34,7 +34,7 @@ from memory.queue import MemoryQueue
 from model.network import PlaceModel, build_model
 from trainer.checkpoint import Progress, checkpoint_contents
 from trainer.checkpoint_writer import CheckpointWriter
-from trainer.engine import build_engine, optimizer_step, set_learning_rate
+from trainer.engine import build_engine, clip_and_update, set_learning_rate
 from trainer.flops import device_peak_tflops, model_flops
 from trainer.process_group import Rank, start_process_group, stop_process_group
 
@@ -142,7 +142,7 @@ def on_a_rank(options: Options) -> None:
         clock.mark("gather + loss + queue")
         engine.backward((descriptors * grad).sum())
         clock.mark("backward")
-        optimizer_step(engine, recipe.optim.gradient_clipping)
+        clip_and_update(engine, recipe.optim.gradient_clipping)
         clock.mark("optimizer")
         votes = torch.tensor(writer.vote(), device=rank.device)
         dist.all_reduce(votes)
@@ -198,7 +198,7 @@ def on_a_gpu(rank: Rank, backbone: str, *, compiled: bool, checkpointing: bool) 
         set_learning_rate(engine, 1e-5)
         out = loss(engine(normalise(pixels)), ids + step * images, queue, step=step)
         engine.backward(out.loss)
-        optimizer_step(engine, recipe.optim.gradient_clipping)
+        clip_and_update(engine, recipe.optim.gradient_clipping)
         queue.enqueue(out.descriptors_ND, out.place_ids_N, step)
         clock.mark("step")
     seconds = statistics.median(clock.seconds["step"][5:])

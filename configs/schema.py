@@ -243,7 +243,7 @@ class EngineConfig(Section):
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload optimizer needs zero_stage 1, 2 or 3; DeepSpeed ignores it at 0")
         if self.offload == "all" and self.zero_stage < 3:
-            raise ValueError("offload all needs zero_stage 3, where weights are parted; or use offload optimizer")
+            raise ValueError("offload all needs zero_stage 3, where weights are partitioned; or use offload optimizer")
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile at zero_stage 3 can lose gradients in DeepSpeed; use zero_stage 2, or compile false"
@@ -425,7 +425,7 @@ class Recipe(Section):
         if self.model.frozen_precision == "bf16" and engine.zero_stage == 3 and engine.precision == "fp32":
             raise ValueError(
                 "model.frozen_precision bf16 at engine.zero_stage 3 needs engine.precision bf16: DeepSpeed keeps "
-                "parted weights in one precision"
+                "partitioned weights in one precision"
             )
         if self.optim.schedule == "plateau" and not (trainer.validate_every_epochs and self.eval.benchmarks):
             raise ValueError(

@@ -54,11 +54,12 @@ class DoctorCommand:
 def main(argv: list[str]) -> int:
     """Checks the group that this process is in, alone or under torchrun; rank 0 prints."""
     command = tyro.cli(DoctorCommand, args=argv, prog="rerankvpr doctor")
-    from launch.meeting import meeting_store, open_meeting
+    from launch.rendezvous import rendezvous_store
+    from trainer.process_group import rank_and_world_size
 
     began = time.monotonic()
-    rank, world = open_meeting()
-    checked = check(meeting_store(rank, world), rank, world, shared=command.shared, scratch=command.scratch)
+    rank, world = rank_and_world_size()
+    checked = check(rendezvous_store(rank, world), rank, world, shared=command.shared, scratch=command.scratch)
     if rank == 0:
         for finding in checked.findings:
             print(f"{finding.level:<8} {finding.what}" + (f"\n         -> {finding.remedy}" if finding.remedy else ""))

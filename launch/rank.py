@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     from launch.cli import main as run
     from launch.doctor import check
     from launch.findings import complain
-    from launch.meeting import meeting_store
+    from launch.rendezvous import rendezvous_store
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     used = world
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         used = fitting_world(recipe.data.places_per_batch, world) if fit else world
         shared = [recipe.output]
         scratch = [recipe.data.cache] if recipe.data.cache else []
-    store = meeting_store(rank, world)
+    store = rendezvous_store(rank, world)
     complain(check(store, rank, world, shared=shared, scratch=scratch, quick=True), aloud=rank == 0)
     if used == world:
         return run(command)

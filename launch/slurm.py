@@ -126,7 +126,7 @@ restarts=${{SLURM_RESTART_COUNT:-0}}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 port=$((20000 + SLURM_JOB_ID % 10000))
-echo "job $SLURM_JOB_ID, start $restarts: $SLURM_NNODES node(s) $SLURM_JOB_NODELIST, meeting at $address:$port"
+echo "job $SLURM_JOB_ID, start $restarts: $SLURM_NNODES node(s) $SLURM_JOB_NODELIST, rendezvous at $address:$port"
 
 # TERM is scancel's, or Slurm requeues the job itself: then this script does not. USR1 is for the processes.
 ended=

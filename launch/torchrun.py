@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from configs.load import without_secrets
-from launch.meeting import end_when_cut_off
-from launch.network import loopback, route_to
+from launch.rendezvous import end_when_cut_off
+from launch.routes import loopback, route_to
 from trainer.command import parse, take_dry_run
 from trainer.stop_signal import REQUEUE_STATUS
 
@@ -25,7 +25,7 @@ Runs `rerankvpr VERB ...` in N processes a node, by torchrun, and prints the tor
                                 are left when one is lost, and takes it back when it returns
   --rdzv HOST[:PORT]            where nodes meet: the first node, by an address that all can reach (port 29400); a node
                                 that does not reach it for 120 s ends
-  --rdzv-id NAME                name of the meeting, for two jobs on one port (rerankvpr)
+  --rdzv-id NAME                name of the rendezvous, for two jobs on one port (rerankvpr)
   --max-restarts N              restarts after a failed process (0 on one node, 3 with a range of nodes); train resumes
   --rdzv-conf KEY=VALUE,...     torchrun's; last_call_timeout=10 here: seconds to wait for further nodes of a range
   --shutdown-timeout S          seconds that processes have to save after SIGTERM or SIGUSR1 (120)
@@ -51,7 +51,7 @@ class Launch:
 
     arguments: list[str]
     environment: dict[str, str] = field(default_factory=dict)
-    meeting: tuple[str, int] | None = None  # another host's, which this node must reach
+    rendezvous: tuple[str, int] | None = None  # another host's, which this node must reach
 
     def command(self) -> str:
         """The command that a person can paste."""
@@ -94,11 +94,11 @@ def plan(flags: list[str], verb: list[str]) -> Launch:
     arguments += [f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={ours.shutdown_timeout}"]
     # A store that torchrun keeps over restarts gives ranks the addresses of dead ones.
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    interface, meeting = "", None
+    interface, rendezvous = "", None
     if any(flag.startswith(("--master", "--rdzv-backend", "--standalone")) for flag in others):
-        pass  # the caller's own meeting
+        pass  # the caller's own rendezvous
     elif high > 1 or ours.rdzv:
-        where, interface, meeting = _meeting(ours, low < high)
+        where, interface, rendezvous = _rendezvous(ours, low < high)
         arguments += where
     else:
         arguments += ["--standalone", "--local-addr=127.0.0.1"]
@@ -111,7 +111,7 @@ def plan(flags: list[str], verb: list[str]) -> Launch:
         verb = resuming(verb)
     if high > 1 and verb[0] != "doctor":
         verb = ["rank", *(["--fit"] if low < high else []), *verb]
-    return Launch([*arguments, *others, "-m", "rerankvpr", *verb], environment, meeting)
+    return Launch([*arguments, *others, "-m", "rerankvpr", *verb], environment, rendezvous)
 
 
 def resuming(verb: list[str]) -> list[str]:
@@ -169,8 +169,8 @@ def _count(flag: str, text: str | None, *, default: int = 0, least: int = 0) -> 
     return int(text)
 
 
-def _meeting(ours: argparse.Namespace, elastic: bool) -> tuple[list[str], str, tuple[str, int] | None]:
-    """torchrun's flags for a meeting of several nodes, the interface that leads there, and its place if elsewhere."""
+def _rendezvous(ours: argparse.Namespace, elastic: bool) -> tuple[list[str], str, tuple[str, int] | None]:
+    """torchrun's flags for a rendezvous of nodes, the interface that leads there, and its place if elsewhere."""
     if not ours.rdzv:
         raise ValueError(
             f"--nnodes {ours.nnodes} needs --rdzv HOST[:PORT]: the first node, by an address that all nodes can reach"
@@ -199,8 +199,8 @@ def start(launch: Launch) -> int:
     from torch.distributed.run import run as torchrun
 
     os.environ.update(launch.environment)
-    if launch.meeting:
-        end_when_cut_off(*launch.meeting, limit_s=CUT_OFF_S)
+    if launch.rendezvous:
+        end_when_cut_off(*launch.rendezvous, limit_s=CUT_OFF_S)
     parser = get_args_parser()
     parser.allow_abbrev = False  # a verb's flag may begin as one of torchrun's
     try:
@@ -213,7 +213,7 @@ def start(launch: Launch) -> int:
         return REQUEUE_STATUS if int(stopped.sigval) in STOPPING else 128 + int(stopped.sigval)
     except RendezvousError as error:
         endpoint = _value_of("--rdzv-endpoint", launch.arguments)
-        print(f"rerankvpr: the meeting of nodes at {endpoint} failed: {error}", file=sys.stderr)
+        print(f"rerankvpr: the rendezvous of nodes at {endpoint} failed: {error}", file=sys.stderr)
         return 1
     return 0
 

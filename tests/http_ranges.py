@@ -14,6 +14,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from trainer.ports import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -42,13 +44,6 @@ class Handler(SimpleHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         pass
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def wait_for_port(port: int) -> None:

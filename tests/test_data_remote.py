@@ -23,8 +23,9 @@ from data_pipeline.loader import PlaceBatch, PlaceLoader, build_reader
 from data_pipeline.mixture import EpochPlans, read_mixture
 from data_pipeline.shards import write_shards
 from data_pipeline.storage import RangeReader, StorageError
-from tests.http_ranges import KillableServer, free_port, wait_for_port
+from tests.http_ranges import KillableServer, wait_for_port
 from tests.photos import write_gsv_cities
+from trainer.ports import free_port
 
 CITIES = {"Aachen": {i: 4 + i % 3 for i in range(20)}, "Bergen": dict.fromkeys(range(21), 5)}
 

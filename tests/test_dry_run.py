@@ -163,21 +163,21 @@ def held(config: Recipe, ranks: int, start: str) -> float:
 
 
 def test_zero_stages_hold_what_they_say() -> None:
-    """Weights 2 bytes an element in bf16; masters and Adam's moments 12; parted over ranks from stage 3 and 1 on."""
+    """Weights 2 bytes per element in bf16, masters and Adam's moments 12; partitioned from stage 3 and stage 1 on."""
     trained, frozen = SIZES_OF_VITS.trained, SIZES_OF_VITS.frozen
     for stage in (1, 2, 3):
         config = recipe(engine={"zero_stage": stage, "precision": "bf16"})
         assert held(config, 4, "optimizer") - held(config, 4, "optimizer, while") == trained / 4 * 12
-        parted = {3: (trained + frozen) * 2 / 4}.get(stage, (trained + frozen) * 2)
+        partitioned = {3: (trained + frozen) * 2 / 4}.get(stage, (trained + frozen) * 2)
         whole = (
             held(config, 4, "weights, small") + held(config, 4, "weights, gathered") + held(config, 4, "weights, as")
         )
-        assert held(config, 4, "weights") - whole == parted
+        assert held(config, 4, "weights") - whole == partitioned
     offloaded = plan_memory(
         recipe(engine={"zero_stage": 3, "offload": "all"}), ranks=4, on_cpu=False, sizes=SIZES_OF_VITS
     )
     on_host = {part.name for part in offloaded.parts if part.host}
-    assert {"weights, parted", "gradients", "optimizer"} <= on_host
+    assert {"weights, partitioned", "gradients", "optimizer"} <= on_host
     frozen_bf16 = recipe(engine={"zero_stage": 1}, model={"frozen_precision": "bf16"})
     assert held(recipe(), 1, "weights") - held(frozen_bf16, 1, "weights") == pytest.approx(2 * frozen)
 

@@ -48,7 +48,7 @@ def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1, t
 
 def step(engine: Any, number: int) -> float:
     """One step on this rank's part of a seeded batch; the global loss before it."""
-    from trainer.engine import optimizer_step
+    from trainer.engine import clip_and_update
 
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(number)
@@ -57,7 +57,7 @@ def step(engine: Any, number: int) -> float:
     x = x[mine].to(torch.bfloat16 if engine.bfloat16_enabled() else torch.float32)
     loss = F.mse_loss(engine(x).float(), y[mine])
     engine.backward(loss)
-    optimizer_step(engine, 1.0)
+    clip_and_update(engine, 1.0)
     total = loss.detach().clone()
     dist.all_reduce(total)
     return total.item() / world
@@ -118,7 +118,7 @@ def check_groups_that_deepspeed_makes_have_the_recipe_s_timeout() -> None:
 
 def check_a_gradient_that_is_not_finite_updates_nothing() -> None:
     """NaN in one rank's part of the loss: every rank skips, weights and moments stay, and the next step is a step."""
-    from trainer.engine import optimizer_step
+    from trainer.engine import clip_and_update
     from trainer.engine_state import take_state
 
     layouts: list[tuple[Layout, str]] = [
@@ -132,7 +132,7 @@ def check_a_gradient_that_is_not_finite_updates_nothing() -> None:
         x = torch.ones(2, 6, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         poison = float("nan") if dist.get_rank() == dist.get_world_size() - 1 else 1.0
         engine.backward(engine(x).float().sum() * poison)
-        result = optimizer_step(engine, 1.0)
+        result = clip_and_update(engine, 1.0)
         assert result is not None
         assert not result.updated, (layout, precision)
         assert not math.isfinite(result.norm)
@@ -142,7 +142,7 @@ def check_a_gradient_that_is_not_finite_updates_nothing() -> None:
             assert one.keys() == other.keys()
             assert all(torch.equal(one[key], other[key]) for key in one), (layout, precision)
         engine.backward(engine(x).float().sum())
-        result = optimizer_step(engine, 1.0)
+        result = clip_and_update(engine, 1.0)
         assert result is not None
         assert result.updated, (layout, precision)
         assert 0 < result.norm < math.inf

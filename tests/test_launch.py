@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.findings import Facts, Network, judge
-from launch.network import interface_of, loopback, route_to
 from launch.rank import fitting_world, release, wait_for_the_end
+from launch.routes import interface_of, loopback, route_to
 from launch.slurm import Resources, torchrun_job
 from launch.submit import eval_verbs, main, split_stages, stage_jobs
 from launch.torchrun import main as launch_main
@@ -262,20 +262,20 @@ def test_the_doctor_examines_two_real_ranks(tmp_path: Path) -> None:
 
 
 def test_a_node_that_is_cut_off_ends_with_its_ranks() -> None:
-    """A process with a child, whose meeting answers and then does not."""
+    """A process with a child, whose rendezvous host answers and then does not."""
     code = (
-        "import subprocess, sys, time; from launch.meeting import end_when_cut_off; "
+        "import subprocess, sys, time; from launch.rendezvous import end_when_cut_off; "
         "child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); "
         "end_when_cut_off('127.0.0.1', int(sys.argv[1]), limit_s=0.5, every_s=0.1); time.sleep(60)"
     )
-    with socket.create_server(("127.0.0.1", 0)) as meeting:
-        command = [sys.executable, "-c", code, str(meeting.getsockname()[1])]
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        command = [sys.executable, "-c", code, str(host.getsockname()[1])]
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         assert process.stdout
         child = int(process.stdout.readline())
-        meeting.accept()[0].close()
+        host.accept()[0].close()
         time.sleep(1.0)
         assert process.poll() is None
     _, errors = process.communicate(timeout=30)

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from model.network import build_model
 from trainer import tracking
 from trainer.metrics_log import read_records
 from trainer.mlflow_sender import Sender, read_state
+from trainer.ports import free_port
 from trainer.provenance import provenance
 from trainer.tracking import Tracker
 
@@ -44,9 +44,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.database = f"sqlite:///{folder / 'server.db'}"
         self.process: subprocess.Popen[bytes] | None = None

@@ -78,7 +78,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
 def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_per_rank: int) -> dict[str, Any]:
     """DeepSpeed's own configuration. Clipping is always explicit: left out, DeepSpeed clips at a norm of 1.
 
-    At stage 0 in fp32 `optimizer_step` clips, which sees whether the gradient is finite before anything is updated.
+    At stage 0 in fp32 `clip_and_update` clips, which sees whether the gradient is finite before anything is updated.
     """
     if engine.zero_stage == 0 and engine.precision == "fp32":
         gradient_clipping = 0.0
@@ -123,7 +123,7 @@ def _deepspeed(timeout_s: int) -> Any:
 
 
 def partitioner(engine: EngineConfig) -> Callable[[nn.Module], None] | None:
-    """At ZeRO-3 what leaves this rank its part of a module's parameters, once they are filled; None at other stages."""
+    """At ZeRO-3 what leaves this rank its partition of a module's filled parameters; None at other stages."""
     if engine.zero_stage < 3:
         return None
     deepspeed = _deepspeed(engine.timeout_s)
@@ -131,19 +131,19 @@ def partitioner(engine: EngineConfig) -> Callable[[nn.Module], None] | None:
     config = deepspeed_config(engine, gradient_clipping=0.0, images_per_rank=1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
 
-    def part(module: nn.Module) -> None:
+    def partition(module: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)  # the engine casts only what is whole
         deepspeed.zero.Init(module=module, config_dict_or_path=config)
 
-    return part
+    return partition
 
 
 def _give_back_freed_memory() -> None:
     """Has glibc return freed blocks of `GIVEN_BACK` bytes and more at once.
 
-    By itself it keeps freed tensors of up to 32 MiB in its heap, which weights that are gathered and parted again cut
-    up: without this, host memory grows over the first steps, by more than a rank's part of the weights.
+    By itself it keeps freed tensors of up to 32 MiB in its heap, which weights that are gathered and partitioned again
+    cut up: without this, host memory grows over the first steps, by more than a rank's partition of the weights.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc
@@ -175,7 +175,7 @@ class StepResult:
     updated: bool
 
 
-def optimizer_step(engine: Any, gradient_clipping: float) -> StepResult | None:
+def clip_and_update(engine: Any, gradient_clipping: float) -> StepResult | None:
     """Ends a micro-batch, and with the last one clips and updates; None before that.
 
     A gradient that is not finite updates nothing, on any rank: DeepSpeed sees to it where it wraps the optimizer; at

@@ -95,7 +95,7 @@ def put_state(
     _lay_out(engine, forward)
     for name, parameter in engine.module.named_parameters():
         with _whole(parameter, written=True):
-            if not _is_parted(parameter) or dist.get_rank() == 0:  # of a parted one, the others get rank 0's
+            if not _is_partitioned(parameter) or dist.get_rank() == 0:  # of a partitioned one, the others get rank 0's
                 parameter.data.copy_(weights[name])
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(weights[name])
@@ -107,16 +107,16 @@ def put_state(
         if _is_wrapped(engine):
             key = f"{name}:master"
             master = optimizer[key] if key in optimizer else weights[name]
-            if _is_parted(parameter):
-                safe_set_local_fp32_param(parameter, _part(master, parameter))
+            if _is_partitioned(parameter):
+                safe_set_local_fp32_param(parameter, _partition_of(master, parameter))
             else:
                 safe_set_full_fp32_param(parameter, master.to(parameter.device, torch.float32))
         for key in _state_keys(engine) if stepped else ():
             if f"{name}:{key}" not in optimizer:
                 raise ValueError(f"the checkpoint has no {key} of {name}; it was written by another optimizer")
             state = optimizer[f"{name}:{key}"]
-            if _is_parted(parameter):
-                safe_set_local_optimizer_state(parameter, _part(state, parameter), key)
+            if _is_partitioned(parameter):
+                safe_set_local_optimizer_state(parameter, _partition_of(state, parameter), key)
             elif _is_wrapped(engine):
                 safe_set_full_optimizer_state(parameter, state.to(parameter.device), key)
             else:
@@ -165,7 +165,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def _is_parted(parameter: torch.nn.Parameter) -> bool:
+def _is_partitioned(parameter: torch.nn.Parameter) -> bool:
     """Whether ZeRO-3 has cut this parameter over the ranks."""
     return hasattr(parameter, "ds_id")
 
@@ -176,7 +176,7 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 def _whole(parameter: torch.nn.Parameter, *, written: bool = False) -> AbstractContextManager[None]:
     """The parameter whole on every rank, for the length of a `with`; `written` by rank 0 inside."""
-    if not _is_parted(parameter):
+    if not _is_partitioned(parameter):
         return nullcontext()
     import deepspeed
 
@@ -186,8 +186,8 @@ def _whole(parameter: torch.nn.Parameter, *, written: bool = False) -> AbstractC
     return gathered
 
 
-def _part(whole: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This rank's part of a tensor that belongs to a parted parameter; the last part is filled up with zeros."""
+def _partition_of(whole: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's part of a tensor that belongs to a partitioned parameter; the last part is filled up with zeros."""
     size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
     padded = whole.new_zeros(size * dist.get_world_size(), dtype=torch.float32)
     padded[: whole.numel()] = whole.flatten()

@@ -38,7 +38,7 @@ from trainer.checkpoint import (
     step_name,
 )
 from trainer.checkpoint_writer import CheckpointWriter
-from trainer.engine import StepResult, build_engine, optimizer_step, partitioner, set_learning_rate, whole_numel
+from trainer.engine import StepResult, build_engine, clip_and_update, partitioner, set_learning_rate, whole_numel
 from trainer.flops import device_peak_tflops, model_flops
 from trainer.process_group import Rank
 from trainer.progress import Update, progress_bar
@@ -351,13 +351,13 @@ class Training:
         result: StepResult | None = None
         if cache is None:
             self.engine.backward(out.loss)
-            result = optimizer_step(self.engine, clipping)
+            result = clip_and_update(self.engine, clipping)
         else:
 
             def backward(part: torch.Tensor) -> None:
                 nonlocal result
                 self.engine.backward(part, scale_wrt_gas=False)  # chunks add up to the batch: nothing to average
-                result = optimizer_step(self.engine, clipping)  # updates after the last chunk
+                result = clip_and_update(self.engine, clipping)  # updates after the last chunk
 
             cache.backward(out.loss, backward)
         assert result is not None

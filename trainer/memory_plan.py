@@ -190,7 +190,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
         return Part(name, 0.0 if host else num_bytes, num_bytes if host else 0.0, phases or ("always",), tensor)
 
     if stage == 3:
-        parted = (trained * each + frozen * each_frozen) / ranks
+        partitioned = (trained * each + frozen * each_frozen) / ranks
         whole = sizes.kept_whole * each + sizes.kept_whole_frozen * each_frozen
         # Autograd's reference to a trained weight keeps it whole from forward to backward, though ZeRO-3 lets it go.
         kept = 0 if engine.activation_checkpointing else trained
@@ -200,7 +200,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
         # In fp32 the optimizer works on the weights themselves, unless they must be on the host.
         masters = FP32 if half or offloads else 0
         return [
-            placed("weights, parted", parted, engine.offload == "all"),
+            placed("weights, partitioned", partitioned, engine.offload == "all"),
             placed("weights, small ones whole", whole, False),
             placed("weights, as built", trained / ranks * FP32, False, "build", tensor=sizes.largest / ranks * FP32),
             placed("weights, gathered", gathered, False, "forward", "loss", "backward"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from trainer.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,20 @@ class Rank:
         return self.rank == 0
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """As torchrun or SLURM gives them in the environment; a process that neither started becomes a group of one."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {**alone, "MASTER_PORT": str(free_port())}
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 def start_process_group(timeout_s: int) -> Rank:
     """Joins the group that torchrun or SLURM describes in the environment, or starts a group of one.
 
     NCCL on CUDA, one device a local rank; gloo otherwise. A rank that is silent for `timeout_s` ends the job.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank_and_world_size()
     cuda = torch.cuda.is_available()
     if cuda:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))

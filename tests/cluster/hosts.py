@@ -80,7 +80,7 @@ class Hosts:
         return f"{NET}.{i}"
 
     def launch(self, i: int, folder: Path, log: Path, *argv: str) -> Agent:
-        """Starts `rerankvpr launch ARGV` on host i, meeting on host 1."""
+        """Starts `rerankvpr launch ARGV` on host i, with its rendezvous on host 1."""
         name = f"{self.tag}h{i}"
         log.parent.mkdir(parents=True, exist_ok=True)
         host = f'hostname h{i}; exec "$@"'

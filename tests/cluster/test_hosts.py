@@ -115,7 +115,7 @@ def test_a_link_that_goes_down_and_up(workplace: Path) -> None:
 
 
 def test_the_loss_of_the_first_host_ends_the_job_in_time(workplace: Path) -> None:
-    """The store of the meeting is gone with it: the others end, not well, and a new start resumes."""
+    """The store of the rendezvous is gone with it: the others end, not well, and a new start resumes."""
     output = "first"
     with hosts(2) as net:
         agents = [train(net, i, workplace, output, "1:2", 1500, "--engine.timeout-s", "10") for i in (1, 2)]

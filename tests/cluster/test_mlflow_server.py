@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,15 +18,14 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.cluster.workplace import environment, losses
+from trainer.ports import free_port
 
 
 class Server:
     """An MLflow server with a SQLite store and an artifact folder, on loopback."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.folder = folder
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None

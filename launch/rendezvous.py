@@ -1,4 +1,4 @@
-"""Where the nodes of a launch meet: the store that its ranks have in common, and what a node does that is cut off."""
+"""The rendezvous of a launch's nodes: the store that its ranks have in common, and what a node does that is cut off."""
 
 from __future__ import annotations
 
@@ -17,17 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-def open_meeting() -> tuple[int, int]:
-    """This process's rank and the world size; a process that torchrun did not start becomes a group of one."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def meeting_store(rank: int, world_size: int) -> Store:
+def rendezvous_store(rank: int, world_size: int) -> Store:
     """The store at MASTER_ADDR:MASTER_PORT; rank 0 serves it, unless torchrun's agent does.
 
     A process group that is made later in the same process shares the server.
@@ -46,7 +36,7 @@ def meeting_store(rank: int, world_size: int) -> Store:
 
 
 def end_when_cut_off(host: str, port: int, *, limit_s: float, every_s: float = 5.0) -> None:
-    """Watches, from a thread, whether the meeting's host still answers; after `limit_s` without, ends this process.
+    """Watches, from a thread, whether the rendezvous host still answers; after `limit_s` without, ends this process.
 
     Its ranks are killed first. torchrun's own agent would wait for an answer on a connection that is dead. The watch
     begins with the first answer.
@@ -72,4 +62,4 @@ def end_when_cut_off(host: str, port: int, *, limit_s: float, every_s: float = 5
                     os._exit(1)
             time.sleep(max(0.0, began + every_s - time.monotonic()))
 
-    threading.Thread(target=watch, name="meeting", daemon=True).start()
+    threading.Thread(target=watch, name="rendezvous", daemon=True).start()
