@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-faults test-cluster env clean
+.PHONY: demo test test-faults test-cluster env lock clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
@@ -25,15 +25,36 @@ test-cluster: $(READY)
 	DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends slurmctld slurmd slurm-client munge iproute2
 	$(BIN)/python -m pytest tests/cluster
 
+# The environment: uv makes it if there is one, else python3; then the lock's versions, each file held to the lock's hashes.
+# `make env PYTHON=python3.13` takes another Python than the first one found.
 env: $(READY)
 
+PYTHON := python3
+UV := $(shell command -v uv 2> /dev/null)
+INSTALL := $(or $(UV),$(BIN)/uv) pip install --quiet --python $(BIN)/python
+
 $(READY): requirements.lock pyproject.toml
-	python3 -c 'import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 13) else f"python3 is {v[0]}.{v[1]}; rerankvpr needs 3.10, 3.11 or 3.12")'
-	python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
-	touch $(READY)
+ifdef UV
+	@$(UV) venv --quiet --allow-existing --python '$(if $(filter file,$(origin PYTHON)),>=3.10$(COMMA)<3.15,$(PYTHON))' $(VENV)
+else
+	@command -v '$(PYTHON)' > /dev/null || $(call STOP,no $(PYTHON) here; install Python 3.10 to 3.14 or uv)
+	@'$(PYTHON)' -c 'import sys; v = sys.version_info; sys.exit(not (3, 10) <= v < (3, 15))' || $(call STOP,$(PYTHON) is none of Python 3.10 to 3.14; name one that is (make env PYTHON=python3.13) or install uv)
+	@'$(PYTHON)' -c 'import ensurepip' 2> /dev/null || $(call STOP,$(PYTHON) has no venv; install it (Debian: apt-get install python3-venv) or uv)
+	@'$(PYTHON)' -m venv $(VENV)
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(VENV)/uv.lock
+endif
+	$(INSTALL) --require-hashes --build-constraints requirements.lock --requirements requirements.lock
+	$(INSTALL) --no-deps --build-constraints requirements.lock --editable .
+	@touch $(READY)
+
+STOP = { echo 'make env: $(1)' >&2; exit 1; }
+COMMA := ,
+
+# The lock anew from pyproject.toml. Versions that still fit stay; `make lock UPGRADE=--upgrade` takes the newest.
+lock: $(READY)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --generate-hashes $(UPGRADE) \
+	  --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
 clean:
 	rm -rf data/town data/town_shards runs/demo
