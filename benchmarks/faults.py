@@ -25,9 +25,9 @@ import tyro
 import yaml
 
 from benchmarks.report import print_table, write_json
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.shards import write_shards
-from data_pipeline.town import Town, render_town
+from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.town.render import Town, render_town
 from trainer.checkpoint import newest_valid
 
 RANKS = 2

@@ -23,7 +23,8 @@ import tyro
 from benchmarks.report import machine, print_table, write_json
 from configs.load import load_recipe
 from configs.schema import EvalConfig, ModelConfig, RerankConfig
-from eval.benchmarks import Benchmark, load_benchmarks
+from eval.benchmarks.benchmark import Benchmark
+from eval.benchmarks.load import load_benchmarks
 from eval.evaluate import FeatureStore, FirstStage, Result, evaluate
 from eval.recall import recall_at
 from eval.rerank import fuse, reorder

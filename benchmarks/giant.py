@@ -25,8 +25,8 @@ from PIL import Image
 
 from benchmarks.report import print_table, write_json
 from configs.load import load_recipe
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from trainer.command import DryRunFlags
 from trainer.dry_run import plan
 

@@ -30,13 +30,13 @@ from benchmarks.loader_peers import bare, images_per_second, pandas_pil, webdata
 from benchmarks.report import print_table, write_json
 from configs.schema import DataConfig
 from data_pipeline.augment import image_seeds, randaugment
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.images import normalise
 from data_pipeline.index import ShardIndex
 from data_pipeline.loader import PlaceBatch, PlaceLoader
 from data_pipeline.mixture import EpochPlans, read_mixture
 from data_pipeline.shards import write_shards
-from data_pipeline.town import Town, render_town
+from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.town.render import Town, render_town
 
 ROOT = Path(__file__).resolve().parent.parent
 _CLOSE = 3  # times in a round that the loader is measured right after bare decoding, the closest of its rivals

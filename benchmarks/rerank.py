@@ -24,14 +24,14 @@ from PIL import Image
 from benchmarks.report import print_table, write_json
 from configs.schema import PATCH, EvalConfig, ModelConfig, RerankConfig
 from data_pipeline.images import normalise, read_image
-from eval.benchmarks import load_benchmarks
+from eval.benchmarks.load import load_benchmarks
 from eval.evaluate import FeatureStore, features_of
+from eval.features import Patches, StoredFeatures, shard_bounds, shard_path, write_shard
 from eval.local_features import encode, pca_basis, read_local, salient
 from eval.matching import match_scores
 from eval.recall import recall_at
 from eval.rerank import plan_batches, rerank, score_candidates
 from eval.search import search_ranks
-from eval.store import Patches, StoredFeatures, shard_bounds, shard_path, write_shard
 from model.network import PlaceModel, build_model
 
 STORES: dict[str, tuple[str, int]] = {

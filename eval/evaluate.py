@@ -17,12 +17,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from configs.schema import EvalConfig
-from eval.benchmarks import Benchmark
+from eval.benchmarks.benchmark import Benchmark
 from eval.extract import extract, fit_projection
+from eval.features import StoredFeatures, digest, files_digest, weights_digest
 from eval.recall import Interval, gain_intervals, recall_at, recall_intervals
 from eval.rerank import learn_margin, rerank
 from eval.search import agreement, search_ranks
-from eval.store import StoredFeatures, digest, files_digest, weights_digest
 from model.network import PlaceModel
 
 Report = Callable[[int, int, str], None]

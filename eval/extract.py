@@ -15,8 +15,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from configs.schema import PATCH, EvalConfig
 from data_pipeline.images import normalise, read_image
+from eval.features import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
 from eval.local_features import NO_CELL, compact, grid_of, pca_basis, random_basis, read_local
-from eval.store import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
 from model.network import PlaceModel
 
 MAX_SIDE = (NO_CELL - 1) * PATCH  # rows and columns of patches are stored in a byte

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from eval.features import Patches
 from eval.local_features import NO_CELL
-from eval.store import Patches
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.benchmarks import Benchmark
+from eval.benchmarks.benchmark import Benchmark
 
 Interval = tuple[float, float]
 

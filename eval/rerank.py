@@ -11,9 +11,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from configs.schema import RerankConfig
+from eval.features import StoredFeatures
 from eval.matching import match_scores, pair_bytes
 from eval.search import search_ranks
-from eval.store import StoredFeatures
 
 MAX_QUERIES_PER_BLOCK = 16
 CPU_BATCH_BYTES = 24 << 20  # on a CPU, larger batches leave its caches: half as fast

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from configs.schema import RerankConfig
-from eval.benchmarks import Benchmark
+from eval.benchmarks.benchmark import Benchmark
+from eval.features import StoredFeatures
 from eval.matching import mutual_matches, score_matches, similarities
 from eval.recall import recall_at
 from eval.rerank import blocks_of, fuse, plan_batches, reorder
-from eval.store import StoredFeatures
 
 SALIENCY = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 MATCH = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)

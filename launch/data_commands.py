@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from data_pipeline.cells import Grid
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.listing import PlaceListing, shuffle_places
-from data_pipeline.manifest import read_manifest
-from data_pipeline.msls import read_msls
 from data_pipeline.shards import ShardSummary, write_shards
+from data_pipeline.sources.cells import Grid
+from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.sources.manifest import read_manifest
+from data_pipeline.sources.msls import read_msls
+from data_pipeline.sources.utm_folder import read_utm_folder
 from data_pipeline.storage import is_remote
-from data_pipeline.utm_folder import read_utm_folder
 from data_pipeline.verify import verify_shards
 from trainer.progress import progress_bar
 

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 
 def _render(console: Console, recipe: Recipe, seed: int) -> None:
-    from data_pipeline.town import Town, render_town, town_is_current
+    from data_pipeline.town.render import Town, render_town, town_is_current
 
     folder, town = recipe.eval.data_root / "town", Town(seed=seed)
     if not (reused := town_is_current(folder, town)):

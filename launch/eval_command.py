@@ -18,7 +18,7 @@ from trainer.process_group import Rank, start_process_group, stop_process_group
 from trainer.progress import progress_bar
 
 if TYPE_CHECKING:
-    from eval.benchmarks import Benchmark
+    from eval.benchmarks.benchmark import Benchmark
     from eval.evaluate import FirstStage, OnFeatures, Result
 
 
@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     if not command.eval.benchmarks:
         raise ValueError("eval needs --benchmarks, such as town or gardens_point/day_right/night_right/100-199")
     if command.weights:
-        from model.backbone import infer_backbone
+        from model.weights import infer_backbone
 
         backbone = infer_backbone(command.weights) if command.backbone == "auto" else command.backbone
         model = ModelConfig.model_validate(
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
     command, checkpoint, recipe = parse(argv)
     console = Console()
     if command.list:
-        from eval.catalogue import catalogue_table
+        from eval.benchmarks.catalogue import catalogue_table
 
         console.print(catalogue_table(command.eval.data_root))
         return 0
@@ -115,9 +115,10 @@ def main(argv: list[str]) -> int:
 
 
 def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, recipe: Recipe) -> int:
-    from eval.benchmarks import load_benchmarks
+    from eval.benchmarks.load import load_benchmarks
     from eval.evaluate import FeatureStore, check_depth, evaluate
-    from eval.report import draw_pictures, results_table, write_csv, write_results
+    from eval.report.pictures import draw_pictures
+    from eval.report.tables import results_table, write_csv, write_results
     from launch.eval_tracking import log_evaluation
     from model.network import build_model
 

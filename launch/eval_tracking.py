@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from eval.evaluate import Result
-from eval.report import write_csv, write_results
+from eval.report.tables import write_csv, write_results
 
 _NOT_IN_NAMES = re.compile(r"[^\w./ -]")  # what MLflow refuses in a metric's name
 

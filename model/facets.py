@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model.vit import DinoViT
+from model.dinov2 import DinoViT
 
 FACETS = ("attn", "query", "key", "value", "token")
 

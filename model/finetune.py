@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from configs.schema import ModelConfig
-from model.vit import DinoViT
+from model.dinov2 import DinoViT
 
 
 def choose_trained(vit: DinoViT, aggregator: nn.Module, config: ModelConfig) -> None:

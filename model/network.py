@@ -10,11 +10,11 @@ from torch import nn
 
 from configs.schema import ModelConfig
 from model.aggregators import AGGREGATORS
-from model.backbone import AGGREGATOR, backbone_weights, find_weights, read_weights
+from model.dinov2 import DinoViT
 from model.facets import FacetReader, ReadOut
 from model.finetune import choose_trained
 from model.materialise import materialise
-from model.vit import DinoViT
+from model.weights import AGGREGATOR, backbone_weights, find_weights, read_weights
 
 BACKBONE = "backbone."
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.photos import SMALL_SHARD, write_gsv_cities
 
 Native = tuple[Path, dict[tuple[str, int], list[Path]]]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from eval.store import StoredFeatures, shard_bounds, shard_path, write_shard
+from eval.features import StoredFeatures, shard_bounds, shard_path, write_shard
 
 
 def store(

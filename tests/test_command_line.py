@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from launch import cli
-from model.backbone import build_backbone
+from model.weights import build_backbone
 from rerankvpr import PACKAGES
 from tests.photos import write_gsv_cities
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import DataConfig
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.index import read_index
 from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
 from data_pipeline.plan import plan_epoch, visits_of_epoch
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.conftest import Native
 from tests.photos import write_gsv_cities
 

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.index import read_index
-from data_pipeline.manifest import read_manifest
 from data_pipeline.overview import draw_map, overview
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.sources.manifest import read_manifest
 from launch.cli import main
 from tests.photos import jpeg, write_gsv_cities
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from configs.schema import DataConfig
 from data_pipeline.augment import image_seeds, randaugment
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.loader import PlaceLoader
 from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.photos import write_gsv_cities
 from tests.ranks import on_ranks
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.plan import plan_epoch
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.verify import verify_shards
 
 

@@ -17,11 +17,11 @@ import torch
 
 from configs.schema import DataConfig
 from data_pipeline.cache import RangeCache
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.index import read_index
 from data_pipeline.loader import PlaceBatch, PlaceLoader, build_reader
 from data_pipeline.mixture import EpochPlans, read_mixture
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.storage import RangeReader, StorageError
 from tests.http_ranges import KillableServer, wait_for_port
 from tests.photos import write_gsv_cities

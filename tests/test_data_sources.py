@@ -22,14 +22,14 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline.cells import Grid, place_of_images
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.index import read_index
 from data_pipeline.listing import shuffle_places
-from data_pipeline.manifest import read_manifest
-from data_pipeline.msls import read_msls
 from data_pipeline.shards import write_shards
-from data_pipeline.utm_folder import read_utm_folder
+from data_pipeline.sources.cells import Grid, place_of_images
+from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.sources.manifest import read_manifest
+from data_pipeline.sources.msls import read_msls
+from data_pipeline.sources.utm_folder import read_utm_folder
 from data_pipeline.verify import verify_shards
 from launch.cli import main
 from tests.photos import jpeg, write_gsv_cities
@@ -377,7 +377,7 @@ def test_killed_at_ten_random_moments_and_finished_the_bytes_are_the_same(
 PARENT = """
 import sys
 from pathlib import Path
-from data_pipeline.gsv_cities import read_gsv_cities
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.shards import write_shards
 if __name__ == "__main__":
     write_shards(read_gsv_cities(Path(sys.argv[1])), Path(sys.argv[2]), shard_bytes=3000, workers=2, threads=1)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.benchmarks import load_benchmarks
-from eval.layouts import utm_folder
-from eval.sequences import GARDENS_TRAVERSES
+from eval.benchmarks.layouts import utm_folder
+from eval.benchmarks.load import load_benchmarks
+from eval.benchmarks.sequences import GARDENS_TRAVERSES
 
 
 def _touch(path: Path) -> Path:

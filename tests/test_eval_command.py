@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from eval.evaluate import Result
 from launch.eval_tracking import log_evaluation
-from model.backbone import build_backbone
+from model.weights import build_backbone
 from tests.ranks import ROOT
 from tests.test_eval_features import write_photos
 

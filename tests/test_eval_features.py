@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from configs.schema import EvalConfig, ModelConfig, RerankConfig
-from eval.benchmarks import Benchmark, make_benchmark
+from eval.benchmarks.benchmark import Benchmark, make_benchmark
+from eval.benchmarks.ground_truth import frames_within
 from eval.evaluate import FeatureStore, FirstStage, check_depth, evaluate
 from eval.extract import extract, fit_projection, input_size, load_image
-from eval.ground_truth import frames_within
+from eval.features import StoreError, open_folder, shard_bounds, shard_is_whole, shard_path
 from eval.local_features import NO_CELL, compact, min_max, pca_basis, random_basis, read_local, salient
-from eval.store import StoreError, open_folder, shard_bounds, shard_is_whole, shard_path
 from model.facets import FACETS, log_bin
 from model.network import PlaceModel, build_model
 from tests.ranks import ROOT, on_ranks

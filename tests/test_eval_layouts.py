@@ -15,11 +15,12 @@ from PIL import Image
 from rich.console import Console
 from scipy.io import savemat
 
-from eval import catalogue
-from eval.benchmarks import Benchmark, load_benchmarks
-from eval.catalogue import CATALOGUE, Variant, catalogue_table
-from eval.ground_truth import GroundTruthError, clip_to, read_array, read_positives, within_radius
-from eval.layouts import gsv_lists
+from eval.benchmarks import catalogue
+from eval.benchmarks.benchmark import Benchmark
+from eval.benchmarks.catalogue import CATALOGUE, Variant, catalogue_table
+from eval.benchmarks.ground_truth import GroundTruthError, clip_to, read_array, read_positives, within_radius
+from eval.benchmarks.layouts import gsv_lists
+from eval.benchmarks.load import load_benchmarks
 
 _JPEG = io.BytesIO()
 Image.new("RGB", (20, 14), "teal").save(_JPEG, "JPEG")

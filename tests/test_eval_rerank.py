@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import RerankConfig
-from eval.benchmarks import Benchmark
+from eval.benchmarks.benchmark import Benchmark
+from eval.features import StoredFeatures
 from eval.matching import agreeing, match_scores, mutual_matches, pair_bytes, similarities
 from eval.rerank import (
     fuse,
@@ -27,7 +28,6 @@ from eval.rerank import (
     rerank,
     score_candidates,
 )
-from eval.store import StoredFeatures
 from eval.sweep import sweep_thresholds
 from tests.ranks import on_ranks
 from tests.stored import shared_folder, store

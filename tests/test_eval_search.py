@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.benchmarks import Benchmark
+from eval.benchmarks.benchmark import Benchmark
 from eval.extract import slice_bounds
 from eval.recall import bootstrap_means, gain_intervals, recall_at, recall_intervals
 from eval.search import agreement, search_approximately, search_blocks, search_ranks, search_rows

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from rich.console import Console
 
 from configs.schema import Recipe
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.shards import write_shards
-from data_pipeline.town import Town, render_town
+from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.town.render import Town, render_town
 from tests.ranks import on_ranks, shared_folder
 
 GOLDEN = Path(__file__).parent / "golden" / "town.json"

@@ -8,12 +8,12 @@ import torch
 
 from configs.schema import DataConfig
 from data_pipeline.augment import image_seeds, randaugment
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.images import decode
 from data_pipeline.index import PlaceRange, ShardIndex, read_index
 from data_pipeline.loader import PlaceLoader, TooManyBadImagesError
 from data_pipeline.plan import EpochPlan, plan_epoch
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.photos import write_gsv_cities
 
 CITIES = {"Aachen": {i: 4 + i % 3 for i in range(9)}, "Bergen": dict.fromkeys(range(8), 5)}

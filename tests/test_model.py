@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from configs.schema import ModelConfig
-from model.backbone import WeightsError, build_backbone, facebook_layout, infer_backbone
+from model.dinov2 import DinoViT
 from model.network import PlaceModel, build_model
-from model.vit import DinoViT
+from model.weights import WeightsError, build_backbone, facebook_layout, infer_backbone
 
 SIZES_OF_TIMM = {
     f"vit{letter}14{suffix}": f"vit_{size}_patch14{registers}_dinov2"

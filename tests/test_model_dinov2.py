@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from model.backbone import (
+from model.dinov2 import SIZES, DinoViT
+from model.weights import (
     WeightsError,
     build_backbone,
     facebook_layout,
@@ -18,7 +19,6 @@ from model.backbone import (
     infer_backbone,
     read_weights,
 )
-from model.vit import SIZES, DinoViT
 from tests.dinov2_reference import reference_embeddings, reference_tokens
 
 NAMES = [name for size in ("vits14", "vitb14", "vitl14", "vitg14") for name in (size, f"{size}_reg")]

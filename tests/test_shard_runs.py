@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.index import read_index
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.verify import verify_shards
 from tests.photos import SMALL_SHARD, contents
 
@@ -29,7 +29,7 @@ from tests.photos import SMALL_SHARD, contents
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from data_pipeline.gsv_cities import read_gsv_cities
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.shards import write_shards
 def kill(done, total):
     if done >= 25:

@@ -19,10 +19,10 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.index import read_index
 from data_pipeline.photos import read_photo
 from data_pipeline.shards import plan_shards, write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.verify import verify_shards
 from tests.photos import SMALL_SHARD, THREE_CITIES, contents
 

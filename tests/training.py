@@ -15,8 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.photos import jpeg, write_gsv_cities
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from configs.load import load_recipe, recipe_text
 from configs.schema import Recipe
-from model.backbone import AGGREGATOR, facebook_layout
+from model.weights import AGGREGATOR, facebook_layout
 from trainer.checkpoint import checkpoint_weights
 
 

@@ -7,7 +7,7 @@ import re
 import torch
 
 from configs.schema import PATCH, ModelConfig, Recipe
-from model.vit import REGISTERS, SIZES
+from model.dinov2 import REGISTERS, SIZES
 
 # Dense TFLOP/s of one device as its vendor's data sheet gives them, without sparsity: (words of its name, 16-bit tensor
 # cores, fp32 outside them). More words come first.

@@ -21,7 +21,7 @@ from data_pipeline.images import normalise
 from data_pipeline.loader import PlaceBatch, PlaceLoader, build_reader
 from data_pipeline.mixture import EpochPlans, read_mixture
 from eval.evaluate import Result
-from eval.report import write_results
+from eval.report.tables import write_results
 from memory.drift import DriftProbe
 from memory.global_loss import GlobalLoss, GlobalLossOutput
 from memory.gradient_cache import GradientCache

@@ -13,8 +13,8 @@ from typing import Literal
 from configs.schema import Recipe
 from memory.losses import LOSSES
 from memory.registry import build
+from model.dinov2 import SIZES
 from model.network import PlaceModel, meta_model
-from model.vit import SIZES
 from trainer.engine import BUCKET, GIVEN_BACK, LIVE, parameter_groups
 from trainer.engine_state import keepers
 from trainer.flops import num_tokens, num_trained_blocks

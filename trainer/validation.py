@@ -9,9 +9,9 @@ import torch.distributed as dist
 from rich.console import Console
 
 from configs.schema import EvalConfig
-from eval.benchmarks import load_benchmarks
+from eval.benchmarks.load import load_benchmarks
 from eval.evaluate import FeatureStore, Result, evaluate
-from eval.report import draw_pictures
+from eval.report.pictures import draw_pictures
 from trainer.checkpoint import best_recall
 from trainer.engine import whole_weights
 from trainer.progress import Update, progress_bar

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.shards import write_shards
+from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.cluster.slurm import Slurm, slurm
 from tests.cluster.workplace import rerankvpr, write_workplace
 

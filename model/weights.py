@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+from model.dinov2 import SIZES, DinoViT
 from model.materialise import materialise
-from model.vit import SIZES, DinoViT
 
 TIMM_SIZES = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
 AGGREGATOR = "aggregator."  # prefix of what is no backbone in an exported file

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.benchmarks import RADIUS_M, Benchmark, BenchmarkError, make_benchmark
-from eval.ground_truth import GroundTruthError, clip_to, read_array, read_positives, within_radius
+from eval.benchmarks.benchmark import RADIUS_M, Benchmark, BenchmarkError, make_benchmark
+from eval.benchmarks.ground_truth import GroundTruthError, clip_to, read_array, read_positives, within_radius
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
@@ -255,7 +255,7 @@ def manifest(name: str, file: Path, radius_m: float = RADIUS_M) -> Benchmark:
         none = np.zeros(0, dtype=np.int64)
         positives = [np.asarray(rows.get(place, none), dtype=np.int64) for place in parts["query"]["place"]]
         return make_benchmark(name, "same place, all queries", paths["database"], paths["query"], positives)
-    from eval.ground_truth import on_sphere
+    from eval.benchmarks.ground_truth import on_sphere
 
     at = {role: part[keys].to_numpy(dtype=np.float64) for role, part in parts.items()}
     if keys == ["lat", "lon"]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.cells import Grid, place_of_images
 from data_pipeline.listing import PlaceListing, build_listing
+from data_pipeline.sources.cells import Grid, place_of_images
 
 _EXPECTED = "@UTM_east@UTM_north@zone@letter@lat@lon@pano@tile@heading@pitch@roll@height@timestamp@note@.jpg"
 _ZONE, _LETTER, _LAT, _LON, _PANO, _HEADING, _TIME = 3, 4, 5, 6, 7, 9, 13

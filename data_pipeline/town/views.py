@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_pipeline.town_places import (
+from data_pipeline.town.places import (
     ACCENTS,
     HALF_WIDTH,
     PIXELS_PER_METRE,

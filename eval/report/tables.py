@@ -11,9 +11,6 @@ from typing import Any
 from rich.table import Table
 
 from eval.evaluate import Result
-from eval.pictures import draw_pictures
-
-__all__ = ["draw_pictures", "results_table", "write_csv", "write_results"]
 
 
 def results_table(results: list[Result]) -> Table:

@@ -6,9 +6,10 @@ import re
 from itertools import permutations
 from pathlib import Path
 
-from eval.benchmarks import Benchmark, BenchmarkError, make_benchmark, nearest
-from eval.ground_truth import clip_to, frames_within, read_positives
-from eval.layouts import existing, images_in, vpr_bench
+from configs.names import nearest
+from eval.benchmarks.benchmark import Benchmark, BenchmarkError, make_benchmark
+from eval.benchmarks.ground_truth import clip_to, frames_within, read_positives
+from eval.benchmarks.layouts import existing, images_in, vpr_bench
 
 GARDENS_TRAVERSES = ("day_left", "day_right", "night_right")
 GARDENS_PAIRS = (("day_right", "night_right"), ("day_left", "night_right"), ("day_right", "day_left"))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from eval import msls
-from eval.benchmarks import RADIUS_M, Benchmark, BenchmarkError, nearest
-from eval.layouts import gsv_lists, netvlad_mat, patch_netvlad, same_names, utm_folder, vpr_bench
-from eval.sequences import NORDLAND_FRAMES, gardens_point, nordland_seasons
+from configs.names import nearest
+from eval.benchmarks import msls
+from eval.benchmarks.benchmark import RADIUS_M, Benchmark, BenchmarkError
+from eval.benchmarks.layouts import gsv_lists, netvlad_mat, patch_netvlad, same_names, utm_folder, vpr_bench
+from eval.benchmarks.sequences import NORDLAND_FRAMES, gardens_point, nordland_seasons
 
 DOWNLOADER = "github.com/gmberton/VPR-datasets-downloader"
 VPR_BENCH = "github.com/MubarizZaffar/VPR-Bench"

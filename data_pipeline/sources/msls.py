@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from data_pipeline.cells import Grid, place_of_images
 from data_pipeline.listing import PlaceListing, build_listing
+from data_pipeline.sources.cells import Grid, place_of_images
 
 _POSTPROCESSED = {"key": pa.string(), "easting": pa.float64(), "northing": pa.float64()}
 _RAW = {

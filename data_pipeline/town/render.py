@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.town_places import build_place
-from data_pipeline.town_views import Kind, draw_conditions, render_view
+from data_pipeline.town.places import build_place
+from data_pipeline.town.views import Kind, draw_conditions, render_view
 
 FORMAT = 1  # raised whenever the same town is drawn differently
 CITIES = ("Harbour", "Hillside", "Oldtown")

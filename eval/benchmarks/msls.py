@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.benchmarks import RADIUS_M, Benchmark, BenchmarkError, make_benchmark
-from eval.ground_truth import within_radius
-from eval.layouts import existing, gsv_lists
+from eval.benchmarks.benchmark import RADIUS_M, Benchmark, BenchmarkError, make_benchmark
+from eval.benchmarks.ground_truth import within_radius
+from eval.benchmarks.layouts import existing, gsv_lists
 
 CITIES = ("cph", "sf")
 PROTOCOL_740 = "740 cleaned queries (gsv-cities lists), 25 m and 40 degrees"

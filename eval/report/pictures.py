@@ -11,7 +11,7 @@ import torch
 
 from configs.schema import EvalConfig, RerankConfig
 from data_pipeline.images import normalise, read_image
-from eval.benchmarks import Benchmark
+from eval.benchmarks.benchmark import Benchmark
 from eval.evaluate import Result
 from eval.extract import load_image
 from eval.local_features import NO_CELL, LocalFeatures, compact, grid_of, read_local

@@ -1,0 +1,1 @@
+"""Data sets of others, each read as places with photographs."""

@@ -1,0 +1,1 @@
+"""Benchmarks: what is known, the layouts that it is published in, and its ground truth."""
