@@ -63,13 +63,15 @@ class Resources:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", self.nodes):
             raise ValueError(f"--nodes {self.nodes}: expected a number or MIN-MAX, such as 4 or 2-4")
-        if self.nproc_per_node != "auto" and not self.nproc_per_node.isdigit():
-            raise ValueError(f"--nproc-per-node {self.nproc_per_node}: expected auto or a number")
+        if self.nproc_per_node != "auto" and not re.fullmatch(r"[1-9][0-9]*", self.nproc_per_node):
+            raise ValueError(f"--nproc-per-node {self.nproc_per_node!r}: expected auto or a number, 1 or more")
         for flag in ("mem", "time", "partition", "account", "qos", "constraint", "dependency"):
             if re.search(r"\s", getattr(self, flag)):
                 raise ValueError(f"--{flag} {getattr(self, flag)!r}: one word is expected")
-        if any("\n" in option for option in self.sbatch):
-            raise ValueError("--sbatch: an option is one line")
+        for option in self.sbatch:
+            _directive(option, "--sbatch")
+        if self.python.startswith("-"):
+            raise ValueError(f"--python {self.python!r}: expected the path of a Python, which does not start with '-'")
 
     @property
     def node_range(self) -> tuple[int, int]:
@@ -96,7 +98,8 @@ class Job:
     @property
     def log(self) -> Path:
         """Where SLURM writes what the job prints; %-patterns are SLURM's."""
-        return self.folder / f"{self.name}-{'%A_%a' if self.is_array else '%j'}.log"
+        pattern = f"{self.name}-{'%A_%a' if self.is_array else '%j'}.log"
+        return Path(str(self.folder).replace("%", "%%")) / pattern
 
 
 def torchrun_job(name: str, folder: Path, verb: list[str], want: Resources, *, python: str, cwd: Path) -> Job:
@@ -108,9 +111,9 @@ def torchrun_job(name: str, folder: Path, verb: list[str], want: Resources, *, p
     nnodes = '"$SLURM_NNODES"' if low == high else f'{low}:"$SLURM_NNODES"'
     processes = str(want.gpus_per_node or 1) if want.nproc_per_node == "auto" else want.nproc_per_node
     launch = [
-        f"{shlex.quote(want.python or python)} -m rerankvpr launch --nnodes {nnodes} --nproc-per-node {processes}",
+        f"{_words([want.python or python])} -m rerankvpr launch --nnodes {nnodes} --nproc-per-node {processes}",
         '--rdzv "$address:$port" --rdzv-id "$SLURM_JOB_ID.$restarts" --max-restarts 3',
-        f"-- {shlex.join(verb)}",
+        f"-- {_words(verb)}",
     ]
     # All save and end with 75, some a little later than the first, which --kill-on-bad-exit would not let them.
     srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LAST_S if low == high else 0}", "--ntasks-per-node=1"]
@@ -134,7 +137,7 @@ trap 'ended=yes' TERM
 trap : USR1
 
 # USR1 is ignored until the agent listens; its ranks save, and it ends with status {REQUEUE_STATUS}.
-{shlex.join(srun)} bash -c 'trap "" USR1; exec "$@"' _ \\
+{_words(srun)} bash -c 'trap "" USR1; exec -- "$@"' _ \\
   {f" {chr(92)}{chr(10)}  ".join(launch)} &
 task=$!
 while kill -0 "$task" 2>/dev/null; do wait "$task"; done
@@ -159,13 +162,13 @@ def array_job(
 ) -> Job:
     """An array of one-node jobs, one a verb; `launched` runs each under torchrun, a process a GPU."""
     processes = str(want.gpus_per_node or 1) if want.nproc_per_node == "auto" else want.nproc_per_node
-    program = f"{shlex.quote(want.python or python)} -m rerankvpr"
+    program = f"{_words([want.python or python])} -m rerankvpr"
     if launched:
         program += f" launch --nproc-per-node {processes} --"
     options = [f"array=0-{len(verbs) - 1}"] if len(verbs) > 1 else []
     options += ["nodes=1", "ntasks-per-node=1", *resource_options(want), "requeue"]
-    srun = shlex.join(["srun", *container_flags(want)])
-    lines = [f"{srun} {program} {shlex.join(verb)}" for verb in verbs]
+    srun = _words(["srun", *container_flags(want)])
+    lines = [f"{srun} {program} {_words(verb)}" for verb in verbs]
     work = lines[0]
     if len(verbs) > 1:
         cases = "\n".join(f"  {i}) {line} ;;" for i, line in enumerate(lines))
@@ -182,10 +185,49 @@ def array_job(
 
 
 def header(job: Job, options: list[str], cwd: Path) -> str:
-    """The first lines of a script: what sbatch reads."""
-    named = [f"job-name={job.name}", f"output={job.log}", "open-mode=append", f"chdir={cwd}", *options]
-    spaced = (option.replace("=", '="', 1) + '"' if " " in option else option for option in named)
-    return "\n".join(["#!/bin/bash", *(f"#SBATCH --{option}" for option in spaced)])
+    """The first lines of a script: what sbatch reads. Raises ValueError for an option that sbatch would misread."""
+    named = [
+        ("the job's name", f"job-name={job.name}"),
+        ("the output folder", f"output={job.log}"),
+        ("submit", "open-mode=append"),
+        ("the working folder", f"chdir={cwd}"),
+        *(("submit", option) for option in options),
+    ]
+    lines = [_directive(option, where) for where, option in named]
+    return "\n".join(["#!/bin/bash", *lines])
+
+
+def _directive(option: str, where: str) -> str:
+    """The `#SBATCH` line of one option, NAME or NAME=VALUE.
+
+    sbatch splits these lines at spaces and reads quotes, backslashes and `#`, and the shell ends its comments at a
+    newline: a value with one of these could become another option, or a command. Spaces and `#` are quoted; ValueError
+    names all else.
+    """
+    name, equals, value = option.partition("=")
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise ValueError(f"{where}: {option!r} is no option of sbatch; expected NAME or NAME=VALUE, such as exclusive")
+    unsafe = next((c for c in value if c in "\"'\\`" or not (c.isprintable() or _is_byte(c))), None)
+    if unsafe:
+        raise ValueError(
+            f"{where}: {value!r} holds {unsafe!r}, which a batch script cannot; use no quotes, backslashes or control "
+            "characters there"
+        )
+    plain = re.fullmatch(r"[\w./:%@,+=~*&|()\[\]-]*", value, re.ASCII)
+    return f"#SBATCH --{name}{equals}{value}" if plain else f'#SBATCH --{name}="{value}"'
+
+
+def _words(words: list[str]) -> str:
+    """Words as a shell reads them back, each one word. Raises ValueError for one that no command line can hold."""
+    for word in words:
+        if not all(c != "\0" and (not 0xD800 <= ord(c) <= 0xDFFF or _is_byte(c)) for c in word):
+            raise ValueError(f"submit: {word!r} holds a character that no command line can")
+    return shlex.join(words)
+
+
+def _is_byte(c: str) -> bool:
+    """Whether a character stands for a byte of a file name that is no UTF-8."""
+    return 0xDC80 <= ord(c) <= 0xDCFF
 
 
 def setup(want: Resources) -> str:

@@ -182,7 +182,7 @@ def _beside(folder: str) -> Path:
 def _submit(job: Job, after: str) -> str:
     """Writes the script and hands it to sbatch; its job id."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    job.script.write_text(job.text)
+    job.script.write_bytes(job.text.encode(errors="surrogateescape"))
     options = ["--parsable"]
     if after:
         options += [f"--dependency={after}", "--kill-on-invalid-dep=yes"]
@@ -190,6 +190,6 @@ def _submit(job: Job, after: str) -> str:
     if done.returncode:
         raise ValueError(f"sbatch refused {job.script}: {done.stderr.strip()}")
     number = done.stdout.strip().split(";")[0]
-    log = str(job.log).replace("%A", number).replace("%j", number).replace("%a", "*")
+    log = job.folder / job.log.name.replace("%A", number).replace("%j", number).replace("%a", "*")
     print(f"{job.name}: job {number}{f', after {after}' if after else ''}; log {log}{job.note}", flush=True)
     return number
