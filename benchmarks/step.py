@@ -32,11 +32,12 @@ from data_pipeline.mixture import EpochPlans, read_mixture
 from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
 from model.network import PlaceModel, build_model
-from trainer.checkpoint import Progress, checkpoint_contents
+from trainer.checkpoint import checkpoint_contents
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.engine import build_engine, clip_and_update, set_learning_rate
 from trainer.flops import device_peak_tflops, model_flops
 from trainer.process_group import Rank, start_process_group, stop_process_group
+from trainer.state import Progress, TrainingState
 
 PARTS = ("data wait", "forward", "wait for ranks", "gather + loss + queue", "backward", "optimizer")
 NETWORK = ("forward", "backward", "optimizer")
@@ -148,7 +149,7 @@ def on_a_rank(options: Options) -> None:
         dist.all_reduce(votes)
         writer.settle(*votes.tolist())
         if step == saved_after:
-            writer.begin(step, checkpoint_contents(engine, queue, None, Progress(step), recipe))
+            writer.begin(step, checkpoint_contents(TrainingState(engine, queue, None, Progress(step)), recipe))
         totals.append(clock.now() - began)
     writer.finish()
     figures = {part: statistics.median(clock.seconds[part][2:saved_after]) for part in PARTS}
@@ -187,8 +188,6 @@ def on_a_gpu(rank: Rank, backbone: str, *, compiled: bool, checkpointing: bool) 
     model.activation_checkpointing = checkpointing
     queue = MemoryQueue(recipe.memory.size, model.descriptor_size, rank.device)
     engine = build_engine(model, engine=recipe.engine, optim=recipe.optim, images_per_rank=images)
-    if compiled:
-        model.compile_blocks()
     loss = GlobalLoss(recipe.loss, recipe.memory)
     pixels = torch.randint(0, 256, (images, 3, 224, 224), dtype=torch.uint8, device=rank.device)
     ids = torch.arange(images // 4, device=rank.device).repeat_interleave(4)

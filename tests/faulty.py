@@ -21,42 +21,42 @@ FILLER_BYTES = 1 << 16
 
 def inject(faults: dict[str, dict[str, Any]], rank: int) -> None:
     """Wraps the training's own methods; nothing in the product knows of it."""
-    from trainer.loop import Training
+    from trainer.step import TrainingStep
 
-    encode, step, backward = Training._encode, Training._step, Training._backward
+    encode, step, backward = TrainingStep._encode, TrainingStep.__call__, TrainingStep._backward
 
-    def here(name: str, training: Training) -> bool:
+    def here(name: str, training: TrainingStep) -> bool:
         fault = faults.get(name)
-        return fault is not None and fault["rank"] == rank and fault["step"] == training.progress.step
+        return fault is not None and fault["rank"] == rank and fault["step"] == training.state.progress.step
 
-    def faulty_encode(self: Training, images: Any) -> Any:
+    def faulty_encode(self: TrainingStep, images: Any) -> Any:
         descriptors = encode(self, images)
         return descriptors * float("nan") if here("nan_descriptor", self) else descriptors
 
-    def faulty_backward(self: Training, out: Any, cache: Any) -> Any:
+    def faulty_backward(self: TrainingStep, out: Any, cache: Any) -> Any:
         if not here("nan_gradient", self):
             return backward(self, out, cache)
-        parameter = next(p for p in self.model.parameters() if p.requires_grad)
+        parameter = next(p for p in self.state.model.parameters() if p.requires_grad)
         handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
         try:
             return backward(self, out, cache)
         finally:
             handle.remove()
 
-    def faulty_step(self: Training, *args: Any) -> None:
+    def faulty_step(self: TrainingStep, *args: Any) -> Any:
         if here("stop", self):
             os.kill(os.getpid(), signal.SIGSTOP)
         full = faults.get("full")
         if full and full["rank"] == rank:
             filler = Path(full["folder"]) / "filler"
-            if self.progress.step == full["until"]:
+            if self.state.progress.step == full["until"]:
                 filler.unlink(missing_ok=True)
-            elif self.progress.step == full["step"]:
+            elif self.state.progress.step == full["step"]:
                 _fill(filler)
-        step(self, *args)
+        return step(self, *args)
 
-    Training._encode, Training._step = faulty_encode, faulty_step  # type: ignore[method-assign]
-    Training._backward = faulty_backward  # type: ignore[method-assign]
+    TrainingStep._encode, TrainingStep._backward = faulty_encode, faulty_backward  # type: ignore[method-assign]
+    TrainingStep.__call__ = faulty_step  # type: ignore[method-assign]
 
 
 def _fill(file: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from safetensors.torch import load_file
 from configs.load import recipe_text
 from configs.schema import Recipe
 from data_pipeline.index import file_sha256
-from memory.drift import DriftProbe
-from memory.queue import MemoryQueue
 from trainer.engine_state import StoredTensors, put_state, take_state
+from trainer.state import Progress, TrainingState
 
 MANIFEST = "manifest.json"
 FORMAT = 3
@@ -35,37 +34,22 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the text says which and why."""
 
 
-@dataclass
-class Progress:
-    """Where a training stands; everything here is in `state.json`."""
-
-    step: int = 0  # position in the plan: global steps begun so far, over all epochs
-    skipped_steps: int = 0  # of these, steps without an update because loss or gradient was not finite
-    bad_images: int = 0
-    recalls: dict[str, float] = field(default_factory=dict)  # mean recall at the smallest K of each validation, by step
-    mlflow_run_id: str | None = None
-    dataset: str = ""  # digest of the shard sets trained on
-    before: list[dict[str, Any]] = field(default_factory=list)  # results of the untrained model
-
-
 def step_name(step: int) -> str:
     """Name of the checkpoint folder of a step."""
     return f"step-{step:08d}"
 
 
-def checkpoint_contents(
-    engine: Any, queue: MemoryQueue, drift: DriftProbe | None, progress: Progress, recipe: Recipe
-) -> Contents:
-    """A copy in CPU memory of what this rank writes. Every rank must call this; training may go on at once."""
-    state = take_state(engine)
+def checkpoint_contents(state: TrainingState, recipe: Recipe) -> Contents:
+    """A copy in CPU memory of what this rank writes. Every rank must call this; training may continue at once."""
+    engine, queue, drift = take_state(state.engine), state.queue, state.drift
     rank, world = dist.get_rank(), dist.get_world_size()
     part = f"{rank:05d}-of-{world:05d}.safetensors"
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
     contents: Contents = {
-        f"model-{part}": state.weights,
-        f"optimizer-{part}": state.optimizer,
+        f"model-{part}": engine.weights,
+        f"optimizer-{part}": engine.optimizer,
         f"random-{part}": random,
     }
     if rank == 0 or queue.placement == "sharded":
@@ -73,8 +57,8 @@ def checkpoint_contents(
     if rank == 0:
         if drift:
             contents["drift.safetensors"] = _buffers(drift)
-        contents["optimizer.json"] = state.numbers
-        contents["state.json"] = json.dumps(asdict(progress), indent=1)
+        contents["optimizer.json"] = engine.numbers
+        contents["state.json"] = json.dumps(asdict(state.progress), indent=1)
         contents["recipe.yaml"] = recipe_text(recipe)
     return contents
 
@@ -177,13 +161,12 @@ def set_aside_newer(folder: Path, checkpoint: Path | None) -> None:
         point(folder / "latest", checkpoint)
 
 
-def load_checkpoint(
-    checkpoint: Path, engine: Any, queue: MemoryQueue, drift: DriftProbe | None, recipe: Recipe, dataset: str
-) -> Progress:
-    """Restores engine, queue and random state on every rank, at any world size and ZeRO stage; the position.
+def load_checkpoint(checkpoint: Path, state: TrainingState, recipe: Recipe, dataset: str) -> None:
+    """Restores engine, queue, progress and random state on every rank, at any world size and ZeRO stage.
 
-    `dataset` is the digest of the shard sets. Raises CheckpointError where recipe or shards are not the checkpoint's.
+    `dataset` is the digest of the shard sets. Raises CheckpointError if recipe or shards are not the checkpoint's.
     """
+    engine, queue, drift = state.engine, state.queue, state.drift
     progress = Progress(**json.loads((checkpoint / "state.json").read_text()))
     if progress.dataset != dataset:
         raise CheckpointError(
@@ -208,7 +191,7 @@ def load_checkpoint(
         torch.set_rng_state(states["cpu"])
         if torch.cuda.is_available() and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"])
-    return progress
+    state.progress = progress
 
 
 def stored_recipe(checkpoint: Path) -> Recipe:

@@ -13,7 +13,7 @@ import tyro
 
 from configs.load import RECIPES, load_recipe
 from configs.schema import Recipe
-from trainer.errors import one_line_errors
+from trainer.errors import TrainingError, one_line_errors
 
 USAGE = "rerankvpr train RECIPE"
 
@@ -93,8 +93,9 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from data_pipeline.loader import TooManyBadImagesError
-    from trainer.loop import Resume, TrainingError, train
+    from trainer.loop import train
     from trainer.process_group import start_process_group, stop_process_group
+    from trainer.resume import Resume
     from trainer.stop_signal import REQUEUE_STATUS, Stopped
 
     console = Console()

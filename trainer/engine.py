@@ -153,11 +153,19 @@ def _give_back_freed_memory() -> None:
 def build_engine(
     model: nn.Module, *, engine: EngineConfig, optim: OptimConfig, images_per_rank: int
 ) -> Any:  # deepspeed.DeepSpeedEngine, which ships no types
-    """`model` under DeepSpeed with the recipe's optimizer; averages gradients over ranks, as `GlobalLoss` expects."""
+    """`model` under DeepSpeed with the recipe's optimizer; averages gradients over ranks, as `GlobalLoss` expects.
+
+    DeepSpeed puts the whole network in one precision, so a network's frozen part gets its own back; the blocks are
+    compiled if the recipe says so.
+    """
     deepspeed = _deepspeed(engine.timeout_s)
     optimizer = build_optimizer(model, optim)
     config = deepspeed_config(engine, gradient_clipping=optim.gradient_clipping, images_per_rank=images_per_rank)
     built, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if isinstance(model, PlaceModel):
+        model.cast_frozen()
+        if engine.compile:
+            model.compile_blocks()
     return built
 
 

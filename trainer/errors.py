@@ -12,6 +12,10 @@ USER_ERRORS = (ValueError, OSError)
 OTHERS_WAIT_S = 3.0
 
 
+class TrainingError(RuntimeError):
+    """A training that must stop; the text says why, where, and what to do."""
+
+
 @contextmanager
 def one_line_errors(*extra: type[Exception]) -> Iterator[None]:
     """Turns mistakes of the user (and `extra` kinds) into a line on stderr and exit status 2.

@@ -1,70 +1,90 @@
-"""Evaluation in the middle of training: on the same ranks, with the same weights."""
+"""Evaluation in the middle of training: when it is due, and on the same ranks with the same weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from rich.console import Console
-
 from configs.schema import EvalConfig
-from eval.benchmarks.load import load_benchmarks
+from eval.benchmarks.benchmark import Benchmark
 from eval.evaluate import FeatureStore, Result, evaluate
 from eval.report.pictures import draw_pictures
-from trainer.checkpoint import best_recall
+from trainer.batches import Batches
+from trainer.context import Context
 from trainer.engine import whole_weights
 from trainer.progress import Update, progress_bar
-from trainer.tracking import Tracker
+from trainer.schedule import validations_since_best
+from trainer.state import TrainingState
 from trainer.watchdog import Watchdog
 
 
 class Validation:
     """The recipe's benchmarks, evaluated with the weights in the engine."""
 
-    def __init__(self, config: EvalConfig, console: Console) -> None:
-        self.config, self.console = config, console
-        self.benchmarks = load_benchmarks(config.benchmarks, config.data_root)
+    def __init__(self, context: Context, state: TrainingState, batches: Batches, benchmarks: list[Benchmark]) -> None:
+        self.config, self.trainer, self.rank = context.recipe.eval, context.recipe.trainer, context.rank
+        self.tracker, self.watchdog, self.console = context.tracker, context.watchdog, context.console
+        self.state, self.batches, self.benchmarks = state, batches, benchmarks
 
-    def run(
-        self,
-        engine: Any,
-        tracker: Tracker,
-        watchdog: Watchdog,
-        *,
-        label: str,
-        step: int,
-        rerank: bool,
-        pictures: Path | None = None,
-    ) -> list[Result]:
+    def is_due(self) -> bool:
+        """Whether the recipe's interval has come, and this step is not validated yet.
+
+        The last step never is: its evaluation is the final one.
+        """
+        step, every = self.state.progress.step, self.trainer.validate_every_epochs
+        epoch, into_epoch = divmod(step, self.batches.steps_per_epoch)
+        if not (every and step and into_epoch == 0 and epoch % every == 0 and step < self.batches.total_steps):
+            return False
+        return str(step) not in self.state.progress.recalls
+
+    def brings_no_more(self) -> bool:
+        """Whether the last `trainer.early_stop_evals` validations in a row brought no better recall."""
+        return 0 < self.trainer.early_stop_evals <= validations_since_best(self.state.progress.recalls.values())
+
+    def validate(self) -> float | None:
+        """Evaluates the present step without re-ranking; the mean recall, or None without benchmarks."""
+        epoch = self.state.progress.step // self.batches.steps_per_epoch
+        return self.note_recall(self.evaluate(f"epoch {epoch}", rerank=False))
+
+    def note_recall(self, results: list[Result]) -> float | None:
+        """The mean over benchmarks of the first-stage recall at the smallest K, which progress keeps; None for none.
+
+        `best`, early stopping and the plateau schedule go by it.
+        """
+        if not results:
+            return None
+        k = self.config.recall_at[0]
+        recall = sum(result.recall[k] for result in results) / len(results)
+        self.state.progress.recalls[str(self.state.progress.step)] = recall
+        return recall
+
+    def evaluate(self, label: str, *, rerank: bool, pictures: Path | None = None) -> list[Result]:
         """Results of all benchmarks, printed and tracked; every rank must call this."""
         if not self.benchmarks:
             return []  # at ZeRO-3 the whole weights would be gathered for nothing
-        config, main = self.config, dist.get_rank() == 0
-        if not rerank:
-            config = config.model_copy(update={"rerank": config.rerank.model_copy(update={"enabled": False})})
-        results, store = [], FeatureStore(self.benchmarks)
-        watchdog.enter("evaluation", step)
-        with whole_weights(engine):
+        config, step, results = self._config(rerank), self.state.progress.step, []
+        store = FeatureStore(self.benchmarks)
+        self.watchdog.enter("evaluation", step)
+        with whole_weights(self.state.engine):
             for benchmark in self.benchmarks:
-                with progress_bar(self.console, f"{label}: {benchmark.name}", active=main) as update:
-                    result = evaluate(
-                        engine.module, benchmark, config, on_progress=_watched(update, watchdog), store=store
-                    )
+                with progress_bar(self.console, f"{label}: {benchmark.name}", active=self.rank.is_main) as update:
+                    progress = _watched(update, self.watchdog)
+                    result = evaluate(self.state.model, benchmark, config, on_progress=progress, store=store)
                 results.append(result)
                 params = {"benchmark": benchmark.name, "protocol": result.protocol, "weights": label, "rerank": rerank}
-                tracker.evaluation(benchmark.name, step, params, result.metrics())
-                if main:
+                self.tracker.evaluation(benchmark.name, step, params, result.metrics())
+                if self.rank.is_main:
                     self.console.print(f"{label}: {result.line()}", highlight=False, soft_wrap=True)
-                if pictures and main:
-                    for picture in draw_pictures(pictures / benchmark.name, benchmark, result, engine.module, config):
-                        tracker.artifact(picture, f"pictures/{benchmark.name}")
+                if pictures and self.rank.is_main:
+                    folder = pictures / benchmark.name
+                    for picture in draw_pictures(folder, benchmark, result, self.state.model, config):
+                        self.tracker.artifact(picture, f"pictures/{benchmark.name}")
         return results
 
-    def mean_recall(self, results: list[Result]) -> float:
-        """Mean over benchmarks of the first-stage recall at the smallest K: what `best` and early stopping go by."""
-        k = self.config.recall_at[0]
-        return sum(result.recall[k] for result in results) / len(results)
+    def _config(self, rerank: bool) -> EvalConfig:
+        if rerank:
+            return self.config
+        return self.config.model_copy(update={"rerank": self.config.rerank.model_copy(update={"enabled": False})})
 
 
 def _watched(update: Update, watchdog: Watchdog) -> Update:
@@ -73,10 +93,3 @@ def _watched(update: Update, watchdog: Watchdog) -> Update:
         update(*args, **kwargs)
 
     return both
-
-
-def agreed_best_recall(folder: Path) -> float:
-    """`best_recall` as rank 0 reads it; every rank must call this."""
-    holder = [best_recall(folder) if dist.get_rank() == 0 else 0.0]
-    dist.broadcast_object_list(holder)
-    return holder[0]

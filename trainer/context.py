@@ -1,0 +1,54 @@
+"""What every part of a training is given: the recipe, this rank, and where to report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from configs.load import recipe_text
+from configs.schema import Recipe
+from trainer.process_group import Rank
+from trainer.provenance import provenance
+from trainer.state import Progress
+from trainer.tracking import Tracker
+from trainer.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Context:
+    """One training on this rank."""
+
+    recipe: Recipe
+    rank: Rank
+    console: Console
+    say: Callable[[str], None]  # prints on rank 0
+    tracker: Tracker
+    watchdog: Watchdog
+
+
+def main_rank_says(rank: Rank, console: Console) -> Callable[[str], None]:
+    """A function that prints a line on rank 0, and nothing elsewhere."""
+
+    def say(text: str) -> None:
+        if rank.is_main:
+            console.print(text, highlight=False, soft_wrap=True)
+
+    return say
+
+
+def open_context(recipe: Recipe, rank: Rank, console: Console, progress: Progress) -> Context:
+    """Opens the training's record, in which a resumed one continues its MLflow run; every rank must call this.
+
+    Writes `recipe.yaml` to the output folder.
+    """
+    facts = provenance(world_size=rank.world_size, device=rank.device, data_digest=progress.dataset)
+    run_id = progress.mlflow_run_id
+    tracker = Tracker(recipe, recipe.output, console, run_id=run_id, active=rank.is_main, facts=facts)
+    if rank.is_main:
+        (recipe.output / "recipe.yaml").write_text(recipe_text(recipe))
+        tracker.artifact(recipe.output / "recipe.yaml")
+    engine = recipe.engine
+    watchdog = Watchdog(limit_s=engine.stall_s, first_limit_s=engine.timeout_s, folder=recipe.output)
+    return Context(recipe, rank, console, main_rank_says(rank, console), tracker, watchdog)

@@ -1,0 +1,47 @@
+"""Where a training starts: at a checkpoint that is found and verified, or at step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.schema import Recipe
+from trainer.checkpoint import choose_checkpoint, load_checkpoint, set_aside_newer
+from trainer.process_group import Rank
+from trainer.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where to resume: from `checkpoint`, or the newest valid one of the output folder, or the start if it has none."""
+
+    checkpoint: Path | None = None
+
+
+def checkpoint_to_resume(recipe: Recipe, resume: Resume | None, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to start from, None for step 0; every rank must call this.
+
+    Raises ValueError if the output folder holds a training that is not to be resumed, CheckpointError if the one that
+    is named is damaged.
+    """
+    found, notes = choose_checkpoint(recipe.output / "checkpoints", resume.checkpoint if resume else None)
+    if found and not resume:
+        raise ValueError(
+            f"{recipe.output} already holds a training (up to {found.name}); add --resume or change --output"
+        )
+    for note in notes:
+        say(f"[yellow]left out: {note}")
+    return found
+
+
+def restore(state: TrainingState, recipe: Recipe, rank: Rank, checkpoint: Path | None, *, dataset: str) -> None:
+    """Puts a checkpoint into a new state, if there is one, and sets newer ones of the output folder aside.
+
+    `dataset` is the digest of the shard sets. Every rank must call this. Raises what `load_checkpoint` raises.
+    """
+    if checkpoint:
+        load_checkpoint(checkpoint, state, recipe, dataset)
+    state.progress.dataset = dataset
+    if rank.is_main:
+        set_aside_newer(recipe.output / "checkpoints", checkpoint)

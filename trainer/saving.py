@@ -1,0 +1,91 @@
+"""When a training is saved: at its interval, on request, at the end until it succeeds, and as the best so far."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch.distributed as dist
+
+from trainer.batches import Batches
+from trainer.checkpoint import best_recall, checkpoint_contents, point, step_name
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.context import Context
+from trainer.errors import TrainingError
+from trainer.state import TrainingState
+from trainer.stop_signal import Stopped
+
+SAVE_AGAIN_S = 5.0
+
+
+class Saving:
+    """The checkpoints of one training; every rank has one and calls its methods at the same steps."""
+
+    def __init__(self, context: Context, state: TrainingState, batches: Batches) -> None:
+        self.recipe, self.rank, self.say = context.recipe, context.rank, context.say
+        self.tracker, self.watchdog, self.state = context.tracker, context.watchdog, state
+        self.folder = self.recipe.output / "checkpoints"
+        self.total_steps = batches.total_steps
+        self.every = self.recipe.trainer.checkpoint_every_steps or batches.steps_per_epoch
+        self.writer = CheckpointWriter(self.folder, keep_last=self.recipe.trainer.keep_last, say=self.say)
+
+    def save(self) -> None:
+        """Starts to write a checkpoint of the present step, which is valid some steps later."""
+        progress = self.state.progress
+        self.watchdog.enter("save", progress.step)
+        self.tracker.flush()  # a killed run resumes from here, and its curves with it
+        progress.mlflow_run_id = self.tracker.run_id
+        self.writer.begin(progress.step, checkpoint_contents(self.state, self.recipe))
+
+    def save_if_due(self, *, asked_to_stop: bool) -> None:
+        """Saves at the recipe's interval and at the last step; a request to stop saves too, and raises Stopped."""
+        step = self.state.progress.step
+        last = step == self.total_steps
+        if step % self.every == 0 or last or asked_to_stop:
+            self.save()
+        if asked_to_stop and not last:
+            saved = self.writer.finish()
+            where = f"saved at step {step} of {self.total_steps}" if saved else f"step {step} could not be saved"
+            raise Stopped(f"asked to stop; {where}, --resume goes on from the last checkpoint")
+
+    def save_whole(self) -> bool:
+        """Saves the present step unless that is done, and waits for the disks; False if they did not take it."""
+        self.writer.finish()
+        if not self._is_there():
+            self.save()
+            self.writer.finish()
+        return self._is_there()
+
+    def save_at_the_end(self) -> None:
+        """The last checkpoint, tried again for trainer.save_retry_s while the disk is full or gone.
+
+        Raises TrainingError if it could not be written.
+        """
+        retry_s = self.recipe.trainer.save_retry_s
+        for tries_left in range(math.ceil(retry_s / SAVE_AGAIN_S), -1, -1):
+            if self.save_whole():
+                return
+            if tries_left:
+                self.say(f"[yellow]the last checkpoint is tried again in {SAVE_AGAIN_S:g} s")
+                time.sleep(SAVE_AGAIN_S)
+        raise TrainingError(
+            f"the checkpoint of the last step, {self.state.progress.step}, could not be written for {retry_s:g} s; "
+            "make room and go on with --resume"
+        )
+
+    def keep_if_best(self, recall: float) -> None:
+        """Points `best` at the present step if no validation before had this recall."""
+        if recall > self._best_recall() and self.save_whole() and self.rank.is_main:
+            point(self.folder / "best", self.folder / step_name(self.state.progress.step), recall)
+
+    def _is_there(self) -> bool:
+        """Whether rank 0 sees the checkpoint of the present step."""
+        holder = [(self.folder / step_name(self.state.progress.step)).exists()]
+        dist.broadcast_object_list(holder)
+        return holder[0]
+
+    def _best_recall(self) -> float:
+        """`best_recall` as rank 0 reads it."""
+        holder = [best_recall(self.folder) if self.rank.is_main else 0.0]
+        dist.broadcast_object_list(holder)
+        return holder[0]
