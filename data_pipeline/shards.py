@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.changes import changed_photograph, file_stat, file_stats
+from data_pipeline.folder_lock import LOCK, FolderLock, LockedError, holder
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX,
@@ -45,6 +45,7 @@ from data_pipeline.tar_writer import (
 
 SHARD_BYTES = 256 * 2**20
 _JOBS_AHEAD = 2
+_PART_LOCK = f"{LOCK}.part-"
 
 Progress = Callable[[int, int], None]
 
@@ -283,7 +284,7 @@ def _digest(*parts: str | bytes) -> str:
 def _remove_rows_files(out: Path) -> None:
     for path in (out / "shards").glob("*.rows.parquet*"):
         path.unlink(missing_ok=True)
-    for path in (out / "shards").glob("part-*.lock"):
+    for path in out.glob(f"{_PART_LOCK}*"):  # of parts that were killed
         path.unlink(missing_ok=True)
 
 
@@ -295,15 +296,19 @@ def _folder_for(out: Path, set_digest: str, part: tuple[int, int] | None, mine: 
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: a file; give the folder that the shard set goes to")
-    created = not out.exists()
     shards = out / "shards"
-    shards.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:
-        locks.callback(os.close, _lock(out, out, shared=part is not None))
         if part:
-            own = shards / f"part-{part[0]}-of-{part[1]}.lock"
-            own.touch()
-            locks.callback(os.close, _lock(own, out, shared=False))
+            own = f"{_PART_LOCK}{part[0]}-of-{part[1]}"
+            locks.enter_context(FolderLock(out, f"rerankvpr shard --part {part[0]}/{part[1]}", name=own))
+            others = [LOCK]
+        else:
+            locks.enter_context(FolderLock(out, "rerankvpr shard"))
+            others = [path.name for path in out.glob(f"{_PART_LOCK}*")]
+        for other in others:  # looked at once this one is held: of two that come at once, one at least sees the other
+            if found := holder(out, name=other):
+                raise LockedError(f"{out}: {found} is writing there; wait until it has ended")
+        shards.mkdir(exist_ok=True)
         try:
             for path in [*shards.glob("*.tar"), *shards.glob("*.rows.parquet")]:
                 rows = rows_file(path) if path.suffix == ".tar" else path
@@ -321,20 +326,8 @@ def _folder_for(out: Path, set_digest: str, part: tuple[int, int] | None, mine: 
             left = [path for tar in mine for path in unfinished(tar)] if part else [*shards.glob("train-*.tmp")]
             for path in [*left, *out.glob(f"{INDEX}*.tmp")]:
                 path.unlink(missing_ok=True)
-            for folder in (shards, out) if created else (shards,):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-
-
-def _lock(path: Path, out: Path, *, shared: bool) -> int:
-    """A descriptor that locks `path` until it is closed."""
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise ValueError(f"{out}: another process is writing shards there; wait for it") from error
-    return lock
+            with contextlib.suppress(OSError):
+                shards.rmdir()
 
 
 def _reuse_complete(

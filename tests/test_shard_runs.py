@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipeline.folder_lock import FolderLock, LockedError
 from data_pipeline.index import read_index
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
@@ -156,11 +155,12 @@ def test_two_runs_do_not_write_the_same_folder(native, tmp_path):
     out = tmp_path / "set"
     (out / "shards").mkdir(parents=True)
     (out / "shards/train-000000.tar.tmp").write_bytes(b"the other's")
-    lock = os.open(out, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another process is writing"):
-        write_shards(read_gsv_cities(native[0]), out)
-    os.close(lock)
+    with FolderLock(out, "rerankvpr shard"):
+        for part in (None, (0, 2)):
+            with pytest.raises(
+                LockedError, match=r"set: another process \(rerankvpr shard, pid \d+ on .* is writing there"
+            ):
+                write_shards(read_gsv_cities(native[0]), out, part=part)
     assert contents(out) == {"shards/train-000000.tar.tmp": b"the other's"}
 
 
