@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import io
 import os
+import select
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 PACKAGES = ("configs", "data_pipeline", "model", "memory", "trainer", "eval", "launch")
 
@@ -24,19 +29,64 @@ def check_packages() -> None:
             )
 
 
+def prepare_streams() -> None:
+    """Makes stdout and stderr take any text, and be there: an ASCII terminal or a closed one must end nothing.
+
+    What an encoding lacks is written as an escape. A stream that is closed becomes /dev/null, or the next file that is
+    opened would get its number, and our output.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Entry point of the console script."""
+    prepare_streams()
     check_packages()
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
-    from launch.cli import main as run
 
+    def run() -> int:
+        from launch.cli import main as run_verb
+
+        return run_verb(sys.argv[1:])
+
+    end_with(run)
+
+
+def end_with(run: Callable[[], int]) -> NoReturn:
+    """Ends the process with the status that `run` returns, and with one line if stdout does not take its output."""
+    status: int | str | None
     try:
-        status = run(sys.argv[1:])
+        try:
+            status = run()
+        except SystemExit as stop:  # flags that are wrong, help
+            status = stop.code
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+    except OSError as error:
+        status = 2
+        if isinstance(error, BrokenPipeError) and _has_lost_its_reader(1):
+            status = 0  # the reader has seen enough, as `head` has
+        elif error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EIO):
+            print(f"rerankvpr: stdout: {error.strerror}; not all of the output is there", file=sys.stderr)
+        else:
+            print(f"rerankvpr: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)
+
+
+def _has_lost_its_reader(descriptor: int) -> bool:
+    """Whether a descriptor is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

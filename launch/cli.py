@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import shlex
 import sys
 
+from launch.interrupted import one_line_when_interrupted
 from trainer.errors import one_line_errors
+from trainer.stop_signal import COMMAND
 
 # Each verb's function is imported when it is called: help should not wait for torch.
 VERBS = {
@@ -71,6 +75,7 @@ def main(argv: list[str]) -> int:
         print(f"rerankvpr: unknown verb {verb!r}; nearest: {nearest[0]}", file=sys.stderr)
         return 2
     module, _, function = VERBS[verb][0].partition(":")
-    with one_line_errors():
+    os.environ.setdefault(COMMAND, shlex.join(["rerankvpr", *argv]))
+    with one_line_when_interrupted(verb), one_line_errors():
         status: int = getattr(importlib.import_module(module), function)(rest)
         return status

@@ -13,7 +13,7 @@ import tyro
 
 from configs.load import RECIPES, load_recipe
 from configs.schema import Recipe
-from trainer.errors import TrainingError, one_line_errors
+from trainer.errors import TrainingError, leave, one_line_errors
 
 USAGE = "rerankvpr train RECIPE"
 
@@ -68,10 +68,10 @@ def parse(argv: list[str]) -> tuple[Recipe, Path | None, bool]:
     description = (
         f"Trains RECIPE, a YAML file or one of the shipped recipes ({shipped}), and evaluates it before and after. "
         "Every key of a recipe is a flag; defaults below are the recipe's. --resume (or --resume auto) goes on from "
-        "the newest valid checkpoint of --output, or starts where it has none; --resume FOLDER from that one. SIGTERM "
-        "and SIGUSR1 save after the running step and end with status 75. --dry-run prints memory, steps and time "
-        "instead, and refuses what cannot fit; with --ranks N, --device-gb X (of a GPU), --tflops T (sustained by a "
-        "rank), --json FILE."
+        "the newest valid checkpoint of --output, or starts where it has none; --resume FOLDER from that one. SIGTERM, "
+        "SIGUSR1 and Ctrl-C save after the running step and end with status 75. --dry-run prints memory, steps and "
+        "time instead, and refuses what cannot fit; with --ranks N, --device-gb X (of a GPU), --tflops T (sustained "
+        "by a rank), --json FILE."
     )
     flags = partial(tyro.cli, Recipe, prog=USAGE, description=description, config=(tyro.conf.FlagConversionOff,))
     if not rest or rest[0].startswith("-"):
@@ -96,16 +96,18 @@ def main(argv: list[str]) -> int:
     from trainer.loop import train
     from trainer.process_group import start_process_group, stop_process_group
     from trainer.resume import Resume
-    from trainer.stop_signal import REQUEUE_STATUS, Stopped
+    from trainer.stop_signal import REQUEUE_STATUS, Stopped, StoppedInEvaluation
 
     console = Console()
-    with one_line_errors(TooManyBadImagesError, TrainingError):
+    with one_line_errors(TooManyBadImagesError, TrainingError, folder=recipe.output):
         rank = start_process_group(recipe.engine.timeout_s)
         try:
             summary = train(recipe, rank, console, resume=Resume(given) if resume else None)
         except Stopped as stopped:
             if rank.is_main:
-                console.print(str(stopped), soft_wrap=True)
+                console.print(str(stopped), soft_wrap=True, highlight=False)
+            if isinstance(stopped, StoppedInEvaluation):
+                leave(REQUEUE_STATUS)
             stop_process_group()
             return REQUEUE_STATUS
         if rank.is_main:

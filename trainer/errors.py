@@ -1,15 +1,25 @@
-"""How a command ends on an error: one line for a user's mistake, from the rank that knows it."""
+"""How a command ends on an error: one line, from the rank that knows it, whatever was raised."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from configs.reading import reason, shown
 
 USER_ERRORS = (ValueError, OSError)
 OTHERS_WAIT_S = 3.0
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "Unable to allocate")
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+LONGEST_LINE, MOST_LINES = 4000, 40
 
 
 class TrainingError(RuntimeError):
@@ -17,23 +27,84 @@ class TrainingError(RuntimeError):
 
 
 @contextmanager
-def one_line_errors(*extra: type[Exception]) -> Iterator[None]:
-    """Turns mistakes of the user (and `extra` kinds) into a line on stderr and exit status 2.
+def one_line_errors(*extra: type[Exception], folder: Path | None = None) -> Iterator[None]:
+    """Ends the process on an error: a line on stderr, never a traceback.
+
+    Status 2 for mistakes of the user (USER_ERRORS and `extra` kinds), which may have several lines, one a fault. All
+    else is status 1 and a line with the error's kind and the place in our code; its traceback goes to a file in
+    `folder`, or among the temporary files, which the line names. RERANKVPR_TRACEBACK=1 shows any of them at once.
 
     Where all ranks make the same mistake, rank 0 speaks and the launcher ends the others while they wait; a mistake
-    that only another rank meets is told by that rank.
+    that only another rank meets is told by that rank. A rank of several leaves at once: threads or collectives that
+    still wait would hold it, and with it all others.
     """
-    kinds: tuple[type[Exception], ...] = (*USER_ERRORS, *extra)
     try:
         yield
-    except kinds as error:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            raise  # where the reader of our output has seen enough it is no error: the entry point knows
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if rank:
             time.sleep(OTHERS_WAIT_S)
         prefix = f"rerankvpr: rank {rank}: " if rank and world > 1 else "rerankvpr: "
-        for line in str(error).splitlines():
+        expected = isinstance(error, (*USER_ERRORS, *extra))
+        for line in _lines(error) if expected else [_unexpected(error, folder, rank)]:
             print(prefix + line, file=sys.stderr, flush=True)
         if os.environ.get("RERANKVPR_TRACEBACK"):
-            raise
-        sys.stdout.flush()
-        os._exit(2) if world > 1 else sys.exit(2)
+            traceback.print_exc()
+        leave(2 if expected else 1)
+
+
+def leave(status: int) -> None:
+    """Ends the process: at once where it is one of several ranks, whose threads or collectives may still wait."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a full disk, or closed: nobody can be told
+            if stream is sys.stdout:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os._exit(status) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(status)
+
+
+def _lines(error: Exception) -> list[str]:
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+        return [f"{error.strerror}: stdout, or a file that was being written, is not whole"]
+    lines = str(error).splitlines() or [type(error).__name__]
+    more = [f"and {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else []
+    return [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in lines[:MOST_LINES]] + more
+
+
+def _unexpected(error: Exception, folder: Path | None, rank: int) -> str:
+    """One line on an error that is not the user's: what it means where that is known, else where it was raised."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+        what = f"out of memory ({reason(error)})"
+    elif any(sign in text for sign in LOST_PEER):
+        what = f"another rank is gone ({reason(error)}); the first line of its own log says why"
+    else:
+        what = f"{type(error).__name__}: {reason(error)}"
+    kept = _keep_traceback(folder, rank)
+    return f"{what}, at {_place(error)}; {f'{kept} has the traceback' if kept else 'RERANKVPR_TRACEBACK=1 shows more'}"
+
+
+def _place(error: BaseException) -> str:
+    """File, line and function of our code that was last on the way to an error."""
+    home = str(Path(__file__).resolve().parent.parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if f.filename.startswith(home) and f"{os.sep}site-packages{os.sep}" not in f.filename]
+    last = (ours or frames)[-1]
+    return f"{shown(os.path.relpath(last.filename, home) if ours else last.filename)}:{last.lineno} {last.name}"
+
+
+def _keep_traceback(folder: Path | None, rank: int) -> str:
+    """Writes the traceback of the error being handled to a file and returns its name; empty where no disk takes it."""
+    for place in (folder, Path(tempfile.gettempdir())):
+        if place is None or not place.is_dir():
+            continue
+        file = place / f"rerankvpr-error-rank-{rank:05d}-{os.getpid()}.txt"
+        try:
+            file.write_text(traceback.format_exc())
+        except OSError:
+            continue
+        return str(file)
+    return ""

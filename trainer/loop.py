@@ -63,7 +63,7 @@ class Training:
         self.skipped = SkippedSteps(self.context)
         self.metrics = StepMetrics(recipe, images_per_rank=num_images)
         self.saving = Saving(self.context, self.state, self.batches)
-        self.validation = Validation(self.context, self.state, self.batches, benchmarks)
+        self.validation = Validation(self.context, self.state, self.batches, benchmarks, self.stop_signal)
         self._say_what_is_trained(checkpoint)
 
     @property
@@ -101,6 +101,7 @@ class Training:
 
     def _validate_if_due(self) -> None:
         if self.validation.is_due():
+            self.saving.writer.finish()  # who leaves the evaluation could not make a checkpoint valid
             self._keep_if_best(self.validation.validate())
 
     def _evaluate_trained(self) -> list[Result]:

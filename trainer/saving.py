@@ -13,7 +13,7 @@ from trainer.checkpoint_writer import CheckpointWriter
 from trainer.context import Context
 from trainer.errors import TrainingError
 from trainer.state import TrainingState
-from trainer.stop_signal import Stopped
+from trainer.stop_signal import Stopped, how_to_resume
 
 SAVE_AGAIN_S = 5.0
 
@@ -46,7 +46,7 @@ class Saving:
         if asked_to_stop and not last:
             saved = self.writer.finish()
             where = f"saved at step {step} of {self.total_steps}" if saved else f"step {step} could not be saved"
-            raise Stopped(f"asked to stop; {where}, --resume goes on from the last checkpoint")
+            raise Stopped(f"asked to stop; {where}; {how_to_resume()}")
 
     def save_whole(self) -> bool:
         """Saves the present step unless that is done, and waits for the disks; False if they did not take it."""

@@ -15,16 +15,23 @@ from trainer.engine import whole_weights
 from trainer.progress import Update, progress_bar
 from trainer.schedule import validations_since_best
 from trainer.state import TrainingState
-from trainer.watchdog import Watchdog
+from trainer.stop_signal import StoppedInEvaluation, StopSignal, how_to_resume
 
 
 class Validation:
     """The recipe's benchmarks, evaluated with the weights in the engine."""
 
-    def __init__(self, context: Context, state: TrainingState, batches: Batches, benchmarks: list[Benchmark]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        state: TrainingState,
+        batches: Batches,
+        benchmarks: list[Benchmark],
+        stop_signal: StopSignal,
+    ) -> None:
         self.config, self.trainer, self.rank = context.recipe.eval, context.recipe.trainer, context.rank
         self.tracker, self.watchdog, self.console = context.tracker, context.watchdog, context.console
-        self.state, self.batches, self.benchmarks = state, batches, benchmarks
+        self.state, self.batches, self.benchmarks, self.stop_signal = state, batches, benchmarks, stop_signal
 
     def is_due(self) -> bool:
         """Whether the recipe's interval has come, and this step is not validated yet.
@@ -59,7 +66,10 @@ class Validation:
         return recall
 
     def evaluate(self, label: str, *, rerank: bool, pictures: Path | None = None) -> list[Result]:
-        """Results of all benchmarks, printed and tracked; every rank must call this."""
+        """Results of all benchmarks, printed and tracked; every rank must call this.
+
+        Raises StoppedInEvaluation on a rank that is asked to stop.
+        """
         if not self.benchmarks:
             return []  # at ZeRO-3 the whole weights would be gathered for nothing
         config, step, results = self._config(rerank), self.state.progress.step, []
@@ -68,7 +78,7 @@ class Validation:
         with whole_weights(self.state.engine):
             for benchmark in self.benchmarks:
                 with progress_bar(self.console, f"{label}: {benchmark.name}", active=self.rank.is_main) as update:
-                    progress = _watched(update, self.watchdog)
+                    progress = self._watched(update)
                     result = evaluate(self.state.model, benchmark, config, on_progress=progress, store=store)
                 results.append(result)
                 params = {"benchmark": benchmark.name, "protocol": result.protocol, "weights": label, "rerank": rerank}
@@ -86,10 +96,14 @@ class Validation:
             return self.config
         return self.config.model_copy(update={"rerank": self.config.rerank.model_copy(update={"enabled": False})})
 
+    def _watched(self, update: Update) -> Update:
+        """`update`, told to the watchdog too. A rank that is asked to stop leaves the evaluation at once."""
 
-def _watched(update: Update, watchdog: Watchdog) -> Update:
-    def both(*args: Any, **kwargs: Any) -> None:
-        watchdog.alive()
-        update(*args, **kwargs)
+        def all_of_it(*args: Any, **kwargs: Any) -> None:
+            if self.stop_signal.name:  # an evaluation may last longer than a scheduler waits
+                where = f"in the evaluation after step {self.state.progress.step}"
+                raise StoppedInEvaluation(f"asked to stop {where}; {how_to_resume()}")
+            self.watchdog.alive()
+            update(*args, **kwargs)
 
-    return both
+        return all_of_it

@@ -1,0 +1,49 @@
+"""What a damaged or hostile file makes a library raise, as one line that names the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LONGEST = 300  # characters of a reason, and of a value that a message shows
+
+
+@contextmanager
+def reading(file: str | Path, expected: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Raises `kind`, naming the file and what was `expected` in it, whatever the block raises.
+
+    Libraries raise nearly everything on damaged bytes: KeyError, RuntimeError, RecursionError, kinds of their own. What
+    is `kind` already passes, for it names the file, and so do errors of the system (no such file, no permission). A
+    file that asks for more memory than there is (a header of 10^12 rows) is damaged too. Keep the block short: one
+    reader, nothing of ours that could be wrong.
+    """
+    try:
+        yield
+    except kind:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise kind(f"{file}: not {expected} ({reason(error)})") from error
+    except MemoryError as error:
+        raise kind(f"{file}: not {expected}, or too large for this machine's memory ({reason(error)})") from error
+    except Exception as error:
+        raise kind(f"{file}: not {expected} ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """An error in one bounded line: its first line, or its kind where it says nothing; a key is named as one."""
+    text = shown(next(iter(str(error).splitlines()), ""))
+    if isinstance(error, KeyError):
+        return f"no {text}"
+    return text or {"EOFError": "cut off", "RecursionError": "nested too deeply"}.get(
+        type(error).__name__, type(error).__name__
+    )
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: one printable line of at most `LONGEST` characters."""
+    text = str(value)[: LONGEST + 1]
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

@@ -1,0 +1,139 @@
+"""How a command ends on signals, closed or full streams, and errors of any kind: one line, in bounded time."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+# A verb that says that it has begun and then waits, in Python or in C code that no exception reaches.
+WAITING = """
+import sys, time, types
+from launch import cli, interrupted
+interrupted.GRACE_S = 1.0
+verb = types.ModuleType("waiting_verb")
+def main(argv):
+    print("begun", flush=True)
+    if argv == ["c"]:
+        import torch.distributed as dist
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store.get("what nobody sets")
+    time.sleep(60)
+verb.main = main
+sys.modules["waiting_verb"] = verb
+cli.VERBS["eval"] = ("waiting_verb:main", "", "")
+from rerankvpr import main as run
+sys.argv = ["rerankvpr", "eval", *sys.argv[1:]]
+run()
+"""
+
+RAISING = """
+import sys, types
+from launch import cli
+verb = types.ModuleType("raising_verb")
+def main(argv):
+    raise eval(argv[0])
+verb.main = main
+sys.modules["raising_verb"] = verb
+cli.VERBS["eval"] = ("raising_verb:main", "", "")
+from rerankvpr import main as run
+sys.argv = ["rerankvpr", "eval", *sys.argv[1:]]
+run()
+"""
+
+
+def run(*argv: str, shell: str = "", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-c", f'"$@" {shell}', "bash", sys.executable, *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=env or ENV, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_verb_with_one_line(number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err == (
+        f"rerankvpr: eval: stopped by {number.name}; with --features, features that are whole stay and the same "
+        "command goes on from there\n"
+    )
+
+
+def test_a_verb_that_hangs_in_c_code_ends_all_the_same() -> None:
+    """As in a collective or a search: a signal handler of Python waits for the call to return."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, "c"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    began = time.monotonic()
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 30
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "words"),
+    [
+        ("ValueError('data.shards: no such folder')", 2, "data.shards: no such folder"),
+        ("KeyError('files')", 1, "KeyError: no 'files', at"),
+        ("RecursionError()", 1, "RecursionError: nested too deeply, at"),
+        ("MemoryError('Unable to allocate 7 TiB')", 1, "out of memory (Unable to allocate 7 TiB), at"),
+        ("RuntimeError('[enforce fail] . DefaultCPUAllocator: can\\'t allocate memory')", 1, "out of memory ("),
+        ("RuntimeError('gloo: Connection closed by peer [10.0.0.1]')", 1, "another rank is gone"),
+        ("Exception('a\\nb\\nc')", 1, "Exception: a, at"),
+    ],
+)
+def test_an_error_of_any_kind_is_one_line(raised: str, status: int, words: str, tmp_path: Path) -> None:
+    done = run("-c", RAISING, raised, env={**ENV, "TMPDIR": str(tmp_path)})
+    assert done.returncode == status
+    assert done.stderr.startswith("rerankvpr: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    kept = list(tmp_path.glob("rerankvpr-error-*.txt"))
+    assert len(kept) == (status == 1)
+    assert all("Traceback" in file.read_text() and str(file) in done.stderr for file in kept)
+
+
+def test_a_traceback_is_shown_when_asked_for() -> None:
+    done = run("-c", RAISING, "KeyError('files')", env={**ENV, "RERANKVPR_TRACEBACK": "1"})
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "status", "err"),
+    [
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        ("| head -c 1", 0, ""),
+        (">/dev/full", 2, "rerankvpr: (stdout: )?No space left on device.* is (there|not whole)\n"),
+    ],
+)
+def test_streams_that_are_closed_or_full(shell: str, status: int, err: str) -> None:
+    shell = f"{shell}; exit ${{PIPESTATUS[0]}}"
+    for argv in (["--help"], ["train", "demo", "--help"]):
+        done = run("-m", "rerankvpr", *argv, shell=shell)
+        assert done.returncode == status, argv
+        assert re.fullmatch(err, done.stderr), (argv, done.stderr)
+
+
+def test_a_terminal_without_unicode_ends_nothing() -> None:
+    code = "from rerankvpr import prepare_streams; prepare_streams(); print('\\U0001f3c3 z\\udcff')"
+    done = run("-c", code, env={**ENV, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert (done.returncode, done.stdout) == (0, "\\U0001f3c3 z\\udcff\n")
