@@ -1,0 +1,37 @@
+"""The schema of a recipe: every key, its type, its default and the one line that `--help` shows; a module per section.
+
+Paths are relative to the folder the command runs in. Defaults follow the original RerankVPR where it works; a line says
+where they differ and why.
+"""
+
+from configs.schema.data import DataConfig
+from configs.schema.engine import EngineConfig
+from configs.schema.eval import EvalConfig, RerankConfig
+from configs.schema.loss import Argument, LossConfig
+from configs.schema.memory import MemoryConfig
+from configs.schema.model import Backbone, ModelConfig
+from configs.schema.optim import OptimConfig
+from configs.schema.recipe import Recipe
+from configs.schema.section import PATCH, NonNegative, Positive, Section
+from configs.schema.tracking import TrackingConfig
+from configs.schema.trainer import TrainerConfig
+
+__all__ = [
+    "PATCH",
+    "Argument",
+    "Backbone",
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "LossConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "NonNegative",
+    "OptimConfig",
+    "Positive",
+    "Recipe",
+    "RerankConfig",
+    "Section",
+    "TrackingConfig",
+    "TrainerConfig",
+]

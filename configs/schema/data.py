@@ -1,0 +1,60 @@
+"""Training data: which shards, how a batch is composed, how its images are prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from configs.schema.section import NonNegative, Positive, Section, image_side
+
+
+class DataConfig(Section):
+    """Training data: which shards, how a batch is composed, how its images are prepared."""
+
+    shards: str = Field(
+        "data/shards", description="Shard set: the folder that holds index.parquet, or its URL (https://, s3://)."
+    )
+    mix: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Further shard sets, and how often an epoch sees their places: 0.5 half of them, 2 all twice.",
+    )
+    places_per_batch: Positive = Field(64, description="P, places in a global batch (over all ranks).")
+    images_per_place: Annotated[int, Field(ge=2)] = Field(4, description="K, views drawn of each place.")
+    composition: Literal["city", "mixed"] = Field(
+        "city", description="city: a batch comes from one city (GSV-Cities' recipe, harder negatives); mixed: from all."
+    )
+    repeat: dict[str, Positive] = Field(
+        default_factory=dict, description="Times that each place of a city is seen in an epoch, where not once."
+    )
+    image_size: int = Field(224, description="Side in pixels of the square that images are resized to; multiple of 14.")
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="How images are resized; the field uses both."
+    )
+    augmentation: Literal["randaugment", "none"] = Field("randaugment", description="Augmentation of training images.")
+    augment_ops: NonNegative = Field(3, description="RandAugment: operations applied to an image.")
+    augment_magnitude: Annotated[int, Field(ge=0, le=30)] = Field(15, description="RandAugment: strength, 0 to 30.")
+    decode: Literal["cpu", "nvjpeg"] = Field(
+        "cpu", description="cpu: libjpeg-turbo in threads; nvjpeg: decoded and resized on the rank's NVIDIA GPU."
+    )
+    decode_threads: NonNegative = Field(
+        2, description="Threads a rank decodes JPEGs with; 0 decodes in the training thread."
+    )
+    prefetch_batches: Positive = Field(2, description="Batches decoded ahead of the training step.")
+    read_threads: Positive = Field(
+        8, description="Places a rank reads at a time, ahead of the decoder; more hide the latency of a far server."
+    )
+    read_ahead_mb: NonNegative = Field(64, description="MB (2^20 bytes) of shards a rank reads ahead of the decoder.")
+    cache: Path | None = Field(
+        None, description="Folder that keeps what was read over a network; ranks of a machine share it."
+    )
+    cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="Bound of data.cache in GB (2^30 bytes).")
+    remote_retry_s: Annotated[float, Field(ge=0)] = Field(
+        120.0, description="Seconds that a failing read over a network is tried again before the run stops."
+    )
+    max_bad_images: NonNegative = Field(
+        100, description="Unreadable images that are replaced by another view of the same place before the run stops."
+    )
+
+    _check_size = field_validator("image_size")(image_side)

@@ -1,0 +1,121 @@
+"""Benchmarks, search and re-ranking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from configs.schema.section import NonNegative, Positive, Section, image_side
+
+
+class RerankConfig(Section):
+    """Re-ranking of the first candidates by mutual nearest neighbours of local features."""
+
+    enabled: bool = Field(True, description="Re-rank after retrieval.")
+    when: Literal["always", "auto"] = Field(
+        "always",
+        description="auto leaves queries alone whose first-stage margin is one at which matching changes nothing in "
+        "the database itself.",
+    )
+    top_k: Positive = Field(30, description="Candidates re-ranked for each query.")
+    layer: int = Field(-2, description="Block whose facet gives local features; negative counts from the last.")
+    facet: Literal["attn", "query", "key", "value", "token"] = Field(
+        "value", description="What of the block is read out."
+    )
+    include_cls: bool = Field(False, description="The class token counts as one more patch, always salient.")
+    hierarchy: Annotated[int, Field(ge=0, le=4)] = Field(
+        0, description="Log-binning: rings of averaged neighbours appended to a patch, channels x (1 + 8 h); 0 is off."
+    )
+    saliency_layer: int = Field(-1, description="Block whose CLS attention gives saliency.")
+    saliency: Literal["logits", "softmax"] = Field(
+        "logits",
+        description="CLS attention before or after the softmax; one threshold keeps far fewer patches after it.",
+    )
+    saliency_thresh: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        0.2,
+        description="Patches are kept if their min-max normalised CLS attention exceeds this (the original: 0.3); None "
+        "keeps all.",
+    )
+    nn_match_thresh: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.65, description="Least cosine of a mutual nearest neighbour."
+    )
+    score: Literal["count", "similarity_sum"] = Field(
+        "count", description="Number of matches or the sum of their cosines."
+    )
+    geometry: Literal["none", "translation"] = Field(
+        "translation",
+        description="translation: only the matches that agree on one shift of the patch grid score; none: all (the "
+        "original).",
+    )
+    geometry_cells: NonNegative = Field(1, description="Patches by which a match may miss the common shift.")
+    global_weight: Annotated[float, Field(ge=0)] = Field(
+        0.25,
+        description="Weight of the global cosine added to score / query's patches; 0, the original's rule, uses it for "
+        "ties alone and can lower recall where retrieval is sure.",
+    )
+    store: Literal["fp32", "fp16", "int8"] = Field("fp16", description="Type of stored local features.")
+    project: Literal["none", "pca", "random"] = Field(
+        "none", description="Linear projection of local features, fitted on the database (pca) or drawn."
+    )
+    project_size: Positive = Field(128, description="Channels after projection.")
+    memory_mb: Positive = Field(
+        256,
+        description="Most MB that matching holds at a time on a rank; on a CPU it takes 24, or what one pair needs.",
+    )
+
+    @model_validator(mode="after")
+    def _bins_are_of_patches(self) -> RerankConfig:
+        if self.include_cls and self.hierarchy:
+            raise ValueError("include_cls and hierarchy exclude each other: the class token has no neighbours")
+        return self
+
+
+class EvalConfig(Section):
+    """Benchmarks and how they are run."""
+
+    benchmarks: list[str] = Field(
+        default_factory=list,
+        description="NAME[/VARIANT] of the catalogue (rerankvpr eval --list), folder:PATH[:METRES], "
+        "manifest:FILE[:METRES].",
+    )
+    data_root: Path = Field(Path("data"), description="Folder that holds a folder for each benchmark.")
+    image_size: int = Field(224, description="Side in pixels of the square that images are resized to; multiple of 14.")
+    resize: Literal["square", "aspect", "native"] = Field(
+        "square",
+        description="aspect keeps width to height, at the area of the square; native keeps the image's own size; both "
+        "in multiples of 14.",
+    )
+    batch_size: Positive = Field(32, description="Images in a forward pass of a rank.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Precision of the forward pass.")
+    features: Path | None = Field(
+        None,
+        description="Folder that keeps features for later runs and unfinished ones (all nodes must see it); None uses "
+        "a temporary one.",
+    )
+    index: str = Field(
+        "Flat", description="FAISS factory string, such as IVF1024,Flat, IVF1024,PQ64 or HNSW32; Flat is exact."
+    )
+    index_params: str = Field("", description="FAISS search parameters of the index, such as nprobe=32 or efSearch=64.")
+    search_block_mb: Positive = Field(1024, description="MB of database descriptors that a rank indexes at a time.")
+    bootstrap: NonNegative = Field(2000, description="Resamples of the queries for 95 % intervals; 0 gives none.")
+    decode_threads: Positive = Field(2, description="Threads a rank reads images with.")
+    recall_at: list[Positive] = Field(default_factory=lambda: [1, 5, 10], description="The K of recall@K.")
+    pictures: NonNegative = Field(8, description="Queries drawn with their candidates, wrong ones first.")
+    rerank: RerankConfig = Field(default_factory=RerankConfig)
+
+    _check_size = field_validator("image_size")(image_side)
+
+    @model_validator(mode="after")
+    def _attention_is_of_one_grid(self) -> EvalConfig:
+        if self.resize != "square" and self.rerank.enabled and self.rerank.facet == "attn":
+            raise ValueError("facet attn has a channel a patch, so all images need one size; use resize square")
+        return self
+
+    @field_validator("recall_at")
+    @classmethod
+    def _ascending(cls, ks: list[int]) -> list[int]:
+        if not ks:
+            raise ValueError("names no K; for example [1, 5, 10]")
+        return sorted(set(ks))

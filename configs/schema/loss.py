@@ -1,0 +1,29 @@
+"""Loss and miner."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from configs.schema.section import Section
+
+Argument = bool | int | float | str
+
+
+class LossConfig(Section):
+    """Loss and miner, named and defined as in pytorch-metric-learning."""
+
+    name: str = Field(
+        "MultiSimilarityLoss",
+        description="MultiSimilarityLoss, TripletMarginLoss, ContrastiveLoss or NCALoss, in tiles and with age "
+        "weights; any other of pytorch-metric-learning that takes a reference set, without.",
+    )
+    args: dict[str, Argument] = Field(
+        default_factory=dict,
+        description="The loss's own arguments; MultiSimilarityLoss: alpha 1, beta 50, base 0 (original: 2, 50, 0.5).",
+    )
+    miner: str = Field(
+        "MultiSimilarityMiner", description="MultiSimilarityMiner, TripletMarginMiner, none; or another of the library."
+    )
+    miner_args: dict[str, Argument] = Field(
+        default_factory=dict, description="The miner's own arguments; MultiSimilarityMiner: epsilon 0.1."
+    )

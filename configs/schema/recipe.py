@@ -1,0 +1,72 @@
+"""A whole training: its sections, and what they must agree on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from configs.schema.data import DataConfig
+from configs.schema.engine import EngineConfig
+from configs.schema.eval import EvalConfig
+from configs.schema.loss import LossConfig
+from configs.schema.memory import MemoryConfig
+from configs.schema.model import ModelConfig
+from configs.schema.optim import OptimConfig
+from configs.schema.section import NonNegative, Section
+from configs.schema.tracking import TrackingConfig
+from configs.schema.trainer import TrainerConfig
+
+
+class Recipe(Section):
+    """A whole training: what `rerankvpr train` runs."""
+
+    name: str = Field("run", description="Name of the run.")
+    seed: NonNegative = Field(0, description="Seed of the weights, the order of data and the augmentation.")
+    output: Path = Field(Path("runs/run"), description="Folder for checkpoints, metrics and results.")
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        engine, trainer = self.engine, self.trainer
+        if self.model.frozen_precision == "bf16" and engine.zero_stage == 3 and engine.precision == "fp32":
+            raise ValueError(
+                "model.frozen_precision bf16 at engine.zero_stage 3 needs engine.precision bf16: DeepSpeed keeps "
+                "partitioned weights in one precision"
+            )
+        if self.optim.schedule == "plateau" and not (trainer.validate_every_epochs and self.eval.benchmarks):
+            raise ValueError(
+                "optim.schedule plateau needs validations: eval.benchmarks and trainer.validate_every_epochs"
+            )
+        return self
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{name!r} is not a plain name; letters, digits, '.', '_' and '-' are")
+        return name
+
+    def as_flat(self) -> dict[str, Any]:
+        """All keys as `section.key: value`, in schema order."""
+        flat: dict[str, Any] = {}
+
+        def walk(prefix: str, value: Any) -> None:
+            if isinstance(value, Section):
+                for key in type(value).model_fields:
+                    walk(f"{prefix}{key}.", getattr(value, key))
+            else:
+                flat[prefix[:-1]] = value
+
+        walk("", self)
+        return flat
