@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from configs.names import nearest
 from configs.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parent
@@ -57,10 +57,10 @@ def _explain_one(fault: dict[str, Any]) -> str:
     key = ".".join(loc)
     if fault["type"] == "extra_forbidden":
         names = list(_section(loc[:-1]).model_fields)
-        return f"unknown key {key}; {_nearest(loc[-1], names, prefix=''.join(f'{p}.' for p in loc[:-1]))}"
+        return f"unknown key {key}; {nearest(loc[-1], names, prefix=''.join(f'{p}.' for p in loc[:-1]))}"
     if fault["type"] == "literal_error":
         choices = [str(choice) for choice in get_args(_section(loc[:-1]).model_fields[loc[-1]].annotation)]
-        return f"{key}: {fault['input']!r} is not one of {', '.join(choices)}; {_nearest(str(fault['input']), choices)}"
+        return f"{key}: {fault['input']!r} is not one of {', '.join(choices)}; {nearest(str(fault['input']), choices)}"
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if fault["type"] == "value_error":
@@ -76,13 +76,6 @@ def _section(loc: list[str]) -> type[BaseModel]:
         assert issubclass(annotation, BaseModel)
         section = annotation
     return section
-
-
-def _nearest(name: str, names: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    if close:
-        return f"nearest: {prefix}{close[0]}"
-    return f"known: {', '.join(names)}"
 
 
 def recipe_text(recipe: Recipe) -> str:

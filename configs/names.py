@@ -14,5 +14,5 @@ def nearest(name: str, known: Collection[str], prefix: str = "", *, listed: int 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     if close:
         return f"nearest: {prefix}{close[0]}"
-    some = list(known)[:listed]
+    some = list(known)[:listed] or ["none"]
     return f"known: {', '.join(some)}" + (f" and {len(known) - listed} more" if len(known) > listed else "")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import os
 import threading
 import time
-import uuid
 from pathlib import Path
 
+from configs.files import PARTIAL, partial_of, remove
+
 _LOCK = "lock"
-_UNFINISHED = ".tmp"
 _STALE_S = 3600.0
 _LOOKED_THROUGH = 64  # a process looks through the folder whenever it has written this part of the bound
 _KEPT = 0.9
@@ -48,14 +47,13 @@ class RangeCache:
         if len(data) > self.max_bytes:
             return
         path = self._path(key)
-        temporary = path.with_name(f"{uuid.uuid4().hex}{_UNFINISHED}")
+        partial = partial_of(path)
         try:
             path.parent.mkdir(exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            partial.write_bytes(data)
+            partial.replace(path)
         except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            remove(partial)
             return
         with self._lock:
             self._written += len(data)
@@ -78,21 +76,16 @@ class RangeCache:
                     stat = entry.stat()
                 except FileNotFoundError:
                     continue
-                if entry.name.endswith(_UNFINISHED):
+                if entry.name.endswith(PARTIAL):
                     if now - stat.st_mtime > _STALE_S:
-                        _remove(entry.path)
+                        remove(Path(entry.path))
                     continue
                 found.append((stat.st_mtime_ns, stat.st_size, entry.path))
                 total += stat.st_size
             if total <= self.max_bytes:
                 return
             for _, size, path in sorted(found):
-                _remove(path)
+                remove(Path(path))
                 total -= size
                 if total <= _KEPT * self.max_bytes:
                     return
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        Path(path).unlink()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from configs.files import file_sha256, replacing, write_whole
 from data_pipeline.storage import RangeReader, is_remote, join
 
 FORMAT_VERSION = 1
@@ -162,23 +162,17 @@ class ShardIndex:
 def write_index(folder: Path, table: pa.Table, metadata: ShardSetMetadata) -> None:
     """Write `index.parquet` and, in the form that `sha256sum -c` reads, `index.parquet.sha256`.
 
-    Both go to temporary names and are renamed, the index last: where it exists, the set is complete.
+    The index appears last, and whole: where it exists, the set is complete.
     """
-    temporary = folder / f"{INDEX}.tmp"
-    write_table(temporary, table, asdict(metadata))
-    digest = folder / f"{INDEX_DIGEST}.tmp"
-    digest.write_bytes(digest_line(file_sha256(temporary)))
-    sync(digest)
-    digest.replace(folder / INDEX_DIGEST)
-    temporary.replace(folder / INDEX)
-    sync(folder)
+    with replacing(folder / INDEX, durable=True) as partial:
+        write_table(partial, table, asdict(metadata))
+        write_whole(folder / INDEX_DIGEST, digest_line(file_sha256(partial)), durable=True)
 
 
 def write_table(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
-    """Write a table of SCHEMA with metadata, and wait until it is on the disk."""
+    """Write a table of SCHEMA with metadata."""
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(metadata, separators=(",", ":"))})
     pq.write_table(table.cast(schema).combine_chunks(), path, compression="zstd", write_page_checksum=True)
-    sync(path)
 
 
 def read_table(source: Path | pa.Buffer, name: str | Path = "") -> tuple[pa.Table, dict[str, Any]]:
@@ -333,21 +327,3 @@ def _are_places(
 def digest_line(sha256: str) -> bytes:
     """What `index.parquet.sha256` holds, in the form that `sha256sum -c` reads."""
     return f"{sha256}  {INDEX}\n".encode()
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from configs.files import replacing
 from data_pipeline.index import ShardIndex
 from data_pipeline.storage import RangeReader
 
@@ -95,7 +96,8 @@ def draw_contact_sheet(
                 sheet.paste(_thumbnail(jpeg), corner)
             else:
                 ink.line([*corner, corner[0] + _CELL, corner[1] + _CELL], fill="red", width=3)
-    _save(sheet, path)
+    with replacing(path) as partial:
+        sheet.save(partial, "PNG")
 
 
 def draw_map(index: ShardIndex, path: Path) -> bool:
@@ -123,11 +125,8 @@ def draw_map(index: ShardIndex, path: Path) -> bool:
         panel.set_axis_off()
     figure.supxlabel("longitude, degrees")
     figure.supylabel("latitude, degrees")
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(data.getvalue())
-    temporary.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
     return True
 
 
@@ -138,12 +137,6 @@ def _thumbnail(jpeg: bytes) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.resize((_CELL, _CELL), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    image.save(temporary, "PNG")
-    temporary.replace(path)
 
 
 def _spread(values: NDArray[np.int64]) -> tuple[int, float, int]:

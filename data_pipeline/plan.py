@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from configs.files import replacing
+
 Int64 = NDArray[np.int64]
 _AT_ONCE = 2**15
 
@@ -36,9 +38,8 @@ class EpochPlan:
             "place_id": self.places_SP.reshape(-1),
             "views": views,
         }
-        temporary = path.with_name(f"{path.name}.tmp")
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
-        temporary.replace(path)
+        with replacing(path) as partial:
+            pq.write_table(pa.table(columns), partial, compression="zstd")
 
     def rank_slice(self, step: int, rank: int, world_size: int) -> tuple[Int64, Int64]:
         """Rank's share of a step: places [P/W] and views [P/W, K]; P must be divisible by W."""

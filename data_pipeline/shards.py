@@ -18,11 +18,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from configs.files import PARTIAL, partials_of
 from data_pipeline.changes import changed_photograph, file_stat, file_stats
 from data_pipeline.folder_lock import LOCK, FolderLock, LockedError, holder
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX,
+    INDEX_DIGEST,
     SCHEMA,
     BadImage,
     ShardFile,
@@ -323,8 +325,8 @@ def _folder_for(out: Path, set_digest: str, part: tuple[int, int] | None, mine: 
                 raise OSError(errno.ENOSPC, what) from error
             raise
         finally:
-            left = [path for tar in mine for path in unfinished(tar)] if part else [*shards.glob("train-*.tmp")]
-            for path in [*left, *out.glob(f"{INDEX}*.tmp")]:
+            left = [path for tar in mine for path in unfinished(tar)] if part else [*shards.glob(f".train-*{PARTIAL}")]
+            for path in [*left, *partials_of(out / INDEX), *partials_of(out / INDEX_DIGEST)]:
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 shards.rmdir()

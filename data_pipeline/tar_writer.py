@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from configs.files import file_sha256, partials_of, replacing
 from data_pipeline.index import (
     FORMAT_VERSION,
     SCHEMA,
     BadImage,
     ShardFile,
-    file_sha256,
     read_table,
-    sync,
     write_table,
 )
 from data_pipeline.tars import END_OF_TAR, pack_place
@@ -127,7 +126,7 @@ def rows_file(tar: Path) -> Path:
 
 def unfinished(tar: Path) -> list[Path]:
     """What an interrupted run left of a tar."""
-    return [*tar.parent.glob(f"{tar.name}*.tmp"), *tar.parent.glob(f"{rows_file(tar).name}*.tmp")]
+    return [*partials_of(tar), *partials_of(rows_file(tar))]
 
 
 def _earlier(job: TarJob) -> TarResult | None:
@@ -142,17 +141,28 @@ def _earlier(job: TarJob) -> TarResult | None:
 
 
 def _write(job: TarJob, bad_before: list[BadImage], on_images: Callable[[int], None] | None) -> TarResult:
-    """Write the tar and the file of its rows, both under temporary names at first."""
+    """Writes the tar and the file of its rows; the tar appears last."""
+    with replacing(job.tar, durable=True) as partial:
+        result, said = _write_tar(job, partial, bad_before, on_images)
+        # The rows come first, so that a tar without them is known to be somebody else's.
+        with replacing(rows_file(job.tar), durable=True) as rows:
+            write_table(rows, result.rows, said)
+    return result
+
+
+def _write_tar(
+    job: TarJob, tar: Path, bad_before: list[BadImage], on_images: Callable[[int], None] | None
+) -> tuple[TarResult, dict[str, Any]]:
+    """Writes the tar under a name of its own; what it holds, and what the file of its rows says of it."""
     # Importing torchvision takes seconds, which a set that is complete, or a user's mistake, need not wait for.
     from data_pipeline.photos import read_photos
 
-    temporary = job.tar.with_name(f"{job.tar.name}.{os.getpid()}.tmp")
     rows: list[dict[str, Any]] = []
     bad: list[BadImage] = []
     kept = places_lost = images_lost = done = 0
     digest = hashlib.sha256()
     images = job.images.to_pylist()
-    with ThreadPoolExecutor(job.threads, "decode") as pool, temporary.open("wb") as file:
+    with ThreadPoolExecutor(job.threads, "decode") as pool, tar.open("wb") as file:
         paths = [job.source / image["file"] for image in images]
         photos = read_photos(paths, pool, max_side=job.max_side, quality=job.quality)
         for size in job.place_sizes:
@@ -181,7 +191,6 @@ def _write(job: TarJob, bad_before: list[BadImage], on_images: Callable[[int], N
         digest.update(END_OF_TAR)
         file.write(END_OF_TAR)
         shard = ShardFile(job.name, file.tell(), digest.hexdigest())
-    sync(temporary)
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     said = {
         "format_version": FORMAT_VERSION,
@@ -193,13 +202,7 @@ def _write(job: TarJob, bad_before: list[BadImage], on_images: Callable[[int], N
         "places_lost": places_lost,
         "images_lost": images_lost,
     }
-    # The rows come first, so that a tar without them is known to be somebody else's.
-    rows_temporary = job.tar.with_name(f"{rows_file(job.tar).name}.{os.getpid()}.tmp")
-    write_table(rows_temporary, table, said)
-    rows_temporary.replace(rows_file(job.tar))
-    temporary.replace(job.tar)
-    sync(job.tar.parent)
-    return TarResult(shard, table, bad, kept, places_lost, images_lost, reused=False)
+    return TarResult(shard, table, bad, kept, places_lost, images_lost, reused=False), said
 
 
 def _index_row(image: dict[str, Any], photo: Photo, place: int, shard: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import mmap
@@ -15,10 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.index import INDEX, INDEX_DIGEST, ShardFile, ShardIndex, digest_line, file_sha256, read_index
+from configs.files import file_sha256
+from data_pipeline.index import INDEX, INDEX_DIGEST, ShardFile, ShardIndex, digest_line, read_index
 from data_pipeline.tars import BLOCK, header, image_member, json_member, padding, place_json, sample_key
-
-_HASHED_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,9 @@ def _shard_faults(
             what += f": {len(lost)} images are cut off, from {_image_name(lost[0])} on"
         return [Fault(shard.name, "", what)]
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
-        digest = hashlib.sha256()
-        for start in range(0, size, _HASHED_AT_ONCE):
-            digest.update(tar[start : start + _HASHED_AT_ONCE])
-            advance(min(_HASHED_AT_ONCE, size - start))
+        sha256 = file_sha256(path, advance)
         faults = [Fault(shard.name, member, what) for member, what in _member_faults(tar, rows)]
-    if not faults and digest.hexdigest() != shard.sha256:
+    if not faults and sha256 != shard.sha256:
         faults = [Fault(shard.name, "", "its sha256 is not the one in the index")]
     return faults
 

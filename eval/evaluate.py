@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from configs.ranks import from_rank_0
 from configs.schema import EvalConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.extract import extract, fit_projection
@@ -144,12 +145,12 @@ class FeatureStore:
 
     def _temporary(self) -> Path:
         """A folder of rank 0's that all ranks of this node see; removed with the store."""
-        if self.temporary is None and dist.get_rank() == 0:
-            self.temporary = tempfile.TemporaryDirectory(prefix="rerankvpr-features-")
-        name = [self.temporary.name if self.temporary else None]
-        dist.broadcast_object_list(name, 0)
-        assert name[0] is not None
-        return Path(name[0])
+
+        def made() -> Path:
+            self.temporary = self.temporary or tempfile.TemporaryDirectory(prefix="rerankvpr-features-")
+            return Path(self.temporary.name)
+
+        return from_rank_0(made)
 
 
 def features_of(

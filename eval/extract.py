@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 
+from configs.ranks import USER_ERRORS, raise_together
 from configs.schema import PATCH, EvalConfig
 from data_pipeline.images import normalise, read_image
 from eval.features import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
@@ -20,7 +21,6 @@ from eval.local_features import NO_CELL, compact, grid_of, pca_basis, random_bas
 from model.network import PlaceModel
 
 MAX_SIDE = (NO_CELL - 1) * PATCH  # rows and columns of patches are stored in a byte
-USER_ERRORS = (ValueError, OSError)
 FIT_IMAGES = 64
 FIT_PATCHES_PER_IMAGE = 256
 
@@ -79,7 +79,7 @@ def extract(
             open_folder(folder, {"key": key, "images": len(paths)})
         except USER_ERRORS as error:
             fault = error
-    _raise_together(fault)
+    raise_together(fault)
     bounds = shard_bounds(len(paths), config.batch_size)
     report, done = on_progress or (lambda _: None), 0
     for turn in range(0, len(bounds), world):
@@ -96,20 +96,9 @@ def extract(
             except USER_ERRORS as error:
                 fault = error
             done += stop - first
-        _raise_together(fault)
+        raise_together(fault)
         report(done)
     return StoredFeatures(folder, bounds)
-
-
-def _raise_together(fault: Exception | None) -> None:
-    """Raises ValueError on every rank where one of them has a fault, naming the first such rank; waits for all."""
-    said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, None if fault is None else str(fault))
-    if fault and len(said) == 1:
-        raise fault
-    for rank, text in enumerate(said):
-        if text is not None:
-            raise ValueError(f"rank {rank}: {text}") from fault
 
 
 def _extract_shard(

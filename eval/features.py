@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from configs.files import replacing, write_whole
 
 MAX_SHARD_IMAGES = 1024  # at 400 kB an image, half a gigabyte in memory while it is made
 SHARDS_WANTED = 64  # so that many ranks have work, and an interrupted run loses little
@@ -92,16 +93,13 @@ def open_folder(folder: Path, about: dict[str, Any]) -> None:
                 "give another --features or remove that folder"
             )
         return
-    partial = folder / f"index.{os.getpid()}.partial"
-    partial.write_text(json.dumps(about, indent=1, default=str))
-    partial.replace(file)
+    write_whole(file, json.dumps(about, indent=1, default=str))
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
     """A shard of features; it appears whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, metadata={"key": key})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, metadata={"key": key})
 
 
 def shard_is_whole(path: Path, key: str, num_images: int) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import shlex
 import sys
 
+from configs.names import nearest
 from launch.interrupted import one_line_when_interrupted
 from trainer.errors import one_line_errors
 from trainer.stop_signal import COMMAND
@@ -71,8 +71,7 @@ def main(argv: list[str]) -> int:
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
-        nearest = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.3) or ["--help"]
-        print(f"rerankvpr: unknown verb {verb!r}; nearest: {nearest[0]}", file=sys.stderr)
+        print(f"rerankvpr: unknown verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
         return 2
     module, _, function = VERBS[verb][0].partition(":")
     os.environ.setdefault(COMMAND, shlex.join(["rerankvpr", *argv]))

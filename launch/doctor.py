@@ -162,8 +162,8 @@ def versions() -> dict[str, str]:
             continue
     digest = hashlib.sha256()
     home = Path(__file__).resolve().parent.parent
-    for file in sorted(file for folder in SOURCES for file in (home / folder).glob("*.py")):
-        digest.update(file.name.encode() + file.read_bytes())
+    for file in sorted(file for folder in SOURCES for file in (home / folder).rglob("*.py")):
+        digest.update(file.relative_to(home).as_posix().encode() + file.read_bytes())
     return found | {"rerankvpr": digest.hexdigest()[:12]}
 
 

@@ -65,8 +65,8 @@ class GlobalLoss:
             )
         else:
             self.tiled = TiledLoss(
-                build("loss", loss.name, loss.args, LOSSES),
-                build("miner", loss.miner, loss.miner_args, MINERS),
+                build("loss.name", loss.name, loss.args, LOSSES),
+                build("loss.miner", loss.miner, loss.miner_args, MINERS),
                 tile_bytes=memory.tile_mb << 20,
                 gradient_scale=scale,
             )

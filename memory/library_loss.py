@@ -30,9 +30,11 @@ class LibraryLoss:
         *,
         gradient_scale: float,
     ) -> None:
-        self.loss = build("loss", loss, loss_args, _classes(pytorch_metric_learning.losses))
+        self.loss = build("loss.name", loss, loss_args, _classes(pytorch_metric_learning.losses))
         self.miner = (
-            None if miner == "none" else build("miner", miner, miner_args, _classes(pytorch_metric_learning.miners))
+            None
+            if miner == "none"
+            else build("loss.miner", miner, miner_args, _classes(pytorch_metric_learning.miners))
         )
         self.gradient_scale = gradient_scale
         if any(True for _ in self.loss.parameters()):

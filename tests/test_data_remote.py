@@ -281,7 +281,7 @@ def test_the_longest_unused_goes_first_and_stale_parts_go_too(tmp_path: Path) ->
     for number in range(9):
         cache.put(str(number), bytes(1000))
     cache.get("0", 1000)
-    stale = tmp_path / "00" / "abandoned.tmp"
+    stale = tmp_path / "00" / "abandoned.partial"
     stale.parent.mkdir(exist_ok=True)
     stale.write_bytes(bytes(500))
     os.utime(stale, (1, 1))

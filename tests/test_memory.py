@@ -264,9 +264,9 @@ def test_one_entry_adds_a_loss_and_a_miner(single_process: None, monkeypatch: py
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "MultiSimilarityLos"}, "did you mean MultiSimilarityLoss"),
-        ({"miner": "MultiSimilarityMinr"}, "did you mean MultiSimilarityMiner"),
-        ({"args": {"betta": 1}}, r"takes no argument 'betta' \(did you mean beta\?\); it takes alpha, beta, base"),
+        ({"name": "MultiSimilarityLos"}, "unknown loss.name 'MultiSimilarityLos'; nearest: MultiSimilarityLoss"),
+        ({"miner": "MultiSimilarityMinr"}, "nearest: MultiSimilarityMiner"),
+        ({"args": {"betta": 1}}, r"takes no argument 'betta'; nearest: beta \(it takes alpha, beta, base\)"),
         ({"miner": "TripletMarginMiner", "miner_args": {"type_of_triplets": "any"}}, "all, hard, semihard or easy"),
         ({"name": "ProxyNCALoss", "args": {"num_classes": 3, "embedding_size": 4}}, "parameters of its own"),
         ({"name": "FastAPLoss", "args": {"num_bins": 4}, "miner": "none"}, "does not take a reference set"),

@@ -45,7 +45,7 @@ def test_a_killed_run_continues_where_it_stopped(native, shard_set, tmp_path):
         read_index(out)
     finished = {tar: tar.stat().st_mtime_ns for tar in (out / "shards").glob("*.tar")}
     assert finished
-    assert list((out / "shards").glob("*.tmp"))
+    assert list((out / "shards").glob(".*.partial"))
     summary = write_shards(read_gsv_cities(native[0]), out, shard_bytes=SMALL_SHARD)
     assert summary.shards_reused == len(finished)
     assert summary.shards_written > 0
@@ -154,14 +154,14 @@ def test_a_folder_with_another_set_is_refused(native, shard_set, tmp_path):
 def test_two_runs_do_not_write_the_same_folder(native, tmp_path):
     out = tmp_path / "set"
     (out / "shards").mkdir(parents=True)
-    (out / "shards/train-000000.tar.tmp").write_bytes(b"the other's")
+    (out / "shards/.train-000000.tar.other-1-0.partial").write_bytes(b"the other's")
     with FolderLock(out, "rerankvpr shard"):
         for part in (None, (0, 2)):
             with pytest.raises(
                 LockedError, match=r"set: another process \(rerankvpr shard, pid \d+ on .* is writing there"
             ):
                 write_shards(read_gsv_cities(native[0]), out, part=part)
-    assert contents(out) == {"shards/train-000000.tar.tmp": b"the other's"}
+    assert contents(out) == {"shards/.train-000000.tar.other-1-0.partial": b"the other's"}
 
 
 # Verifying

@@ -209,7 +209,7 @@ def test_after_max_bad_only_finished_tars_remain_and_are_reused_once_it_is_repai
     with pytest.raises(ValueError, match="truncated or damaged JPEG"):
         write_shards(listing, tmp_path / "set", shard_bytes=SMALL_SHARD)
     assert not (tmp_path / "set" / "index.parquet").exists()
-    assert not list((tmp_path / "set").rglob("*.tmp"))
+    assert not list((tmp_path / "set").rglob("*.partial"))
     file.write_bytes(whole)
     assert write_shards(listing, tmp_path / "set", shard_bytes=SMALL_SHARD).shards_reused > 2
     assert contents(tmp_path / "set") == contents(shard_set)

@@ -4,6 +4,8 @@ import csv
 import hashlib
 import io
 import json
+import platform
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,8 +126,12 @@ def test_an_older_town_is_replaced_and_nothing_else(tmp_path: Path) -> None:
         render_town(folder, tiny, processes=1)
     assert (folder / "stale" / "town.txt").read_text() == "mine"
     (folder / "town.json").write_text("{}")
-    (tmp_path / ".town.partial").mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    abandoned = tmp_path / f".town.{platform.node()}-{dead.pid}-0.partial"
+    abandoned.mkdir()
     render_town(folder, tiny, processes=1)
+    assert not abandoned.exists()
     assert not (folder / "stale").exists()
     assert town_is_current(folder, tiny)
 

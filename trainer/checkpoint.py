@@ -18,9 +18,10 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
+from configs.files import file_sha256, write_whole
 from configs.load import recipe_text
+from configs.ranks import from_rank_0
 from configs.schema import Recipe
-from data_pipeline.index import file_sha256
 from trainer.engine_state import StoredTensors, put_state, take_state
 from trainer.state import Progress, TrainingState
 
@@ -69,9 +70,7 @@ def _buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def point(link: Path, checkpoint: Path, recall: float | None = None) -> None:
     """Makes the one-line file `link` name `checkpoint` (and the recall it is kept for), atomically."""
-    partial = link.with_suffix(".partial")
-    partial.write_text(checkpoint.name + ("\n" if recall is None else f" {recall}\n"))
-    partial.replace(link)
+    write_whole(link, checkpoint.name + ("\n" if recall is None else f" {recall}\n"))
 
 
 def pointed(link: Path) -> Path | None:
@@ -136,17 +135,7 @@ def choose_checkpoint(folder: Path, given: Path | None) -> tuple[Path | None, li
 
     Read and verified by rank 0, for all; every rank must call this. Raises CheckpointError if `given` is damaged.
     """
-    holder: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            holder = [(find_checkpoint(given), []) if given else newest_valid(folder)]
-        except CheckpointError as error:
-            holder = [error]
-    dist.broadcast_object_list(holder)
-    if isinstance(holder[0], CheckpointError):
-        raise holder[0]
-    found: tuple[Path | None, list[str]] = holder[0]
-    return found
+    return from_rank_0(lambda: (find_checkpoint(given), []) if given else newest_valid(folder))
 
 
 def set_aside_newer(folder: Path, checkpoint: Path | None) -> None:

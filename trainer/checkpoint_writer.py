@@ -8,7 +8,6 @@ that could not be written makes the checkpoint void on all ranks and ends nothin
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +19,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from data_pipeline.index import file_sha256, sync
+from configs.files import file_sha256, sync, write_whole
+from configs.ranks import from_rank_0
 from trainer.checkpoint import FORMAT, MANIFEST, Contents, point, prune, step_name
 
 FILE_BYTES = 1 << 28
@@ -77,19 +77,17 @@ class CheckpointWriter:
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, (part.error, part.files))
         errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(said) if error]
-        if dist.get_rank() == 0:
+        if not errors:
+            files = {name: about for _, files in said for name, about in files.items()}
             try:
-                if not errors:
-                    self._make_valid(part, {name: about for _, files in said for name, about in files.items()})
+                from_rank_0(lambda: self._make_valid(part, files))
             except OSError as error:
                 errors = [f"rank 0: {error}"]
-        outcome = [errors[0] if errors else ""]
-        dist.broadcast_object_list(outcome)
-        if outcome[0]:
+        if errors:
             if dist.get_rank() == 0:
                 shutil.rmtree(part.folder, ignore_errors=True)
-            self.say(f"[yellow]checkpoint of step {part.step} could not be written ({outcome[0]}); training goes on")
-        return not outcome[0]
+            self.say(f"[yellow]checkpoint of step {part.step} could not be written ({errors[0]}); training goes on")
+        return not errors
 
     def finish(self) -> bool:
         """Waits for what is being written, on all ranks; False if that is void, or nothing was being written."""
@@ -109,7 +107,7 @@ class CheckpointWriter:
                 f"{part.folder / missing[0]} of another rank is not there; --output must be on a disk that nodes share"
             )
         manifest = {"format": FORMAT, "step": part.step, "world_size": dist.get_world_size(), "files": files}
-        _write_text(part.folder / MANIFEST, json.dumps(manifest, indent=1))
+        write_whole(part.folder / MANIFEST, json.dumps(manifest, indent=1), durable=True)
         final = self.folder / step_name(part.step)
         if final.exists():
             shutil.rmtree(final)
@@ -124,7 +122,7 @@ def _write(part: _Part, contents: Contents) -> None:
         part.folder.mkdir(parents=True, exist_ok=True)
         for content_name, content in contents.items():
             if isinstance(content, str):
-                _write_text(part.folder / content_name, content)
+                write_whole(part.folder / content_name, content, durable=True)
                 part.note(content_name)
                 continue
             for name, tensors in _pieces(content_name, content):
@@ -149,10 +147,3 @@ def _pieces(name: str, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, 
             size += piece[key].nbytes
         yield f"{stem}.{number:03d}.safetensors", piece
         number += 1
-
-
-def _write_text(file: Path, text: str) -> None:
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from configs.files import replacing
 from configs.load import load_recipe, recipe_text
 from configs.schema import Recipe
 from model.weights import AGGREGATOR, facebook_layout
@@ -33,8 +34,7 @@ def export_network(checkpoint: Path, out: Path) -> Exported:
     state = facebook_layout(backbone) | {key: value for key, value in weights.items() if key.startswith(AGGREGATOR)}
     recipe = load_recipe(checkpoint / "recipe.yaml")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
     metadata = {"format": "pt", "recipe": recipe_text(recipe), "checkpoint": checkpoint.name}
-    save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=metadata)
-    partial.replace(out)
+    with replacing(out) as partial:
+        save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=metadata)
     return Exported(out, recipe, sum(value.numel() for value in state.values()))

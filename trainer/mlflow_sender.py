@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from configs.files import write_whole
 from configs.load import without_secrets
 from trainer import metrics_log
 from trainer.metrics_log import read_records
@@ -244,10 +245,8 @@ class Sender:
 
     def _keep_state(self) -> None:
         state = {"uri": without_secrets(self.uri), "run_id": self.run_id, "offset": self.offset}
-        partial = self.folder / f".{STATE}.partial"
         with contextlib.suppress(OSError):  # a full disk: the lines after the last that was kept are sent twice
-            partial.write_text(json.dumps(state) + "\n")
-            partial.replace(self.folder / STATE)
+            write_whole(self.folder / STATE, json.dumps(state) + "\n")
 
 
 def _metrics(record: Record) -> list[Any]:

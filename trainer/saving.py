@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-import torch.distributed as dist
-
+from configs.ranks import from_rank_0
 from trainer.batches import Batches
 from trainer.checkpoint import best_recall, checkpoint_contents, point, step_name
 from trainer.checkpoint_writer import CheckpointWriter
@@ -80,12 +79,8 @@ class Saving:
 
     def _is_there(self) -> bool:
         """Whether rank 0 sees the checkpoint of the present step."""
-        holder = [(self.folder / step_name(self.state.progress.step)).exists()]
-        dist.broadcast_object_list(holder)
-        return holder[0]
+        return from_rank_0((self.folder / step_name(self.state.progress.step)).exists)
 
     def _best_recall(self) -> float:
         """`best_recall` as rank 0 reads it."""
-        holder = [best_recall(self.folder) if self.rank.is_main else 0.0]
-        dist.broadcast_object_list(holder)
-        return holder[0]
+        return from_rank_0(lambda: best_recall(self.folder))

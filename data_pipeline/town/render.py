@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.files import partial_of, remove_abandoned
 from data_pipeline.town.places import build_place
 from data_pipeline.town.views import Kind, draw_conditions, render_view
 
@@ -187,8 +188,8 @@ def render_town(
         raise ValueError(f"town processes {processes}: expected at least 1")
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something else than a town (no {MANIFEST}); name an empty or a new folder")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_abandoned(folder)
+    partial = partial_of(folder)
     for sub in (*(f"train/Images/{city}" for city in CITIES), "train/Dataframes", "images/test/database"):
         (partial / sub).mkdir(parents=True)
     (partial / "images/test/queries").mkdir()

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from configs.files import write_whole
 from eval.evaluate import Result
 
 
@@ -56,7 +57,8 @@ def write_results(path: Path, results: list[Result], *, model: str, before: list
     content: dict[str, Any] = {"model": model, "results": [result.as_dict() for result in results]}
     if before is not None:
         content["before"] = before
-    _write_whole(path, json.dumps(content, indent=1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=1))
 
 
 def write_csv(path: Path, results: list[Result]) -> None:
@@ -76,11 +78,5 @@ def write_csv(path: Path, results: list[Result]) -> None:
             for k, value in recall.items():
                 bounds = [f"{x:.4f}" for x in interval[k]] if interval else ["", ""]
                 table.writerow([*about, stage, k, f"{value:.4f}", *bounds])
-    _write_whole(path, out.getvalue())
-
-
-def _write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write_whole(path, out.getvalue())
