@@ -110,9 +110,12 @@ def recipe_for(uri: str, folder: Path, **keys: Any) -> Recipe:
     return Recipe.model_validate({"name": folder.name, "output": str(folder), "tracking": section})
 
 
-def track(recipe: Recipe, said: io.StringIO | None = None, run_id: str | None = None) -> Tracker:
+def track(
+    recipe: Recipe, said: io.StringIO | None = None, *, training: str | None = None, run_id: str | None = None
+) -> Tracker:
     console = Console(file=said or io.StringIO(), width=1000)
-    return Tracker(recipe, recipe.output, console, run_id=run_id, active=True, facts={"world_size": "1"})
+    facts = {"world_size": "1"}
+    return Tracker(recipe, recipe.output, console, training=training, run_id=run_id, active=True, facts=facts)
 
 
 def steps_of(client: MlflowClient, run_id: str | None, name: str = "train/loss") -> list[int]:
@@ -249,7 +252,7 @@ from rich.console import Console
 from configs.load import load_recipe
 from trainer.tracking import Tracker
 recipe = load_recipe(Path(sys.argv[1]))
-tracker = Tracker(recipe, recipe.output, Console(), run_id=None, active=True)
+tracker = Tracker(recipe, recipe.output, Console(), training=None, run_id=None, active=True)
 for step in range(5):
     tracker.metrics({"train/loss": 1.0}, step)
 while True:
@@ -306,6 +309,33 @@ def test_a_checkpoint_carries_its_run_to_another_folder(server: Server, tmp_path
     other.metrics({"train/loss": 1.0}, 3)
     other.close("FINISHED")
     assert len(runs_of(MlflowClient(server.uri), recipe)) == 2
+
+
+def test_a_training_whose_server_was_away_has_one_run(server: Server, tmp_path: Path) -> None:
+    """No checkpoint knows it: another folder, or a resume in another experiment, finds it by the training's tag."""
+    away = track(recipe_for("http://127.0.0.1:9", tmp_path / "one"))
+    away.metrics({"train/loss": 1.0}, 1)
+    away.close("KILLED")
+    assert away.run_id is None
+    assert away.training is not None
+    assert sync([str(tmp_path / "one"), "--uri", server.uri]) == 0
+
+    moved = track(recipe_for(server.uri, tmp_path / "two"), training=away.training)
+    moved.metrics({"train/loss": 1.0}, 2)
+    moved.close("FINISHED")
+    renamed = recipe_for(server.uri, tmp_path / "three", experiment="another")
+    third = track(renamed, training=away.training)
+    third.metrics({"train/loss": 1.0}, 3)
+    third.evaluation("town", 3, {}, {"recall_1": 50.0})
+    third.close("FINISHED")
+
+    client = MlflowClient(server.uri)
+    (run,) = runs_of(client, recipe_for(server.uri, tmp_path / "one"))
+    assert {moved.run_id, third.run_id} == {run.info.run_id}
+    assert steps_of(client, run.info.run_id) == [1, 2, 3]
+    assert not runs_of(client, renamed)
+    (child,) = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+    assert child.data.metrics == {"recall_1": 50.0}
 
 
 def test_what_a_store_refuses_holds_nothing_up(server: Server, tmp_path: Path) -> None:

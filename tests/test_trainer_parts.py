@@ -82,7 +82,7 @@ def test_validations_are_counted_from_the_first_best_one() -> None:
 
 
 def test_other_ranks_track_nothing(tmp_path: Path) -> None:
-    tracker = Tracker(Recipe(), tmp_path / "out", Console(), run_id=None, active=False)
+    tracker = Tracker(Recipe(), tmp_path / "out", Console(), training=None, run_id=None, active=False)
     tracker.metrics({"a": 1.0}, 0)
     tracker.evaluation("town", 0, {}, {"recall_1": 50.0})
     tracker.artifact(tmp_path / "picture.png")

@@ -44,8 +44,15 @@ def open_context(recipe: Recipe, rank: Rank, console: Console, progress: Progres
     Writes `recipe.yaml` to the output folder.
     """
     facts = provenance(world_size=rank.world_size, device=rank.device, data_digest=progress.dataset)
-    run_id = progress.mlflow_run_id
-    tracker = Tracker(recipe, recipe.output, console, run_id=run_id, active=rank.is_main, facts=facts)
+    tracker = Tracker(
+        recipe,
+        recipe.output,
+        console,
+        training=progress.training,
+        run_id=progress.mlflow_run_id,
+        active=rank.is_main,
+        facts=facts,
+    )
     if rank.is_main:
         (recipe.output / "recipe.yaml").write_text(recipe_text(recipe))
         tracker.artifact(recipe.output / "recipe.yaml")

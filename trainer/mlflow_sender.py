@@ -34,7 +34,8 @@ Record = dict[str, Any]
 def _quiet_mlflow() -> None:
     """Bounds how long MLflow's client waits and keeps its logs to errors."""
     # A server that is down costs seconds, not the minutes of MLflow's own retries: the sender has its own.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # It looks for a run before it asks again for one; the client would ask twice and might get two.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow  # noqa: F401 - sets levels of its own
@@ -173,6 +174,8 @@ class Sender:
         if self.run_id is None and record.get("run_id") and self._exists(record["run_id"]):
             self.run_id = record["run_id"]
         if self.run_id is None:
+            self.run_id = self._training_elsewhere(record["training"])
+        if self.run_id is None:
             tags = {"mlflow.source.name": "rerankvpr train"}
             self.run_id = self._run(TRAINING_TAG, record["training"], record["name"], record["time_ms"], tags)
         self._keep_state()
@@ -207,6 +210,20 @@ class Sender:
             return str(found[0].info.run_id)
         run = self._client.create_run(self._experiment_id, start_time=time_ms, run_name=name, tags={tag: value, **tags})
         return str(run.info.run_id)
+
+    def _training_elsewhere(self, training: str) -> str | None:
+        """The training's run in any experiment: a resume may name another one, or the experiment another name."""
+        token: str | None = None
+        while True:
+            page = self._client.search_experiments(page_token=token)
+            ids = [experiment.experiment_id for experiment in page]
+            found = self._client.search_runs(ids, f"tags.`{TRAINING_TAG}` = '{training}'", max_results=1) if ids else []
+            if found:
+                self._experiment_id = found[0].info.experiment_id
+                return str(found[0].info.run_id)
+            token = page.token
+            if not token:
+                return None
 
     def _artifact(self, path: Path, folder: str | None) -> None:
         if not path.is_file():
@@ -270,7 +287,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def run_of(checkpoint: Path) -> str | None:
-    """The MLflow run of a checkpoint's training: the checkpoint's own word, else its output folder's."""
+    """The MLflow run of a checkpoint's training: by the checkpoint, else by its output folder; None if unknown."""
     run_id = json.loads((checkpoint / "state.json").read_text()).get("mlflow_run_id")
     return run_id or read_state(checkpoint.parent.parent).get("run_id")
 

@@ -33,7 +33,7 @@ class Saving:
         progress = self.state.progress
         self.watchdog.enter("save", progress.step)
         self.tracker.flush()  # a killed run resumes from here, and its curves with it
-        progress.mlflow_run_id = self.tracker.run_id
+        progress.training, progress.mlflow_run_id = self.tracker.training, self.tracker.run_id
         self.writer.begin(progress.step, checkpoint_contents(self.state, self.recipe))
 
     def save_if_due(self, *, asked_to_stop: bool) -> None:

@@ -24,7 +24,8 @@ class Progress:
     skipped_steps: int = 0  # of these, steps without an update because loss or gradient was not finite
     bad_images: int = 0
     recalls: dict[str, float] = field(default_factory=dict)  # mean recall at the smallest K of each validation, by step
-    mlflow_run_id: str | None = None
+    training: str | None = None  # the training's own id: its MLflow run carries it as a tag
+    mlflow_run_id: str | None = None  # None if the store had not answered yet
     dataset: str = ""  # digest of the shard sets trained on
     before: list[dict[str, Any]] = field(default_factory=list)  # results of the untrained model
 

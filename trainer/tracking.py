@@ -33,8 +33,9 @@ class Tracker:
     thread sends the lines, in order, as `trainer.mlflow_sender` says. While MLflow does not answer it tries again with
     growing pauses; what is left at the end is sent by `rerankvpr sync`. Where `active` is false nothing is done.
 
-    `run_id` is the run of an earlier part of the training, from its checkpoint. `facts` (`trainer.provenance`) become
-    tags and `environment.json`.
+    `training` and `run_id` are the training's id and its MLflow run, from the checkpoint that it resumes. Without them
+    the folder's `metrics.jsonl` names the training, and its run is the one that carries this id as a tag: MLflow may be
+    away whenever a checkpoint is written. `facts` (`trainer.provenance`) become tags and `environment.json`.
     """
 
     def __init__(
@@ -43,12 +44,13 @@ class Tracker:
         folder: Path,
         console: Console,
         *,
+        training: str | None,
         run_id: str | None,
         active: bool,
         facts: dict[str, str] | None = None,
     ) -> None:
         self._recipe, self._folder, self._console = recipe, folder, console
-        self._given_run_id, self._active = run_id, active
+        self.training, self._given_run_id, self._active = training, run_id, active
         self._step = 0
         self._sending: _SenderThread | None = None
         self._system: SystemMetrics | None = None
@@ -56,9 +58,10 @@ class Tracker:
             return
         path, tracking = folder / metrics_log.NAME, recipe.tracking
         self._log = MetricsLog(path, self._say)
+        self.training = training or _training_id(path)
         self._event(
             "start",
-            training=_training_id(path),
+            training=self.training,
             run_id=run_id,
             name=recipe.name,
             experiment=tracking.experiment,
