@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-faults test-cluster env lock clean
+.PHONY: demo test test-faults test-cluster env lock licences audit wheel clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
@@ -55,6 +55,25 @@ COMMA := ,
 lock: $(READY)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --generate-hashes $(UPGRADE) \
 	  --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
+
+# docs/licences.md, from the lock and the metadata of what is installed.
+licences: $(READY)
+	$(BIN)/python docs/licences.py
+
+# Known vulnerabilities of the lock's versions for the oldest and the newest Python; asks PyPI's advisories.
+audit: $(READY)
+	for python in 3.10 3.14; do \
+	  $(BIN)/uv tool run --python $$python pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock || exit 1; \
+	done
+
+# A wheel in dist/, installed with all that it needs into an empty environment and tried there.
+wheel: $(READY)
+	rm -rf build dist
+	$(BIN)/uv build --quiet --wheel --build-constraints requirements.lock --python $(BIN)/python
+	$(BIN)/uv venv --quiet --python $(BIN)/python build/elsewhere
+	$(BIN)/uv pip install --quiet --python build/elsewhere/bin/python --constraints requirements.lock --build-constraints requirements.lock dist/*.whl
+	cd build/elsewhere && for verb in --help 'train demo --help' 'eval --list'; do bin/rerankvpr $$verb > /dev/null || exit 1; done
+	@ls dist/*.whl
 
 clean:
 	rm -rf data/town data/town_shards runs/demo
