@@ -61,9 +61,9 @@ licences: $(READY)
 	$(BIN)/python docs/licences.py
 
 # Known vulnerabilities of the lock's versions for the oldest and the newest Python; asks PyPI's advisories.
-audit: $(READY)
+audit: $(if $(UV),,$(READY))
 	for python in 3.10 3.14; do \
-	  $(BIN)/uv tool run --python $$python pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock || exit 1; \
+	  $(or $(UV),$(BIN)/uv) tool run --python $$python pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock || exit 1; \
 	done
 
 # A wheel in dist/, installed with all that it needs into an empty environment and tried there.
