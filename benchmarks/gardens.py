@@ -21,7 +21,7 @@ import torch.distributed as dist
 import tyro
 
 from benchmarks.report import machine, print_table, write_json
-from configs.load import load_recipe
+from configs.load import load_stored_recipe
 from configs.schema import EvalConfig, ModelConfig, RerankConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.benchmarks.load import load_benchmarks
@@ -78,7 +78,7 @@ def main() -> None:
     runs: list[Run] = [("frozen", frozen, "gardens_point/all")]
     if options.checkpoint:
         found = find_checkpoint(options.checkpoint)
-        recipe = load_recipe(found / "recipe.yaml")
+        recipe = load_stored_recipe(found / "recipe.yaml")
         tuned = build_model(recipe.model.model_copy(update={"weights": "random"}))
         load_model_weights(tuned, found)
         spec = f"gardens_point/all/{HELD_OUT}"

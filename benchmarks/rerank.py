@@ -108,7 +108,7 @@ def main() -> None:
             *("CPU ms/query", "re-encoding", "stored features (range)", "speed-up"),
             *("matching alone", "its matrix products", "ratio"),
         )
-        title = f"Re-ranking a query, {options.image_size} px, random weights, all patches, {options.config.store}"
+        title = f"Re-ranking a query, {options.image_size} px, random weights, all patches, {options.config.dtype}"
         print_table(title, columns, rows)
     if options.weights:
         for side in options.recall_sizes:
@@ -132,7 +132,7 @@ def _measure(model: PlaceModel, options: Options) -> Iterator[tuple[int, dict[st
         # What is stored is one scene under noise, so that every patch has a match: images need not be encoded for it.
         patches, channels = (options.image_size // PATCH) ** 2, model.backbone.embed_dim
         database, queries = (
-            _random_features(Path(name) / part, len(of), patches, channels, options.config.store)
+            _random_features(Path(name) / part, len(of), patches, channels, options.config.dtype)
             for part, of in (("database", database_paths), ("queries", query_paths))
         )
         numbers, device = np.arange(options.queries) % len(query_paths), torch.device("cpu")
@@ -227,7 +227,7 @@ def _seconds(run: Callable[[], object], times: int) -> list[float]:
 
 def _bytes_against_recall(side: int, options: Options) -> dict[str, float]:
     """Mean recall over pairs of traverses with each way of storing, from features that are extracted once."""
-    rerank_config = options.config.model_copy(update={"store": "fp32"})
+    rerank_config = options.config.model_copy(update={"dtype": "fp32"})
     config = EvalConfig(data_root=options.data_root, rerank=rerank_config, features=options.features, image_size=side)
     benchmarks = load_benchmarks(list(options.pairs), options.data_root)
     model = build_model(ModelConfig(backbone="vits14", weights=str(options.weights), finetune_last_n_blocks=0)).eval()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from configs.names import nearest
+from configs.explain import explain
+from configs.renamed import with_present_names
 from configs.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parent
@@ -22,15 +23,31 @@ class RecipeError(ValueError):
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file; a bare name such as `demo` means the recipe shipped under that name.
 
-    Raises RecipeError naming file, key and the nearest valid one.
+    Raises RecipeError naming file, key and the nearest valid one; a renamed key is told its name.
     """
     file = find_recipe(path)
+    return _validated(_read(file), file)
+
+
+def load_stored_recipe(file: Path) -> Recipe:
+    """The recipe that a training kept in its output folder or in a checkpoint, whatever its keys were called then.
+
+    Raises RecipeError, FileNotFoundError.
+    """
+    return _validated(with_present_names(_read(file)), file)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{file}: expected a mapping of sections such as `data:` and `model:`")
+    return content
+
+
+def _validated(content: dict[str, Any], file: Path) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -45,37 +62,6 @@ def find_recipe(path: Path) -> Path:
     if str(path) in shipped:
         return shipped[str(path)]
     raise RecipeError(f"recipe {path} does not exist; give a YAML file or one of: {', '.join(shipped)}")
-
-
-def explain(error: ValidationError) -> list[str]:
-    """One line a fault: the key as section.key, what is wrong, the nearest valid key or value."""
-    return [_explain_one(dict(fault)) for fault in error.errors()]
-
-
-def _explain_one(fault: dict[str, Any]) -> str:
-    loc = [str(part) for part in fault["loc"]]
-    key = ".".join(loc)
-    if fault["type"] == "extra_forbidden":
-        names = list(_section(loc[:-1]).model_fields)
-        return f"unknown key {key}; {nearest(loc[-1], names, prefix=''.join(f'{p}.' for p in loc[:-1]))}"
-    if fault["type"] == "literal_error":
-        choices = [str(choice) for choice in get_args(_section(loc[:-1]).model_fields[loc[-1]].annotation)]
-        return f"{key}: {fault['input']!r} is not one of {', '.join(choices)}; {nearest(str(fault['input']), choices)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if fault["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message}, got {fault['input']!r}"
-
-
-def _section(loc: list[str]) -> type[BaseModel]:
-    section: type[BaseModel] = Recipe
-    for part in loc:
-        annotation = section.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
-    return section
 
 
 def recipe_text(recipe: Recipe) -> str:

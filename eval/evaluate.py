@@ -203,7 +203,7 @@ _STORED_AS = {
     "saliency_layer",
     "saliency",
     "saliency_thresh",
-    "store",
+    "dtype",
     "project",
     "project_size",
 }
@@ -246,12 +246,12 @@ def evaluate(
 
     def search(factory: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         blocks = database.blocks(dist.get_rank(), dist.get_world_size(), block_bytes)
-        return search_ranks(queries_QD, blocks, k, factory, config.index_params)
+        return search_ranks(queries_QD, blocks, k, factory, config.faiss_params)
 
-    similarities_QK, predictions_QK = search(config.index)
+    similarities_QK, predictions_QK = search(config.faiss_index)
     timings["retrieval_s_per_query"] = clock.lap() / num_queries
     index_agreement = None
-    if config.index != "Flat":
+    if config.faiss_index != "Flat":
         index_agreement = agreement(
             predictions_QK[:, : config.recall_at[-1]], search("Flat")[1][:, : config.recall_at[-1]]
         )
@@ -302,7 +302,7 @@ def evaluate(
         gain=gain_intervals(predictions_QK, reranked_QK, benchmark, ks, resamples) if again else {},  # type: ignore[arg-type]
         mb_per_image=sizes[0] / 1e6,
         kb_local_per_image=sizes[1] / 1e3,
-        index=config.index,
+        index=config.faiss_index,
         index_agreement=index_agreement,
         num_left_alone=num_left_alone,
         notes=tuple(notes),

@@ -82,7 +82,7 @@ def compact(
     if config.include_cls:
         scaled_BN, keep_BN = F.pad(scaled_BN, (1, 0), value=1.0), F.pad(keep_BN, (1, 0), value=True)
         cell_N2 = torch.cat([torch.full_like(cell_N2[:1], NO_CELL), cell_N2])
-    codes_PC, scale_P = encode(local_BNC[keep_BN].float(), config.store, projection_CK)
+    codes_PC, scale_P = encode(local_BNC[keep_BN].float(), config.dtype, projection_CK)
     cell_P2 = cell_N2.expand(len(keep_BN), -1, -1)[keep_BN]
     return LocalFeatures(keep_BN.sum(dim=1), codes_PC, scale_P, cell_P2, scaled_BN[keep_BN].half())
 

@@ -86,7 +86,7 @@ def search_approximately(
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
         raise ValueError(
-            f"eval.index {factory!r} (index_params {params!r}) over {len(rows_ND)} x {rows_ND.shape[1]}: {reason}"
+            f"eval.faiss_index {factory!r} (faiss_params {params!r}) over {len(rows_ND)} x {rows_ND.shape[1]}: {reason}"
         ) from error
     index = _on_gpu(index)
     block = max(1, BLOCK_BYTES // (24 * k * rows_ND.shape[1]))

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from configs.load import load_recipe
+from configs.load import load_stored_recipe
 from configs.schema import Backbone, EvalConfig, ModelConfig, Recipe
 from trainer.checkpoint import find_checkpoint, load_model_weights
 from trainer.mlflow_sender import run_of
@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
         raise ValueError("eval takes --checkpoint or --weights, not both")
     if given:
         checkpoint = find_checkpoint(Path(given))
-        recipe = load_recipe(checkpoint / "recipe.yaml")
+        recipe = load_stored_recipe(checkpoint / "recipe.yaml")
         default = EvalCommand(eval=recipe.eval)
     command = tyro.cli(
         EvalCommand, args=argv, default=default, prog="rerankvpr eval", config=(tyro.conf.FlagConversionOff,)

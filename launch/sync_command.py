@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from configs.load import load_recipe, without_secrets
+from configs.load import load_stored_recipe, without_secrets
 from trainer import metrics_log
 from trainer.metrics_log import is_open, read_records
 from trainer.progress import progress_bar
@@ -57,7 +57,7 @@ def _sync(folder: Path, uri: str, console: Console) -> None:
     if not uri:
         if not (folder / "recipe.yaml").is_file():
             raise ValueError(f"{folder} holds no recipe.yaml; name the store with --uri")
-        uri = load_recipe(folder / "recipe.yaml").tracking.uri
+        uri = load_stored_recipe(folder / "recipe.yaml").tracking.uri
     sender = Sender(folder, uri, lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True))
     try:
         with progress_bar(console, f"{folder}, bytes", log.stat().st_size) as update:

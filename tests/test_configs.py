@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from configs.load import RECIPES, RecipeError, load_recipe, recipe_text
+from configs.load import RECIPES, RecipeError, load_recipe, load_stored_recipe, recipe_text
+from configs.renamed import RENAMED
 from configs.schema import Recipe, Section
 
 
@@ -45,6 +46,8 @@ def test_every_key_has_a_line_of_documentation() -> None:
         ({"engine": {"precision": "bf16", "zero_stage": 0}}, "use zero_stage 1 or 2"),
         ({"eval": {"rerank": {"tpo_k": 3}}}, "nearest: eval.rerank.top_k"),
         ({"name": "a b"}, "not a plain name"),
+        ({"engine": {"gradient_accumulation": 2}}, "has another name: write engine.encode_chunks"),
+        ({"eval": {"rerank": {"store": "int8"}}}, "eval.rerank.store has another name: write eval.rerank.dtype"),
         (["a"], "expected a mapping"),
     ],
 )
@@ -55,6 +58,24 @@ def test_bad_recipes_name_key_and_nearest(content: object, words: str, tmp_path:
         load_recipe(path)
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_stored_recipe_loads_whatever_its_keys_were_called(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    old = {
+        "loss": {"args": {"alpha": 3.0}},
+        "engine": {"gradient_accumulation": 4},
+        "eval": {"index": "HNSW32", "index_params": "efSearch=64", "rerank": {"store": "int8"}},
+    }
+    path.write_text(yaml.safe_dump(old))
+    present = {
+        "loss": {"args": {"alpha": 3.0}},
+        "engine": {"encode_chunks": 4},
+        "eval": {"faiss_index": "HNSW32", "faiss_params": "efSearch=64", "rerank": {"dtype": "int8"}},
+    }
+    assert load_stored_recipe(path) == Recipe.model_validate(present)
+    keys = Recipe().as_flat()
+    assert all(new in keys and old not in keys for old, new in RENAMED.items())
 
 
 def test_yaml_runs_nothing(tmp_path: Path) -> None:

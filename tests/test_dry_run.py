@@ -64,7 +64,7 @@ def test_a_step_costs_what_is_trained_and_what_is_computed_again() -> None:
     last_4 = recipe(model={"finetune_last_n_blocks": 4})
     assert model_flops(last_4) == pytest.approx(forward * (12 + 2 * 4) / 12, rel=0.02)
     assert step_flops(last_4) == model_flops(last_4)
-    engine = {"activation_checkpointing": True, "gradient_accumulation": 2}
+    engine = {"activation_checkpointing": True, "encode_chunks": 2}
     again = step_flops(recipe(model={"finetune": "all"}, engine=engine))
     assert again == pytest.approx(5 * forward, rel=0.02)
 
@@ -131,7 +131,7 @@ settings_of_an_engine = st.fixed_dictionaries(
         "offload": st.sampled_from(["none", "optimizer", "all"]),
         "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
         "activation_checkpointing": st.booleans(),
-        "gradient_accumulation": st.sampled_from([1, 3]),
+        "encode_chunks": st.sampled_from([1, 3]),
     }
 )
 

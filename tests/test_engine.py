@@ -35,7 +35,7 @@ def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1, t
             "zero_stage": stage,
             "offload": offload,
             "precision": precision,
-            "gradient_accumulation": chunks,
+            "encode_chunks": chunks,
             "timeout_s": timeout_s,
         }
     )

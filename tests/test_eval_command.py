@@ -87,7 +87,7 @@ def test_results_table_csv_sweep_and_tracking(place: Path) -> None:
         (("--benchmarks", "eynsham"), "none of its layouts; expected images/test/{database,queries}"),
         (("--benchmarks", "eynsam"), "unknown benchmark 'eynsam'; nearest: eynsham"),
         (("--benchmarks", "tokyo247"), "no folder tokyo247 in the data root data"),
-        (("--benchmarks", "manifest:mine.csv", "--index", "Nonsense"), "eval.index 'Nonsense'"),
+        (("--benchmarks", "manifest:mine.csv", "--faiss-index", "Nonsense"), "eval.faiss_index 'Nonsense'"),
         (("--benchmarks", "manifest:mine.csv", "--sweep", "True", "--rerank.enabled", "False"), "--sweep needs"),
     ],
 )

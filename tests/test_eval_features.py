@@ -205,7 +205,7 @@ def _benchmark(folder: Path) -> Benchmark:
 
 SAME_AT_ANY_SIZE = (
     _config(),
-    _config(resize="aspect", rerank={"store": "int8", "project": "pca", "project_size": 16}),
+    _config(resize="aspect", rerank={"dtype": "int8", "project": "pca", "project_size": 16}),
     _config(resize="native", rerank={"when": "auto", "geometry": "translation", "score": "similarity_sum"}),
 )
 

@@ -62,7 +62,7 @@ def test_defaults_gain_35_points_and_int8_keeps_them_below_100_kb_an_image(tmp_p
     result = evaluate(tmp_path / "defaults", "--pictures", "0")
     assert result["gain"]["1"][0] >= 35
     assert min(gain for gain, _, _ in result["gain"].values()) >= 0
-    small = ("--rerank.store", "int8", "--sweep", "True")
+    small = ("--rerank.dtype", "int8", "--sweep", "True")
     compact = evaluate(tmp_path / "compact", "--pictures", "0", *small)
     assert compact["kb_local_per_image"] < 100 < result["kb_local_per_image"]
     assert compact["recall_reranked"]["1"] >= result["recall_reranked"]["1"] - 1

@@ -130,7 +130,7 @@ def test_more_ties_than_are_fetched_at_first_go_by_id_and_a_floor_leaves_the_res
 
 @pytest.mark.parametrize(("factory", "params"), [("IVF9999,Flat", ""), ("Nonsense", ""), ("HNSW8", "nprobe=3")])
 def test_indices_that_faiss_refuses_are_named(factory: str, params: str) -> None:
-    with pytest.raises(ValueError, match=f"eval.index '{factory}'") as caught:
+    with pytest.raises(ValueError, match=f"eval.faiss_index '{factory}'") as caught:
         search_approximately(_unit(2, 8, 0), _unit(50, 8, 1), 3, factory, params)
     assert "\n" not in str(caught.value)
 

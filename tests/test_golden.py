@@ -65,7 +65,7 @@ def check_thirty_steps_are_golden() -> None:
     layouts: dict[str, dict[str, Any]] = {
         "zero1": {"engine": {"zero_stage": 1}},
         "zero0_sharded": {"engine": {"zero_stage": 0}, "memory": {"placement": "sharded"}},
-        "zero2_chunks": {"engine": {"zero_stage": 2, "gradient_accumulation": 3}},
+        "zero2_chunks": {"engine": {"zero_stage": 2, "encode_chunks": 3}},
         "zero3_offload": {"engine": {"zero_stage": 3, "offload": "all", "activation_checkpointing": True}},
     }
     curves = {name: curve(folder, name, **changes) for name, changes in layouts.items()}

@@ -175,7 +175,7 @@ def test_faults_are_skipped_survived_or_named(workplace: Path, small_disk: Path)
 
 def test_one_rank_gives_the_losses_of_two(workplace: Path, straight: Path) -> None:
     """The same recipe in one process, without chunks and with the queue whole, at another ZeRO stage."""
-    flags = ("--engine.zero-stage", "2", "--engine.gradient-accumulation", "1", "--memory.placement", "replicated")
+    flags = ("--engine.zero-stage", "2", "--engine.encode-chunks", "1", "--memory.placement", "replicated")
     finish(one_rank(workplace, "single", *flags, "--eval.benchmarks"))
     one, two = logged(workplace / "single"), logged(straight)
     losses = [[run[step]["train/loss"] for step in sorted(run)] for run in (one, two)]

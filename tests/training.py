@@ -39,7 +39,7 @@ def make_workplace(folder: Path) -> None:
         "data": {"shards": str(folder / "shards"), "places_per_batch": 4, "images_per_place": 3, "image_size": 28},
         "model": {"backbone": "tiny14", "weights": "random", "finetune_last_n_blocks": 2},
         "memory": {"size": 30, "start_epoch": 1, "placement": "sharded", "decay": "measured", "drift_every": 2},
-        "engine": {"gradient_accumulation": 2, "peak_tflops": 0.5},
+        "engine": {"encode_chunks": 2, "peak_tflops": 0.5},
         "optim": {"lr": 1e-3, "warmup_steps": 2},
         "trainer": {"epochs": 3, "checkpoint_every_steps": 2, "validate_every_epochs": 1},
         "eval": {"benchmarks": ["town"], "data_root": str(folder), "image_size": 28, "pictures": 2},

@@ -14,7 +14,7 @@ from trainer.watchdog import Watchdog
 
 def images_per_rank(recipe: Recipe, world_size: int) -> int:
     """Images that each rank encodes in a step. Raises ValueError if they are not equally many, or too few."""
-    places, chunks = recipe.data.places_per_batch, recipe.engine.gradient_accumulation
+    places, chunks = recipe.data.places_per_batch, recipe.engine.encode_chunks
     if places % world_size:
         low = max(world_size, places // world_size * world_size)
         raise ValueError(
@@ -24,7 +24,7 @@ def images_per_rank(recipe: Recipe, world_size: int) -> int:
     images = places // world_size * recipe.data.images_per_place
     if chunks > images:
         raise ValueError(
-            f"engine.gradient_accumulation {chunks} is more than the {images} images of a rank; it counts the "
+            f"engine.encode_chunks {chunks} is more than the {images} images of a rank; it counts the "
             "chunks that these are encoded in"
         )
     return images

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from safetensors.torch import load_file
 
 from configs.files import file_sha256, write_whole
-from configs.load import recipe_text
+from configs.load import load_stored_recipe, recipe_text
 from configs.ranks import from_rank_0
 from configs.schema import Recipe
 from trainer.engine_state import StoredTensors, put_state, take_state
@@ -183,14 +182,9 @@ def load_checkpoint(checkpoint: Path, state: TrainingState, recipe: Recipe, data
     state.progress = progress
 
 
-def stored_recipe(checkpoint: Path) -> Recipe:
-    """The recipe that a checkpoint was trained by."""
-    return Recipe.model_validate(yaml.safe_load((checkpoint / "recipe.yaml").read_text()))
-
-
 def _differences(recipe: Recipe, checkpoint: Path) -> list[tuple[str, Any, Any]]:
     """Keys that decide what the stored state means, where recipe and checkpoint differ."""
-    stored = stored_recipe(checkpoint).as_flat()
+    stored = load_stored_recipe(checkpoint / "recipe.yaml").as_flat()
     fixed = (
         "seed",
         "data.places_per_batch",

@@ -176,7 +176,7 @@ def changes(recipe: Recipe, ranks: int) -> Iterator[dict[str, Any]]:
     """Settings of the engine that need less memory, each cheaper in time than those after it."""
     images = recipe.data.places_per_batch * recipe.data.images_per_place // ranks
     stages = [stage for stage in (0, 1, 2, 3) if stage >= recipe.engine.zero_stage]
-    more = [chunks for chunks in (1, 2, 4, 8, 16) if recipe.engine.gradient_accumulation * chunks <= images]
+    more = [chunks for chunks in (1, 2, 4, 8, 16) if recipe.engine.encode_chunks * chunks <= images]
     for offload in ("none", "optimizer", "all"):
         for chunks in more:
             for checkpointing in (recipe.engine.activation_checkpointing, True):
@@ -185,7 +185,7 @@ def changes(recipe: Recipe, ranks: int) -> Iterator[dict[str, Any]]:
                         "zero_stage": stage,
                         "offload": offload if offload != "none" else recipe.engine.offload,
                         "activation_checkpointing": checkpointing,
-                        "gradient_accumulation": recipe.engine.gradient_accumulation * chunks,
+                        "encode_chunks": recipe.engine.encode_chunks * chunks,
                     }
 
 
@@ -209,7 +209,7 @@ def advice(dry: DryRun) -> str:
             before = dry.recipe.engine.model_dump()
             flags = " ".join(f"--engine.{key} {value}" for key, value in changed.items() if before[key] != value)
             return f"{flags} needs {memory.device_peak / GB:.1f} GB"
-    return "no zero_stage, offload, activation_checkpointing or gradient_accumulation is enough: use more ranks"
+    return "no zero_stage, offload, activation_checkpointing or encode_chunks is enough: use more ranks"
 
 
 def alternatives(dry: DryRun) -> Iterator[tuple[str, MemoryPlan]]:

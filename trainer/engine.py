@@ -95,8 +95,8 @@ def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_p
             "memory_efficient_linear": False,  # would replace torch's F.linear for the whole process
         }
     return {
-        "train_micro_batch_size_per_gpu": max(1, images_per_rank // engine.gradient_accumulation),
-        "gradient_accumulation_steps": engine.gradient_accumulation,
+        "train_micro_batch_size_per_gpu": max(1, images_per_rank // engine.encode_chunks),
+        "gradient_accumulation_steps": engine.encode_chunks,
         "gradient_clipping": gradient_clipping,
         "zero_optimization": zero,
         "bf16": {"enabled": engine.precision == "bf16"},

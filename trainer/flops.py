@@ -84,13 +84,13 @@ def model_flops(recipe: Recipe) -> float:
 def step_flops(recipe: Recipe) -> float:
     """Operations that a rank does for each of its images in a step, with what is computed again.
 
-    Activation checkpointing runs trained blocks once more; engine.gradient_accumulation above 1 the whole network.
+    Activation checkpointing runs trained blocks once more; engine.encode_chunks above 1 the whole network.
     """
     model, side = recipe.model, recipe.data.image_size
     again = 0.0
     if recipe.engine.activation_checkpointing:
         again += num_trained_blocks(model) * block_flops(model.backbone, side)
-    if recipe.engine.gradient_accumulation > 1:
+    if recipe.engine.encode_chunks > 1:
         again += forward_flops(model.backbone, side)
     return model_flops(recipe) + again
 

@@ -164,7 +164,7 @@ def element_bytes(recipe: Recipe) -> tuple[int, int]:
 def images_at_once(recipe: Recipe, ranks: int) -> int:
     """Images whose activations a rank holds at a time."""
     images = recipe.data.places_per_batch * recipe.data.images_per_place // ranks
-    return math.ceil(images / recipe.engine.gradient_accumulation)
+    return math.ceil(images / recipe.engine.encode_chunks)
 
 
 def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> list[Part]:
@@ -184,7 +184,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     temporaries = group * (0 if recipe.optim.name == "sgd" else 2 if steps_on_cpu else 1)
 
     # Gradients of one chunk grow while its activations are freed; of earlier chunks they are all there.
-    while_they_grow: tuple[Phase, ...] = ("backward", "reduce") if engine.gradient_accumulation > 1 else ("reduce",)
+    while_they_grow: tuple[Phase, ...] = ("backward", "reduce") if engine.encode_chunks > 1 else ("reduce",)
 
     def placed(name: str, num_bytes: float, host: bool, *phases: Phase, tensor: float = math.inf) -> Part:
         return Part(name, 0.0 if host else num_bytes, num_bytes if host else 0.0, phases or ("always",), tensor)
@@ -364,7 +364,7 @@ def _evaluation_parts(recipe: Recipe, sizes: Sizes) -> list[Part]:
 def bytes_sent(recipe: Recipe, sizes: Sizes, ranks: int) -> dict[str, float]:
     """Bytes that each rank sends in a step, by what for; ring collectives, which send (W - 1) / W of a tensor."""
     each, each_frozen = element_bytes(recipe)
-    stage, chunks = recipe.engine.zero_stage, recipe.engine.gradient_accumulation
+    stage, chunks = recipe.engine.zero_stage, recipe.engine.encode_chunks
     ring = (ranks - 1) / ranks
     gradients = sizes.trained * each * ring
     batch = recipe.data.places_per_batch * recipe.data.images_per_place

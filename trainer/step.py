@@ -49,7 +49,7 @@ class TrainingStep:
         images_B3HW = self._augmented(batch, step // self.steps_per_epoch)
         state.engine.train()
         figures = self._measured_drift(optimizer_step) if queue_used else {}
-        chunks = self.recipe.engine.gradient_accumulation
+        chunks = self.recipe.engine.encode_chunks
         cache = GradientCache(self._encode, images_B3HW.tensor_split(chunks)) if chunks > 1 else None
         descriptors_BD = cache.descriptors_BD if cache else self._encode(images_B3HW)
         self.watchdog.enter("loss", step)

@@ -25,7 +25,7 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of the forward and backward pass."
     )
-    gradient_accumulation: Positive = Field(
+    encode_chunks: Positive = Field(
         1,
         description="Chunks in which a rank encodes its images, for a batch that does not fit: a second forward "
         "pass, the gradient of the whole batch (GradCache).",

@@ -55,7 +55,7 @@ class RerankConfig(Section):
         description="Weight of the global cosine added to score / query's patches; 0, the original's rule, uses it for "
         "ties alone and can lower recall where retrieval is sure.",
     )
-    store: Literal["fp32", "fp16", "int8"] = Field("fp16", description="Type of stored local features.")
+    dtype: Literal["fp32", "fp16", "int8"] = Field("fp16", description="Type of stored local features.")
     project: Literal["none", "pca", "random"] = Field(
         "none", description="Linear projection of local features, fitted on the database (pca) or drawn."
     )
@@ -94,10 +94,10 @@ class EvalConfig(Section):
         description="Folder that keeps features for later runs and unfinished ones (all nodes must see it); None uses "
         "a temporary one.",
     )
-    index: str = Field(
+    faiss_index: str = Field(
         "Flat", description="FAISS factory string, such as IVF1024,Flat, IVF1024,PQ64 or HNSW32; Flat is exact."
     )
-    index_params: str = Field("", description="FAISS search parameters of the index, such as nprobe=32 or efSearch=64.")
+    faiss_params: str = Field("", description="FAISS search parameters of the index, such as nprobe=32 or efSearch=64.")
     search_block_mb: Positive = Field(1024, description="MB of database descriptors that a rank indexes at a time.")
     bootstrap: NonNegative = Field(2000, description="Resamples of the queries for 95 % intervals; 0 gives none.")
     decode_threads: Positive = Field(2, description="Threads a rank reads images with.")

@@ -1,0 +1,22 @@
+"""Names that keys of a recipe had, for recipes and checkpoints that still have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {
+    "engine.gradient_accumulation": "engine.encode_chunks",
+    "eval.index": "eval.faiss_index",
+    "eval.index_params": "eval.faiss_params",
+    "eval.rerank.store": "eval.rerank.dtype",
+}
+
+
+def with_present_names(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A stored recipe with every renamed key under its present name, in the same section."""
+    out: dict[str, Any] = {}
+    for key, value in content.items():
+        name = RENAMED.get(prefix + key, prefix + key).rpartition(".")[2]
+        out[name] = with_present_names(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+    return out
