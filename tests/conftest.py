@@ -12,6 +12,7 @@ import torch.distributed as dist
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.photos import SMALL_SHARD, write_gsv_cities
+from tests.ranks import end_groups
 
 Native = tuple[Path, dict[tuple[str, int], list[Path]]]
 
@@ -22,6 +23,13 @@ def single_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def groups_of_ranks() -> Iterator[None]:
+    """Ends the processes that checks ran in."""
+    yield
+    end_groups()
 
 
 @contextmanager

@@ -1,35 +1,122 @@
-"""Runs the `check_*` functions of test modules in real gloo processes, all of them in one group per world size.
+"""Runs the `check_*` functions of test modules in real gloo processes.
 
 A module writes `def check_xyz() -> None` functions that assert on every rank, and at its end
-`test_on_ranks = on_ranks(__file__)`; pytest then shows one test for each check at world sizes 1, 2 and 4. Starting
-processes costs far more than the checks, so the first of these tests runs the checks of all modules collected.
+`test_on_ranks = on_ranks(__file__)`; pytest then shows one test for each check at world sizes 1, 2 and 4:
+
+    python -m pytest tests/test_queue.py -k check_xyz          # one check at all world sizes
+    python -m pytest "tests/test_queue.py::test_on_ranks[check_xyz-2]"
+
+Checks of one world size share a group of processes, forked from a server that has imported torch and DeepSpeed. After a
+check that fails or hangs the group is killed, and the next check gets a fresh one.
 """
 
 from __future__ import annotations
 
 import datetime
-import functools
+import faulthandler
 import importlib
-import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import warm
+
+ROOT = warm.ROOT
 WORLD_SIZES = (1, 2, 4)
-GROUP_TIMEOUT_S = 900
+CHECK_TIMEOUT_S = 300
+OTHERS_TIMEOUT_S = 10  # for ranks that go on when one has failed: in vain if they wait for it
 COLLECTIVE_TIMEOUT_S = 60
 
 
-MODULES: list[str] = []
+class Group:
+    """Processes in one gloo group, each of which runs the checks that it is told."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.folder = Path(tempfile.mkdtemp(prefix=f"ranks-of-{world_size}-"))
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = warm.server().Pipe()
+            self.processes.append(warm.fork(_serve, theirs, self.folder, rank, world_size))
+            self.pipes.append(ours)
+            theirs.close()
+
+    def run(self, module: str, check: str) -> list[str]:
+        """Runs a check on all ranks; a text for each rank that failed, hung or died. Then the group is of no use."""
+        seen = [len(self._printed(rank)) for rank in range(self.world_size)]
+        errors: dict[int, str] = {}
+        waiting = dict(zip(self.pipes, range(self.world_size), strict=True))
+        for pipe in self.pipes:
+            pipe.send((module, check))
+        limit_s, deadline = CHECK_TIMEOUT_S, time.monotonic() + CHECK_TIMEOUT_S
+        while waiting and (answered := wait(waiting, timeout=max(0, deadline - time.monotonic()))):
+            for pipe in answered:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    error = pipe.recv()
+                except EOFError:
+                    self.processes[rank].join()
+                    error = f"ended with status {self.processes[rank].exitcode}"
+                if error and not errors:
+                    limit_s, deadline = OTHERS_TIMEOUT_S, min(deadline, time.monotonic() + OTHERS_TIMEOUT_S)
+                if error:
+                    errors[rank] = error
+        failed_first = " after another rank failed" if errors else ""
+        for rank in waiting.values():
+            os.kill(self.processes[rank].pid, signal.SIGUSR2)  # prints where it is
+        if waiting:
+            time.sleep(1)
+        for rank in waiting.values():
+            errors[rank] = f"killed: not done {limit_s} s{failed_first}; the last that it printed is where it was"
+        texts = []
+        for rank, error in sorted(errors.items()):
+            printed = self._printed(rank)[seen[rank] :].decode(errors="replace")[-4000:]
+            said = f"\nit printed:\n{printed}" if printed else ""
+            texts.append(f"rank {rank} of {self.world_size}: {error}{said}")
+        return texts
+
+    def end(self) -> None:
+        """Kills what still runs and removes the folder."""
+        for process in self.processes:
+            warm.kill(process)
+        for pipe in self.pipes:
+            pipe.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _printed(self, rank: int) -> bytes:
+        file = self.folder / f"rank{rank}.txt"
+        return file.read_bytes() if file.exists() else b""
+
+
+GROUPS: dict[int, Group] = {}
+
+
+def run_check(module: str, check: str, world_size: int) -> list[str]:
+    """Errors of a check, one text a failing rank, in the group of its world size."""
+    if world_size not in GROUPS:
+        GROUPS[world_size] = Group(world_size)
+    errors = GROUPS[world_size].run(module, check)
+    if errors:
+        GROUPS.pop(world_size).end()
+    return errors
+
+
+def end_groups() -> None:
+    """Ends all groups, when the last test is done."""
+    while GROUPS:
+        GROUPS.popitem()[1].end()
 
 
 def check_names(module: str) -> list[str]:
@@ -38,55 +125,15 @@ def check_names(module: str) -> list[str]:
     return [line[4 : line.index("(")] for line in lines if line.startswith("def check_")]
 
 
-@functools.cache
-def run_checks(world_size: int) -> dict[str, list[str]]:
-    """Errors by `module.check`, one text a failing rank; kills the whole group after `GROUP_TIMEOUT_S`."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        outputs = [(folder / f"rank{rank}.txt").open("w") for rank in range(world_size)]
-        procs = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.ranks", name, str(rank), str(world_size), *MODULES],
-                cwd=ROOT,
-                env=env,
-                start_new_session=True,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for rank, output in enumerate(outputs)
-        ]
-        deadline = time.monotonic() + GROUP_TIMEOUT_S
-        while any(proc.poll() is None for proc in procs) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        for proc, output in zip(procs, outputs, strict=True):
-            if proc.poll() is None:
-                os.killpg(proc.pid, signal.SIGKILL)
-                proc.wait()
-                output.write(f"killed after {GROUP_TIMEOUT_S} s")
-            output.close()
-        errors: dict[str, list[str]] = {}
-        for rank in range(world_size):
-            results = folder / f"rank{rank}.json"
-            done: dict[str, str | None] = json.loads(results.read_text()) if results.exists() else {}
-            printed = (folder / f"rank{rank}.txt").read_text()[-3000:]
-            for check in (f"{module}.{name}" for module in MODULES for name in check_names(module)):
-                error = done.get(check, f"did not run; the rank printed:\n{printed}")
-                if error:
-                    errors.setdefault(check, []).append(f"rank {rank} of {world_size}: {error}")
-        return errors
-
-
 def on_ranks(file: str, world_sizes: tuple[int, ...] = WORLD_SIZES) -> Callable[..., None]:
     """A pytest test over all checks of `file` and `world_sizes`."""
-    module = f"tests.{Path(file).stem}"
-    if module not in MODULES:
-        MODULES.append(module)
+    module = ".".join(Path(file).resolve().relative_to(ROOT).with_suffix("").parts)
 
     @pytest.mark.parametrize("world_size", world_sizes)
     @pytest.mark.parametrize("check", check_names(module))
+    @pytest.mark.usefixtures("groups_of_ranks")
     def test(check: str, world_size: int) -> None:
-        errors = run_checks(world_size).get(f"{module}.{check}", [])
+        errors = run_check(module, check, world_size)
         if errors:
             pytest.fail("\n".join(errors), pytrace=False)
 
@@ -102,32 +149,31 @@ def shared_folder() -> Path:
     return Path(holder[0])
 
 
-def _main() -> None:
-    folder, rank, world_size, modules = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+def _serve(tasks: Connection, folder: Path, rank: int, world_size: int) -> None:
+    """A rank: runs the checks that it is sent and answers with their traceback or None, until the pipe is closed."""
     import torch
     import torch.distributed as dist
 
+    for stream in (sys.stdout, sys.stderr):
+        warm.redirect(folder / f"rank{rank}.txt", stream.fileno())
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    tempfile.tempdir = str(folder)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}  # as torchrun does
     store = dist.FileStore(str(folder / "store"), world_size)
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    results: dict[str, str | None] = {}
-    for module, name in [(m, check) for m in modules for check in check_names(m)]:
-        torch.manual_seed(0)
-        error = None
+    while True:
         try:
-            getattr(importlib.import_module(module), name)()
-        except BaseException:  # noqa: BLE001 - reported to pytest, and the group ends: its ranks no longer agree
+            module, check = tasks.recv()
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        error: Any = None
+        try:
+            getattr(importlib.import_module(module), check)()
+        except BaseException:  # noqa: BLE001 - told to pytest, which ends the group
             error = traceback.format_exc()
-        results[f"{module}.{name}"] = error
-        (folder / f"rank{rank}.json").write_text(json.dumps(results))
-        failed = torch.tensor(float(error is not None))
-        dist.all_reduce(failed)
-        if failed:
-            break
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        tasks.send(error)

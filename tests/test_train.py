@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from configs.schema import ModelConfig
 from model.network import build_model
+from tests import warm
 from tests.training import (
     STEPS,
     TIMEOUT_S,
@@ -30,8 +31,8 @@ from tests.training import (
     make_workplace,
     one_rank,
     same_state,
-    start,
     two_ranks,
+    warm_ranks,
 )
 from trainer.checkpoint import checkpoint_weights, find_checkpoint
 
@@ -76,7 +77,7 @@ def test_a_training_leaves_checkpoints_results_pictures_and_metrics(straight: Pa
 
 def test_an_exported_checkpoint_is_the_same_network(workplace: Path, straight: Path) -> None:
     out = workplace / "exported" / "net.safetensors"
-    finish(start(workplace, "rerankvpr", "export", str(straight), str(out)))
+    warm.run(workplace, "rerankvpr", "export", str(straight), str(out)).check_returncode()
     recipe = yaml.safe_load(safe_open(out, framework="pt").metadata()["recipe"])
     assert recipe["model"]["backbone"] == "tiny14"
     model = ModelConfig(backbone="tiny14", weights=str(out))
@@ -89,15 +90,15 @@ def test_an_exported_checkpoint_is_the_same_network(workplace: Path, straight: P
 def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> None:
     """SIGKILL to all processes at a step between two checkpoints: weights, queue and losses end bitwise equal."""
     folder = workplace / "killed"
-    process = two_ranks(workplace, "killed")
+    process = warm_ranks(workplace, "killed")
     deadline = time.monotonic() + TIMEOUT_S
     while not (folder / "checkpoints" / "step-00000006").exists():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate(timeout=10)[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     kill_all(process)
     assert not (folder / "results.json").exists()
-    text = finish(two_ranks(workplace, "killed", "--resume"))
+    text = finish(warm_ranks(workplace, "killed", "--resume"))
     assert "resumed from" in text
     a, b = last_checkpoint(straight), last_checkpoint(folder)
     assert a.name == b.name
@@ -129,7 +130,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(workplace: Path, straight: Pat
     process = two_ranks(workplace, "stopped", "--eval.benchmarks")
     deadline = time.monotonic() + TIMEOUT_S
     while not (folder / "metrics.jsonl").exists() or not logged(folder):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate(timeout=10)[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     workers = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
@@ -138,7 +139,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(workplace: Path, straight: Pat
     assert process.returncode == 75, text
     assert "asked to stop; saved at step" in text
     assert last_checkpoint(folder).name == f"step-{max(logged(folder)):08d}"
-    finish(two_ranks(workplace, "stopped", "--eval.benchmarks", "--resume"))
+    finish(warm_ranks(workplace, "stopped", "--eval.benchmarks", "--resume"))
     one, other = logged(straight), logged(folder)
     assert [one[s]["train/loss"] for s in sorted(one)] == [other[s]["train/loss"] for s in sorted(other)]
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from safetensors.torch import load_file
 
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
+from tests import warm
 from tests.photos import jpeg, write_gsv_cities
+from trainer.ports import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = warm.ROOT
 TIMEOUT_S = 300
 STEPS = 12  # 3 epochs of 4 steps; the queue starts with the second
 
@@ -61,14 +64,57 @@ def start(folder: Path, *command: str) -> subprocess.Popen[str]:
     )
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and all ranks, which are not in its process group."""
+class ForkedRanks:
+    """Ranks of a training without a launcher, forked warm; it behaves as the launcher's process does."""
+
+    def __init__(self, folder: Path, world_size: int, *command: str) -> None:
+        """`python -m ...` as each rank."""
+        group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.ranks = [
+            warm.Command(folder, *command, environment={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world_size)
+        ]
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """0 once all ranks have ended well, the status of one that did not, after killing the others; else None."""
+        if self.returncode is None:
+            statuses = [rank.poll() for rank in self.ranks]
+            failed = next((status for status in statuses if status), None)
+            if failed is not None:
+                self.kill()
+                self.returncode = failed
+            elif None not in statuses:
+                self.returncode = 0
+        return self.returncode
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """What all ranks printed, once they have ended, and nothing. Raises subprocess.TimeoutExpired."""
+        if not warm.wait_until(lambda: self.poll() is not None, timeout):
+            raise subprocess.TimeoutExpired(list(self.ranks[0].args), timeout)
+        return "".join(rank.output()[0] for rank in self.ranks), ""
+
+    def kill(self) -> None:
+        """SIGKILL to all ranks."""
+        for rank in self.ranks:
+            rank.kill()
+
+
+Process = subprocess.Popen[str] | ForkedRanks
+
+
+def kill_all(process: Process) -> None:
+    """SIGKILL to the launcher, if there is one, and all ranks, which are not in its process group."""
+    if isinstance(process, ForkedRanks):
+        process.kill()
+        return
     for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         victim.send_signal(signal.SIGKILL)
     process.wait()
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: Process) -> str:
+    """What a training printed, once it has come to its end."""
     try:
         output, _ = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -79,9 +125,28 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def two_ranks(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
-    recipe = str(workplace / "recipe.yaml")
+    """By the launcher, as a user starts it."""
     launcher = ("rerankvpr", "launch", "--nproc-per-node", "2", "--")
-    return start(workplace, *launcher, "train", recipe, "--output", str(workplace / output), *flags)
+    return start(workplace, *launcher, "train", *_arguments(workplace, workplace / output), *flags)
+
+
+def warm_ranks(workplace: Path, output: str, *flags: str, world_size: int = 2) -> ForkedRanks:
+    """The same without the launcher."""
+    return ForkedRanks(workplace, world_size, "trainer", *_arguments(workplace, workplace / output), *flags)
+
+
+def faulty_ranks(workplace: Path, output: Path, faults: dict[str, object], *flags: str) -> ForkedRanks:
+    """Two ranks in which something goes wrong (see tests.faulty)."""
+    return ForkedRanks(workplace, 2, "tests.faulty", json.dumps(faults), *_arguments(workplace, output), *flags)
+
+
+def one_rank(workplace: Path, output: str, *flags: str) -> ForkedRanks:
+    """One process, untracked."""
+    return warm_ranks(workplace, output, "--tracking.enabled", "False", *flags, world_size=1)
+
+
+def _arguments(workplace: Path, output: Path) -> Sequence[str]:
+    return str(workplace / "recipe.yaml"), "--output", str(output)
 
 
 def logged(folder: Path) -> dict[int, dict[str, float]]:
@@ -104,20 +169,3 @@ def same_state(a: Path, b: Path) -> None:
         assert one.keys() == other.keys(), name
         assert all(torch.equal(one[key], other[key]) for key in one), name
     assert (a / "optimizer.json").read_text() == (b / "optimizer.json").read_text()
-
-
-def faulty_ranks(workplace: Path, output: Path, faults: dict[str, object], *flags: str) -> subprocess.Popen[str]:
-    """Two ranks in which something goes wrong (see tests.faulty)."""
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.faulty")
-    recipe = str(workplace / "recipe.yaml")
-    return start(workplace, *launcher, json.dumps(faults), recipe, "--output", str(output), *flags)
-
-
-def one_rank(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
-    """By torchrun on the trainer's module, untracked."""
-    return start(
-        workplace,
-        *("torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "trainer"),
-        *(str(workplace / "recipe.yaml"), "--output", str(workplace / output), "--tracking.enabled", "False"),
-        *flags,
-    )
