@@ -28,7 +28,7 @@ from benchmarks.report import print_table, write_json
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.town.render import Town, render_town
-from trainer.checkpoint import newest_valid
+from trainer.checkpoint_folder import newest_valid
 
 RANKS = 2
 

@@ -30,7 +30,8 @@ from eval.recall import recall_at
 from eval.rerank import fuse, reorder
 from eval.sweep import Sweep, sweep_thresholds
 from model.network import PlaceModel, build_model
-from trainer.checkpoint import find_checkpoint, load_model_weights
+from trainer.checkpoint import load_model_weights
+from trainer.checkpoint_folder import find_checkpoint
 
 CLAIMED = ("day_right", "night_right")  # database and queries of the claim
 TOP_K = (10, 15, 20, 30)

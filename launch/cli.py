@@ -59,7 +59,9 @@ def _help() -> None:
         lines += [f"  rerankvpr {verb} {arguments}".rstrip(), f"      {text}"]
     lines += [
         "",
-        "`rerankvpr VERB --help` shows a verb's flags; RERANKVPR_TRACEBACK=1 shows where an error was raised.",
+        "`rerankvpr VERB --help` shows a verb's flags; `rerankvpr --version` what is installed;",
+        "`rerankvpr --completion bash|zsh|fish` prints a script that completes verbs and flags in a shell.",
+        "RERANKVPR_TRACEBACK=1 shows where an error was raised.",
     ]
     print("\n".join(lines))
 
@@ -70,6 +72,17 @@ def main(argv: list[str]) -> int:
         _help()
         return 0
     verb, rest = argv[0], argv[1:]
+    if verb == "--version":
+        from launch.versions import version_lines
+
+        print("\n".join(version_lines()))
+        return 0
+    if verb == "--completion":
+        from launch.completion import completion_script
+
+        with one_line_errors():
+            print(completion_script(rest[0] if rest else ""))
+        return 0
     if verb not in VERBS:
         print(f"rerankvpr: unknown verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
         return 2

@@ -6,21 +6,17 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from data_pipeline.listing import PlaceListing, shuffle_places
-from data_pipeline.shards import ShardSummary, write_shards
-from data_pipeline.sources.cells import Grid
-from data_pipeline.sources.gsv_cities import read_gsv_cities
-from data_pipeline.sources.manifest import read_manifest
-from data_pipeline.sources.msls import read_msls
-from data_pipeline.sources.utm_folder import read_utm_folder
-from data_pipeline.storage import is_remote
-from data_pipeline.verify import verify_shards
 from trainer.progress import progress_bar
+
+if TYPE_CHECKING:  # help and mistakes should not wait for pyarrow
+    from data_pipeline.listing import PlaceListing
+    from data_pipeline.shards import ShardSummary
+    from data_pipeline.sources.cells import Grid
 
 SHOWN = 20
 
@@ -65,6 +61,8 @@ class _Gridded:
     """Groups that cells are dealt out to (in each direction, as cities), so that places of a group do not touch."""
 
     def grid(self) -> Grid:
+        from data_pipeline.sources.cells import Grid
+
         return Grid(cell_m=self.cell_m, heading_deg=self.heading_deg, groups=self.groups)
 
 
@@ -84,6 +82,8 @@ class ShardCommand(_Writing, _Places):
     """Cities to take; all without it."""
 
     def listing(self) -> PlaceListing:
+        from data_pipeline.sources.gsv_cities import read_gsv_cities
+
         return read_gsv_cities(
             self.source, min_images_per_place=self.min_images_per_place, cities=list(self.cities) or None
         )
@@ -97,6 +97,8 @@ class ShardUtmCommand(_Gridded, _Writing, _Places):
     """Name of the city; the folder's without it."""
 
     def listing(self) -> PlaceListing:
+        from data_pipeline.sources.utm_folder import read_utm_folder
+
         return read_utm_folder(
             self.source, city=self.city, grid=self.grid(), min_images_per_place=self.min_images_per_place
         )
@@ -110,6 +112,8 @@ class ShardMslsCommand(_Gridded, _Writing, _Places):
     """Cities to take; all without it."""
 
     def listing(self) -> PlaceListing:
+        from data_pipeline.sources.msls import read_msls
+
         return read_msls(
             self.source,
             cities=list(self.cities) or None,
@@ -126,6 +130,8 @@ class ShardManifestCommand(_Writing, _Places):
     """Folder that the table's paths start from; the table's own without it."""
 
     def listing(self) -> PlaceListing:
+        from data_pipeline.sources.manifest import read_manifest
+
         return read_manifest(self.source, root=self.root, min_images_per_place=self.min_images_per_place)
 
 
@@ -164,6 +170,9 @@ def shard(argv: list[str]) -> int:
 def write_shard_set(console: Console, command: Any) -> ShardSummary:
     """Shards a data set under a progress bar; the command is one of KINDS."""
     part = _part(command.part)
+    from data_pipeline.listing import shuffle_places
+    from data_pipeline.shards import write_shards
+
     listing = command.listing()
     if command.shuffle is not None:
         listing = shuffle_places(listing, command.shuffle)
@@ -217,6 +226,9 @@ def describe_shards(console: Console, summary: ShardSummary) -> None:
 def verify(argv: list[str]) -> int:
     """`rerankvpr verify OUT`; status 1 where something is damaged."""
     command = tyro.cli(VerifyCommand, args=argv, prog="rerankvpr verify")
+    from data_pipeline.storage import is_remote
+    from data_pipeline.verify import verify_shards
+
     if is_remote(command.folder):
         raise ValueError(f"{command.folder}: verify reads sets of this machine; run it where the set lies")
     console = Console()

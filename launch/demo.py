@@ -15,7 +15,6 @@ from rich.table import Table
 from configs.load import load_recipe, recipe_text
 from configs.schema import Recipe
 from launch.torchrun import run as run_torchrun
-from trainer.checkpoint import newest_valid
 from trainer.progress import progress_bar
 from trainer.tracking import open_command
 
@@ -33,6 +32,8 @@ class DemoCommand:
 def main(argv: list[str]) -> int:
     """Runs the demo in the current folder."""
     command = tyro.cli(DemoCommand, args=argv, prog="rerankvpr demo")
+    from trainer.checkpoint_folder import newest_valid
+
     console, began = Console(), time.monotonic()
     recipe = load_recipe(Path("demo"))
     _render(console, recipe, command.seed)
@@ -79,6 +80,8 @@ def _is_done(recipe: Recipe) -> bool:
     stored, results = recipe.output / "recipe.yaml", recipe.output / "results.json"
     if not (stored.is_file() and results.is_file() and stored.read_text() == recipe_text(recipe)):
         return False
+    from trainer.checkpoint_folder import newest_valid
+
     found, _ = newest_valid(recipe.output / "checkpoints")
     return found is not None and json.loads(results.read_text()).get("model", "").endswith(found.name)
 

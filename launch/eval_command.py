@@ -12,14 +12,12 @@ from rich.table import Table
 
 from configs.load import load_stored_recipe
 from configs.schema import Backbone, EvalConfig, ModelConfig, Recipe
-from trainer.checkpoint import find_checkpoint, load_model_weights
-from trainer.mlflow_sender import run_of
-from trainer.process_group import Rank, start_process_group, stop_process_group
 from trainer.progress import progress_bar
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # help, --list and mistakes should not wait for torch
     from eval.benchmarks.benchmark import Benchmark
     from eval.evaluate import FirstStage, OnFeatures, Result
+    from trainer.process_group import Rank
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,8 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     if given and _value_of("--weights", argv):
         raise ValueError("eval takes --checkpoint or --weights, not both")
     if given:
+        from trainer.checkpoint_folder import find_checkpoint
+
         checkpoint = find_checkpoint(Path(given))
         recipe = load_stored_recipe(checkpoint / "recipe.yaml")
         default = EvalCommand(eval=recipe.eval)
@@ -121,6 +121,9 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
     from eval.report.tables import results_table, write_csv, write_results
     from launch.eval_tracking import log_evaluation
     from model.network import build_model
+    from trainer.checkpoint import load_model_weights
+    from trainer.mlflow_sender import run_of
+    from trainer.process_group import start_process_group, stop_process_group
 
     config = command.eval
     benchmarks = load_benchmarks(config.benchmarks, config.data_root)

@@ -9,8 +9,6 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from trainer.checkpoint import find_checkpoint
-
 
 @dataclass(frozen=True)
 class ExportCommand:
@@ -31,6 +29,8 @@ def main(argv: list[str]) -> int:
     command = tyro.cli(ExportCommand, args=argv, prog="rerankvpr export")
     if command.out.suffix != ".safetensors":
         raise ValueError(f"export writes safetensors: {command.out} should end in .safetensors")
+    from trainer.checkpoint_folder import find_checkpoint
+
     checkpoint = find_checkpoint(command.checkpoint)
     from trainer.export import export_network
 

@@ -107,7 +107,7 @@ def stage_jobs(verb: list[str], want: Resources) -> list[Job]:
 
 
 def _train_job(verb: list[str], want: Resources) -> Job:
-    from trainer.checkpoint import newest_valid
+    from trainer.checkpoint_folder import newest_valid
     from trainer.command import parse
     from trainer.tracking import open_command
 

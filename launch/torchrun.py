@@ -70,12 +70,12 @@ def main(argv: list[str]) -> int:
     if not verb:
         raise ValueError("launch needs a verb after `--`, such as train or eval")
     dry_run = "--dry-run" in flags
+    if verb[0] == "train" and not dry_run:  # a mistake is told once and at once, not by each rank after each restart
+        parse(take_dry_run(verb[1:])[1])
     launch = plan([flag for flag in flags if flag != "--dry-run"], verb)
     print(without_secrets(launch.command()), flush=True)
     if dry_run:
         return 0
-    if verb[0] == "train":  # a mistake is told once, not by each rank after each restart
-        parse(take_dry_run(verb[1:])[1])
     return start(launch)
 
 
@@ -86,7 +86,7 @@ def run(flags: list[str], verb: list[str]) -> int:
 
 def plan(flags: list[str], verb: list[str]) -> Launch:
     """What torchrun is asked for, from launch's flags and a verb. Raises ValueError naming the flag that is wrong."""
-    ours, others = _parser().parse_known_args(flags)
+    ours, others = flag_parser().parse_known_args(flags)
     low, high = _nodes(ours.nnodes)
     processes = _processes(ours.nproc_per_node)
     restarts = _count("--max-restarts", ours.max_restarts, default=3 if low < high else 0)
@@ -130,7 +130,8 @@ def resuming(verb: list[str]) -> list[str]:
     return verb
 
 
-def _parser() -> argparse.ArgumentParser:
+def flag_parser() -> argparse.ArgumentParser:
+    """The flags of launch itself; others are torchrun's."""
     parser = argparse.ArgumentParser(prog="rerankvpr launch", allow_abbrev=False, add_help=False)
     for flag, default in (("--nnodes", "1"), ("--nproc-per-node", "auto"), ("--max-restarts", None)):
         parser.add_argument(flag, flag.replace("per-node", "per_node"), default=default)

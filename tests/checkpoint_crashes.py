@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from trainer import checkpoint_writer
-from trainer.checkpoint import Contents, newest_valid
+from trainer.checkpoint import Contents
+from trainer.checkpoint_folder import newest_valid
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 

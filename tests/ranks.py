@@ -29,9 +29,9 @@ from typing import Any
 
 import pytest
 
-from tests import warm
+from tests import forked
 
-ROOT = warm.ROOT
+ROOT = forked.ROOT
 WORLD_SIZES = (1, 2, 4)
 CHECK_TIMEOUT_S = 300
 OTHERS_TIMEOUT_S = 10  # for ranks that go on when one has failed: in vain if they wait for it
@@ -47,8 +47,8 @@ class Group:
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            ours, theirs = warm.server().Pipe()
-            self.processes.append(warm.fork(_serve, theirs, self.folder, rank, world_size))
+            ours, theirs = forked.server().Pipe()
+            self.processes.append(forked.fork(_serve, theirs, self.folder, rank, world_size))
             self.pipes.append(ours)
             theirs.close()
 
@@ -90,7 +90,7 @@ class Group:
     def end(self) -> None:
         """Kills what still runs and removes the folder."""
         for process in self.processes:
-            warm.kill(process)
+            forked.kill(process)
         for pipe in self.pipes:
             pipe.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -155,7 +155,7 @@ def _serve(tasks: Connection, folder: Path, rank: int, world_size: int) -> None:
     import torch.distributed as dist
 
     for stream in (sys.stdout, sys.stderr):
-        warm.redirect(folder / f"rank{rank}.txt", stream.fileno())
+        forked.redirect(folder / f"rank{rank}.txt", stream.fileno())
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     tempfile.tempdir = str(folder)
     torch.set_num_threads(1)

@@ -15,12 +15,11 @@ import torch.distributed as dist
 
 from tests.ranks import ROOT, on_ranks, shared_folder
 from trainer import checkpoint_writer
-from trainer.checkpoint import (
+from trainer.checkpoint import Contents, checkpoint_weights
+from trainer.checkpoint_folder import (
     FORMAT,
     CheckpointError,
-    Contents,
     best_recall,
-    checkpoint_weights,
     faults,
     find_checkpoint,
     newest_valid,

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from configs.schema import ModelConfig
 from model.network import build_model
-from tests import warm
+from tests import forked
 from tests.training import (
     STEPS,
     TIMEOUT_S,
@@ -34,7 +34,8 @@ from tests.training import (
     two_ranks,
     warm_ranks,
 )
-from trainer.checkpoint import checkpoint_weights, find_checkpoint
+from trainer.checkpoint import checkpoint_weights
+from trainer.checkpoint_folder import find_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_a_training_leaves_checkpoints_results_pictures_and_metrics(straight: Pa
 
 def test_an_exported_checkpoint_is_the_same_network(workplace: Path, straight: Path) -> None:
     out = workplace / "exported" / "net.safetensors"
-    warm.run(workplace, "rerankvpr", "export", str(straight), str(out)).check_returncode()
+    forked.run(workplace, "rerankvpr", "export", str(straight), str(out)).check_returncode()
     recipe = yaml.safe_load(safe_open(out, framework="pt").metadata()["recipe"])
     assert recipe["model"]["backbone"] == "tiny14"
     model = ModelConfig(backbone="tiny14", weights=str(out))

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
-from tests import warm
+from tests import forked
 from tests.photos import jpeg, write_gsv_cities
 from trainer.ports import free_port
 
-ROOT = warm.ROOT
+ROOT = forked.ROOT
 TIMEOUT_S = 300
 STEPS = 12  # 3 epochs of 4 steps; the queue starts with the second
 
@@ -71,7 +71,7 @@ class ForkedRanks:
         """`python -m ...` as each rank."""
         group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.ranks = [
-            warm.Command(folder, *command, environment={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            forked.Command(folder, *command, environment={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(world_size)
         ]
         self.returncode: int | None = None
@@ -90,7 +90,7 @@ class ForkedRanks:
 
     def communicate(self, timeout: float) -> tuple[str, str]:
         """What all ranks printed, once they have ended, and nothing. Raises subprocess.TimeoutExpired."""
-        if not warm.wait_until(lambda: self.poll() is not None, timeout):
+        if not forked.wait_until(lambda: self.poll() is not None, timeout):
             raise subprocess.TimeoutExpired(list(self.ranks[0].args), timeout)
         return "".join(rank.output()[0] for rank in self.ranks), ""
 

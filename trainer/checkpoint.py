@@ -1,14 +1,10 @@
-"""Checkpoints: whole or not at all.
-
-`checkpoints/step-<n>/` holds, by rank, weights, optimizer state and random state, the queue, the position in the epoch
-plan and the recipe, and, written last, a manifest with the size and digest of each file. `latest` and `best` are
-one-line files replaced by rename. Writing is `checkpoint_writer`'s.
+"""What a checkpoint holds and how it is restored: by rank, weights, optimizer state and random state, the queue, the
+position in the epoch plan and the recipe. Writing is `checkpoint_writer`'s; see `checkpoint_folder` for the files.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,26 +13,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from configs.files import file_sha256, write_whole
 from configs.load import load_stored_recipe, recipe_text
 from configs.ranks import from_rank_0
 from configs.schema import Recipe
+from trainer.checkpoint_folder import CheckpointError, find_checkpoint, newest_valid
+from trainer.checkpoint_folder import CheckpointError, find_checkpoint, newest_valid
 from trainer.engine_state import StoredTensors, put_state, take_state
 from trainer.state import Progress, TrainingState
 
-MANIFEST = "manifest.json"
-FORMAT = 3
-
 Contents = dict[str, dict[str, torch.Tensor] | str]  # what one rank writes: tensors or text by file name
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the text says which and why."""
-
-
-def step_name(step: int) -> str:
-    """Name of the checkpoint folder of a step."""
-    return f"step-{step:08d}"
 
 
 def checkpoint_contents(state: TrainingState, recipe: Recipe) -> Contents:
@@ -67,86 +52,12 @@ def _buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in module.state_dict().items()}
 
 
-def point(link: Path, checkpoint: Path, recall: float | None = None) -> None:
-    """Makes the one-line file `link` name `checkpoint` (and the recall it is kept for), atomically."""
-    write_whole(link, checkpoint.name + ("\n" if recall is None else f" {recall}\n"))
-
-
-def pointed(link: Path) -> Path | None:
-    """The checkpoint that a `latest` or `best` file names."""
-    return link.parent / link.read_text().split()[0] if link.is_file() else None
-
-
-def best_recall(folder: Path) -> float:
-    """The recall that `best` is kept for; -1 where there is none yet."""
-    link = folder / "best"
-    return float(link.read_text().split()[1]) if link.is_file() else -1.0
-
-
-def faults(checkpoint: Path) -> list[str]:
-    """What differs between a checkpoint and its manifest; empty if it is whole."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except FileNotFoundError:
-        return [f"{checkpoint} has no {MANIFEST}: it is no checkpoint, or was cut off while it was written"]
-    except ValueError:
-        return [f"{checkpoint / MANIFEST} is not valid JSON"]
-    if manifest.get("format") != FORMAT:
-        return [f"{checkpoint} has format {manifest.get('format')}; this version reads {FORMAT}"]
-    found = []
-    for name, expected in manifest["files"].items():
-        file = checkpoint / name
-        if not file.is_file():
-            found.append(f"{file} is missing")
-        elif file.stat().st_size != expected["bytes"]:
-            found.append(f"{file} has {file.stat().st_size} bytes, expected {expected['bytes']}")
-        elif file_sha256(file) != expected["sha256"]:
-            found.append(f"{file} differs from its digest")
-    return found
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The step folder that `path` means: itself, what a `latest` or `best` file names, or a run's best, else newest.
-
-    Raises CheckpointError if there is none or it is damaged.
-    """
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    target = pointed(path) or pointed(folder / "best") or pointed(folder / "latest") or folder
-    damage = faults(target)
-    if damage:
-        raise CheckpointError(damage[0])
-    return target
-
-
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in `folder` that verifies, and what was wrong with the newer ones."""
-    notes: list[str] = []
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
-        damage = faults(candidate)
-        if not damage:
-            return candidate, notes
-        notes.append(damage[0])
-    return None, notes
-
-
 def choose_checkpoint(folder: Path, given: Path | None) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from: `given`, else the newest of `folder` that verifies; with notes on damaged ones.
 
     Read and verified by rank 0, for all; every rank must call this. Raises CheckpointError if `given` is damaged.
     """
     return from_rank_0(lambda: (find_checkpoint(given), []) if given else newest_valid(folder))
-
-
-def set_aside_newer(folder: Path, checkpoint: Path | None) -> None:
-    """Renames to `unused-step-...` the checkpoints newer than the one gone on from: damaged, or left behind."""
-    for newer in sorted(folder.glob("step-*")):
-        if checkpoint is None or newer.name > checkpoint.name:
-            shutil.rmtree(folder / f"unused-{newer.name}", ignore_errors=True)
-            newer.rename(folder / f"unused-{newer.name}")
-            if pointed(folder / "best") == newer:
-                (folder / "best").unlink()
-    if checkpoint is not None and checkpoint.parent == folder:
-        point(folder / "latest", checkpoint)
 
 
 def load_checkpoint(checkpoint: Path, state: TrainingState, recipe: Recipe, dataset: str) -> None:
@@ -212,10 +123,3 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def load_model_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """Puts a checkpoint's weights into a model built from its recipe."""
     model.load_state_dict(checkpoint_weights(checkpoint))
-
-
-def prune(folder: Path, keep_last: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints and the best one, and left-over partial ones."""
-    kept = {*sorted(folder.glob("step-*"))[-keep_last:], pointed(folder / "best")}
-    for old in {*folder.glob("step-*"), *folder.glob(".step-*.partial")} - kept:
-        shutil.rmtree(old)

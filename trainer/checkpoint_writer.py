@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from configs.files import file_sha256, sync, write_whole
 from configs.ranks import from_rank_0
-from trainer.checkpoint import FORMAT, MANIFEST, Contents, point, prune, step_name
+from trainer.checkpoint import Contents
+from trainer.checkpoint_folder import FORMAT, MANIFEST, point, prune, step_name
 
 FILE_BYTES = 1 << 28
 

@@ -15,7 +15,7 @@ from eval.evaluate import Result
 from eval.report.tables import write_results
 from memory.global_loss import GlobalLoss
 from trainer.batches import Batches, images_per_rank
-from trainer.checkpoint import find_checkpoint
+from trainer.checkpoint_folder import find_checkpoint
 from trainer.context import main_rank_says, open_context
 from trainer.metrics import StepMetrics
 from trainer.process_group import Rank

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.schema import Recipe
-from trainer.checkpoint import choose_checkpoint, load_checkpoint, set_aside_newer
+from trainer.checkpoint import choose_checkpoint, load_checkpoint
+from trainer.checkpoint_folder import set_aside_newer
 from trainer.process_group import Rank
 from trainer.state import TrainingState
 

@@ -7,7 +7,8 @@ import time
 
 from configs.ranks import from_rank_0
 from trainer.batches import Batches
-from trainer.checkpoint import best_recall, checkpoint_contents, point, step_name
+from trainer.checkpoint import checkpoint_contents
+from trainer.checkpoint_folder import best_recall, point, step_name
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.context import Context
 from trainer.errors import TrainingError

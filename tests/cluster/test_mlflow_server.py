@@ -19,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.cluster.workplace import environment, losses, rerankvpr
-from trainer.checkpoint import pointed
+from trainer.checkpoint_folder import pointed
 from trainer.mlflow_sender import TRAINING_TAG, read_state
 from trainer.ports import free_port
 from trainer.stop_signal import REQUEUE_STATUS

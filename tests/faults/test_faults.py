@@ -24,7 +24,8 @@ from tests.training import (
     start,
     two_ranks,
 )
-from trainer.checkpoint import checkpoint_weights, newest_valid
+from trainer.checkpoint import checkpoint_weights
+from trainer.checkpoint_folder import newest_valid
 
 KILLS = 20
 LONG = ("--trainer.epochs", "12", "--trainer.keep-last", "3", "--tracking.enabled", "False")
