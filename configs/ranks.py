@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 T = TypeVar("T")
-USER_ERRORS = (ValueError, OSError)
+USER_ERRORS = (ValueError, OSError, SafetensorError)
 
 
 def from_rank_0(find: Callable[[], T]) -> T:
     """What `find()` returns on rank 0, on every rank; what it raises there is raised everywhere.
 
-    Only rank 0 calls it. Errors other than ValueError and OSError arrive at the others as RuntimeError.
+    Only rank 0 calls it. Errors that are not of USER_ERRORS arrive at the others as RuntimeError.
     """
     found: list[tuple[T | None, Exception | None]] = [(None, None)]
     if dist.get_rank() == 0:
@@ -32,14 +34,40 @@ def from_rank_0(find: Callable[[], T]) -> T:
     return value  # type: ignore[return-value]
 
 
+@contextmanager
+def on_all_ranks() -> Iterator[None]:
+    """Local work of every rank, without a collective inside; an error of any kind on one rank ends it on all.
+
+    What `raise_together` raises, once all ranks have ended the work.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait
+        fault = error
+    raise_together(fault)
+
+
 def raise_together(fault: Exception | None) -> None:
     """Raises ValueError on every rank if one of them has a fault, naming the first such rank; waits for all.
 
-    A group of one raises its fault as it is.
+    A group of one raises its fault as it is. So does a rank whose fault is not the user's, such as a GPU out of
+    memory: the others name its kind.
     """
+    if dist.get_world_size() == 1:
+        if fault:
+            raise fault
+        return
+    is_users = isinstance(fault, USER_ERRORS)
+    mine = None if fault is None else str(fault) if is_users else f"{type(fault).__name__}: {fault}"
     said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, None if fault is None else str(fault))
-    if fault and len(said) == 1:
+    try:
+        dist.all_gather_object(said, mine)
+    except RuntimeError as error:  # the fault broke the group too, as an error of CUDA does
+        if fault:
+            raise fault from error
+        raise
+    if fault and not is_users:
         raise fault
     for rank, text in enumerate(said):
         if text is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from configs.ranks import from_rank_0
+from configs.ranks import on_all_ranks
 from configs.schema import EvalConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.extract import extract, fit_projection
 from eval.features import StoredFeatures, digest, files_digest, weights_digest
 from eval.recall import Interval, gain_intervals, recall_at, recall_intervals
 from eval.rerank import learn_margin, rerank
+from eval.scratch import common_temporary_folder
 from eval.search import agreement, search_ranks
 from model.network import PlaceModel
 
@@ -113,13 +114,16 @@ class _Clock:
 class FeatureStore:
     """Where features lie: kept in `config.features`, or in a temporary folder until the last benchmark has used them.
 
-    One gallery with many query sets is extracted once; the seconds it took count for each benchmark.
+    The temporary folder is in `beside` if the ranks' hosts have none of their own in common. One gallery with many
+    query sets is extracted once; the seconds it took count for each benchmark.
     """
 
-    def __init__(self, benchmarks: list[Benchmark]) -> None:
+    def __init__(self, benchmarks: list[Benchmark], beside: Path | None = None) -> None:
+        self.beside = beside
         self.uses = Counter(tuple(paths) for b in benchmarks for paths in (b.database, b.queries))
         self.held: dict[tuple[Any, ...], tuple[StoredFeatures, float]] = {}
-        self.temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.temporary: Path | None = None
+        self.owner: TemporaryDirectory[str] | None = None  # removes it, on rank 0
 
     def take(
         self,
@@ -141,16 +145,12 @@ class FeatureStore:
         for wanted in [wanted for wanted in self.held if self.uses[wanted[0]] <= 0]:
             features, _ = self.held.pop(wanted)
             if not kept and dist.get_rank() == 0:
-                shutil.rmtree(features.folder)
+                shutil.rmtree(features.folder, ignore_errors=True)  # NFS keeps what is still mapped
 
     def _temporary(self) -> Path:
-        """A folder of rank 0's that all ranks of this node see; removed with the store."""
-
-        def made() -> Path:
-            self.temporary = self.temporary or tempfile.TemporaryDirectory(prefix="rerankvpr-features-")
-            return Path(self.temporary.name)
-
-        return from_rank_0(made)
+        if self.temporary is None:
+            self.temporary, self.owner = common_temporary_folder(self.beside)
+        return self.temporary
 
 
 def features_of(
@@ -176,7 +176,8 @@ def features_of(
     kept = [True]
 
     def of(paths: list[Path], offset: int) -> tuple[StoredFeatures, float]:
-        key = digest({**about, "images": files_digest(paths)})
+        with on_all_ranks():
+            key = digest({**about, "images": files_digest(paths)})
         of_this_run = config.features is None or (tuple(paths), key) in store.held
         if of_this_run or not (config.features / key[:16] / "index.json").is_file():  # type: ignore[operator]
             kept.append(False)
@@ -242,7 +243,8 @@ def evaluate(
     clock = _Clock(model.device)
     k = min(max(config.recall_at[-1], config.rerank.top_k if config.rerank.enabled else 1), num_database)
     block_bytes = config.search_block_mb << 20
-    queries_QD = queries.descriptors()
+    with on_all_ranks():
+        queries_QD = queries.descriptors()
 
     def search(factory: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         blocks = database.blocks(dist.get_rank(), dist.get_world_size(), block_bytes)

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 
-from configs.ranks import USER_ERRORS, raise_together
+from configs.ranks import on_all_ranks
 from configs.schema import PATCH, EvalConfig
 from data_pipeline.images import normalise, read_image
 from eval.features import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
 from eval.local_features import NO_CELL, compact, grid_of, pca_basis, random_basis, read_local
+from eval.scratch import hosts_that_miss
 from model.network import PlaceModel
 
 MAX_SIDE = (NO_CELL - 1) * PATCH  # rows and columns of patches are stored in a byte
@@ -69,36 +70,33 @@ def extract(
 ) -> StoredFeatures:
     """Features of `paths` in `folder`: rank r of W makes shards r, r + W, ... that are not there yet.
 
-    Every rank returns all of them. `on_progress` gets the number of this rank's images that are done. A file that
-    cannot be read ends it on all ranks, once each has finished the shard it is at, with the file and the rank's number.
+    Every rank returns all of them. `on_progress` gets the number of this rank's images that are done. What stops one
+    rank, such as a file that cannot be read, ends it on all ranks, once each has finished the shard it is at, with the
+    rank's number (see `on_all_ranks`).
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    fault: Exception | None = None
-    if rank == 0:
-        try:
+    with on_all_ranks():
+        if rank == 0:
             open_folder(folder, {"key": key, "images": len(paths)})
-        except USER_ERRORS as error:
-            fault = error
-    raise_together(fault)
+    if missing := hosts_that_miss(folder / "index.json"):
+        raise ValueError(f"{missing[0]} does not see rank 0's {folder}; --features is a folder that all nodes mount")
     bounds = shard_bounds(len(paths), config.batch_size)
     report, done = on_progress or (lambda _: None), 0
     for turn in range(0, len(bounds), world):
-        if turn + rank < len(bounds):
-            first, stop = bounds[turn + rank]
-            path = shard_path(folder, turn + rank)
+        with on_all_ranks():
+            if turn + rank < len(bounds):
+                first, stop = bounds[turn + rank]
+                path = shard_path(folder, turn + rank)
 
-            def batch_done(images: int, before: int = done) -> None:
-                report(before + images)
+                def batch_done(images: int, before: int = done) -> None:
+                    report(before + images)
 
-            try:
                 if not shard_is_whole(path, key, stop - first):
                     write_shard(path, _extract_shard(model, paths[first:stop], config, projection_CK, batch_done), key)
-            except USER_ERRORS as error:
-                fault = error
-            done += stop - first
-        raise_together(fault)
+                done += stop - first
         report(done)
-    return StoredFeatures(folder, bounds)
+    with on_all_ranks():
+        return StoredFeatures(folder, bounds)
 
 
 def _extract_shard(
@@ -154,6 +152,14 @@ def fit_projection(model: PlaceModel, paths: list[Path], config: EvalConfig) -> 
     rerank = config.rerank
     if not rerank.enabled or rerank.project == "none":
         return None
+    with on_all_ranks():
+        basis_CK = _basis(model, paths, config)
+    dist.broadcast(basis_CK, 0)
+    return basis_CK
+
+
+def _basis(model: PlaceModel, paths: list[Path], config: EvalConfig) -> torch.Tensor:
+    rerank = config.rerank
     numbers = np.unique(np.linspace(0, len(paths) - 1, min(FIT_IMAGES, len(paths))).astype(int))
     sample = []
     for _, images_B3HW in _image_batches([paths[i] for i in numbers], config):
@@ -165,9 +171,7 @@ def fit_projection(model: PlaceModel, paths: list[Path], config: EvalConfig) -> 
             return random_basis(channels, rerank.project_size).to(model.device)
         step = -(-local_BNC.shape[1] // FIT_PATCHES_PER_IMAGE)
         sample.append(local_BNC[:, ::step].flatten(0, 1))
-    basis_CK = pca_basis(torch.cat(sample), rerank.project_size)
-    dist.broadcast(basis_CK, 0)
-    return basis_CK
+    return pca_basis(torch.cat(sample), rerank.project_size)
 
 
 def _image_batches(paths: list[Path], config: EvalConfig) -> Iterator[tuple[list[int], torch.Tensor]]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configs.files import replacing, write_whole
+from eval.scratch import is_seen
 
 MAX_SHARD_IMAGES = 1024  # at 400 kB an image, half a gigabyte in memory while it is made
 SHARDS_WANTED = 64  # so that many ranks have work, and an interrupted run loses little
@@ -211,7 +212,7 @@ class StoredFeatures:
 
 def _map_shard(path: Path) -> dict[str, NDArray[Any]]:
     """The tensors of a safetensors file as read-only memory maps."""
-    if not path.is_file():
+    if not is_seen(path):
         raise StoreError(f"feature shard {path} is not there; do all nodes see the folder of --features?")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from configs.ranks import on_all_ranks
 from configs.schema import RerankConfig
 from eval.features import StoredFeatures
 from eval.matching import match_scores, pair_bytes
@@ -90,21 +91,22 @@ def score_candidates(
     plan = plan_batches(queries, database, candidates_QT.shape[1], config.memory_mb, device)
     scores_QT = torch.zeros(candidates_QT.shape, device=device)
     blocks = list(blocks_of(len(query_ids_Q), plan.queries))
-    for block in blocks[rank::world]:
-        own = queries.patches(query_ids_Q[block], device)
-        for start in range(0, candidates_QT.shape[1], plan.candidates):
-            part_BT = candidates_QT[block, start : start + plan.candidates]
-            others = database.patches(part_BT.ravel(), device)
-            scores_QT[block, start : start + plan.candidates] = match_scores(
-                own,
-                others,
-                nn_match_thresh=config.nn_match_thresh,
-                score=config.score,
-                geometry=config.geometry,
-                geometry_cells=config.geometry_cells,
-            )
-        if on_progress:
-            on_progress(block.stop)
+    with on_all_ranks():
+        for block in blocks[rank::world]:
+            own = queries.patches(query_ids_Q[block], device)
+            for start in range(0, candidates_QT.shape[1], plan.candidates):
+                part_BT = candidates_QT[block, start : start + plan.candidates]
+                others = database.patches(part_BT.ravel(), device)
+                scores_QT[block, start : start + plan.candidates] = match_scores(
+                    own,
+                    others,
+                    nn_match_thresh=config.nn_match_thresh,
+                    score=config.score,
+                    geometry=config.geometry,
+                    geometry_cells=config.geometry_cells,
+                )
+            if on_progress:
+                on_progress(block.stop)
     dist.all_reduce(scores_QT)
     return scores_QT.cpu().numpy()
 
@@ -179,7 +181,8 @@ def learn_margin(
     k = min(config.top_k + 1, len(database))
     if k < 3:
         return np.inf, len(sample)
-    queries_SD = np.concatenate([database.descriptors(i, i + 1) for i in sample])
+    with on_all_ranks():
+        queries_SD = np.concatenate([database.descriptors(i, i + 1) for i in sample])
     similarities_SK, ids_SK = search_ranks(queries_SD, _own_blocks(database, block_bytes), k)
     others = [(ids != i) & (np.cumsum(ids != i) < k) for i, ids in zip(sample, ids_SK, strict=True)]
     ids_ST = np.stack([ids[keep] for ids, keep in zip(ids_SK, others, strict=True)])

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from configs.ranks import on_all_ranks
+
 MARGIN = 16  # rows fetched past k at first
 BLOCK_BYTES = 64 << 20
 
@@ -175,7 +177,8 @@ def search_ranks(
     Every rank gives the same queries and its own blocks of rows. With `Flat` the answer equals `search_rows` on all
     rows together, in ids and in scores. Where the database has fewer than k rows the rest is (-inf, -1).
     """
-    scores_Qk, ids_Qk = search_blocks(queries_QD, blocks, k, factory, params)
+    with on_all_ranks():
+        scores_Qk, ids_Qk = search_blocks(queries_QD, blocks, k, factory, params)
     all_scores, all_ids = _gather(scores_Qk), _gather(ids_Qk)
     scores, ids = _best(np.concatenate(all_scores, axis=1), np.concatenate(all_ids, axis=1), k)
     return scores.astype(np.float32), ids

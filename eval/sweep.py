@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from configs.ranks import on_all_ranks
 from configs.schema import RerankConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.features import StoredFeatures
@@ -71,33 +72,34 @@ def sweep_thresholds(
     scores_SMQT = torch.zeros(len(swept), len(match), *candidates_QT.shape, device=device)
     patches_SQ = torch.zeros(len(swept), len(candidates_QT), dtype=torch.int64, device=device)
     blocks = list(blocks_of(len(candidates_QT), plan.queries))
-    for block in blocks[dist.get_rank() :: dist.get_world_size()]:
-        own = queries.patches(np.arange(block.start, block.stop), device)
-        for start in range(0, candidates_QT.shape[1], plan.candidates):
-            part = slice(start, start + plan.candidates)
-            others = database.patches(candidates_QT[block, part].ravel(), device)
-            sim_BNTM = similarities(own.codes_BMC, others.codes_BMC.unflatten(0, (len(own.count_B), -1)))
-            salient_BTM = others.saliency_BM.unflatten(0, (len(own.count_B), -1))
-            for s, thresh in enumerate(swept):
-                # The stored threshold itself keeps all that is stored: saliency in fp16 may have been rounded onto it.
-                own_BN, other_BTM = own.saliency_BM > thresh, salient_BTM > thresh
-                if thresh == stored:
-                    own_BN, other_BTM = own.saliency_BM >= 0, salient_BTM >= 0
-                patches_SQ[s, block] = own_BN.sum(dim=1)
-                masked_BNTM = sim_BNTM * own_BN[:, :, None, None] * other_BTM[:, None]
-                found = mutual_matches(masked_BNTM, 0.0)
-                for m, least in enumerate(match):
-                    kept = replace(found, matched_BNT=found.matched_BNT & (found.cosine_BNT > least))
-                    scores_SMQT[s, m, block, part] = score_matches(
-                        kept,
-                        own,
-                        others,
-                        score=config.score,
-                        geometry=config.geometry,
-                        geometry_cells=config.geometry_cells,
-                    )
-        if on_progress:
-            on_progress(block.stop)
+    with on_all_ranks():
+        for block in blocks[dist.get_rank() :: dist.get_world_size()]:
+            own = queries.patches(np.arange(block.start, block.stop), device)
+            for start in range(0, candidates_QT.shape[1], plan.candidates):
+                part = slice(start, start + plan.candidates)
+                others = database.patches(candidates_QT[block, part].ravel(), device)
+                sim_BNTM = similarities(own.codes_BMC, others.codes_BMC.unflatten(0, (len(own.count_B), -1)))
+                salient_BTM = others.saliency_BM.unflatten(0, (len(own.count_B), -1))
+                for s, thresh in enumerate(swept):
+                    # The stored threshold keeps all that is stored: saliency in fp16 may have been rounded onto it.
+                    own_BN, other_BTM = own.saliency_BM > thresh, salient_BTM > thresh
+                    if thresh == stored:
+                        own_BN, other_BTM = own.saliency_BM >= 0, salient_BTM >= 0
+                    patches_SQ[s, block] = own_BN.sum(dim=1)
+                    masked_BNTM = sim_BNTM * own_BN[:, :, None, None] * other_BTM[:, None]
+                    found = mutual_matches(masked_BNTM, 0.0)
+                    for m, least in enumerate(match):
+                        kept = replace(found, matched_BNT=found.matched_BNT & (found.cosine_BNT > least))
+                        scores_SMQT[s, m, block, part] = score_matches(
+                            kept,
+                            own,
+                            others,
+                            score=config.score,
+                            geometry=config.geometry,
+                            geometry_cells=config.geometry_cells,
+                        )
+            if on_progress:
+                on_progress(block.stop)
     dist.all_reduce(scores_SMQT)
     dist.all_reduce(patches_SQ)
     return Sweep(swept, tuple(match), scores_SMQT.cpu().numpy(), patches_SQ.cpu().numpy())

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "deepspeed", "numpy", "faiss-gpu", "faiss-cpu", "timm", "mlflow", "pyarrow", "safetensors")
 SOURCES = ("configs", "data_pipeline", "model", "memory", "trainer", "eval", "launch")
 WAIT_S = 60
-SEEN_WITHIN_S = 5.0  # a network file system may show a file that late
 
 
 @dataclass(frozen=True)
@@ -126,16 +125,9 @@ def _leave_tokens(store: Store, rank: int, shared: list[Path]) -> dict[str, Path
 
 def gather_facts(rank: int, shared: list[Path], scratch: list[Path], tokens: dict[str, Path]) -> Facts:
     """What this rank sees of its machine."""
-    deadline = time.monotonic() + SEEN_WITHIN_S
-    not_seen = []
-    for folder in shared:
-        looked_for = tokens.get(str(folder), folder)
-        while not looked_for.exists() and time.monotonic() < deadline:
-            if looked_for.parent.is_dir():
-                list(looked_for.parent.iterdir())  # a network file system looks again
-            time.sleep(0.1)
-        if not looked_for.exists():
-            not_seen.append(str(folder))
+    from eval.scratch import is_seen
+
+    not_seen = [str(folder) for folder in shared if not is_seen(tokens.get(str(folder), folder))]
     free = {}
     for folder in (*shared, *scratch):
         there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))

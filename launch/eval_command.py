@@ -136,7 +136,7 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
         model = build_model(recipe.model, seed=recipe.seed)
     model.to(rank.device).eval()
     results: list[Result] = []
-    store = FeatureStore(benchmarks)
+    store = FeatureStore(benchmarks, beside=command.out)
     for benchmark in benchmarks:
         with progress_bar(console, benchmark.name, active=rank.is_main) as update:
             on_features = _sweep(console, command, benchmark, rank) if command.sweep else None

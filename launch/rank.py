@@ -47,8 +47,13 @@ def main(argv: list[str]) -> int:
 
         recipe, _, _ = parse(command[1:])  # a mistake in it is told before anything starts
         used = fitting_world(recipe.data.places_per_batch, world) if fit else world
-        shared = [recipe.output]
+        shared = [recipe.output, *([recipe.eval.features] if recipe.eval.features else [])]
         scratch = [recipe.data.cache] if recipe.data.cache else []
+    elif command[0] == "eval" and not {"-h", "--help", "--list"} & set(command):
+        from launch.eval_command import parse as parse_eval
+
+        evaluation, _, _ = parse_eval(command[1:])
+        shared = [folder for folder in (evaluation.out, evaluation.eval.features) if folder]
     store = rendezvous_store(rank, world)
     complain(check(store, rank, world, shared=shared, scratch=scratch, quick=True), aloud=rank == 0)
     if used == world:

@@ -9,6 +9,7 @@ from pathlib import Path
 from configs.schema import Recipe
 from trainer.checkpoint import choose_checkpoint, load_checkpoint
 from trainer.checkpoint_folder import set_aside_newer
+from eval.scratch import remove_leftovers
 from trainer.process_group import Rank
 from trainer.state import TrainingState
 
@@ -39,10 +40,11 @@ def checkpoint_to_resume(recipe: Recipe, resume: Resume | None, say: Callable[[s
 def restore(state: TrainingState, recipe: Recipe, rank: Rank, checkpoint: Path | None, *, dataset: str) -> None:
     """Puts a checkpoint into a new state, if there is one, and sets newer ones of the output folder aside.
 
-    `dataset` is the digest of the shard sets. Every rank must call this. Raises what `load_checkpoint` raises.
+    What a killed evaluation left there is removed. `dataset` is the digest of the shard sets. Every rank must call this. Raises what `load_checkpoint` raises.
     """
     if checkpoint:
         load_checkpoint(checkpoint, state, recipe, dataset)
     state.progress.dataset = dataset
     if rank.is_main:
         set_aside_newer(recipe.output / "checkpoints", checkpoint)
+        remove_leftovers(recipe.output)

@@ -32,6 +32,7 @@ class Validation:
         self.config, self.trainer, self.rank = context.recipe.eval, context.recipe.trainer, context.rank
         self.tracker, self.watchdog, self.console = context.tracker, context.watchdog, context.console
         self.state, self.batches, self.benchmarks, self.stop_signal = state, batches, benchmarks, stop_signal
+        self.output = context.recipe.output
 
     def is_due(self) -> bool:
         """Whether the recipe's interval has come, and this step is not validated yet.
@@ -73,7 +74,7 @@ class Validation:
         if not self.benchmarks:
             return []  # at ZeRO-3 the whole weights would be gathered for nothing
         config, step, results = self._config(rerank), self.state.progress.step, []
-        store = FeatureStore(self.benchmarks)
+        store = FeatureStore(self.benchmarks, beside=self.output)
         self.watchdog.enter("evaluation", step)
         with whole_weights(self.state.engine):
             for benchmark in self.benchmarks:
