@@ -1,0 +1,70 @@
+"""Which device a rank computes on: its GPU, or the CPU where nothing promises one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+HIDDEN = ("", "-1", "NoDevFiles")  # the last is SLURM's, for a job without GPUs on a node that has some
+SLURM_GPUS = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS")
+
+
+def promised_gpu() -> str:
+    """What says that this process has a GPU: a device file that opens, or a variable of SLURM; empty if nothing does.
+
+    An empty CUDA_VISIBLE_DEVICES, or -1, chooses the CPU. A device file that does not open belongs to another job.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN:
+        return ""
+    for name in SLURM_GPUS:
+        if os.environ.get(name, "0") not in ("", "0"):
+            return f"{name}={os.environ[name]}"
+    for path in sorted(Path("/dev").glob("nvidia[0-9]*")):
+        try:
+            os.close(os.open(path, os.O_RDWR))
+        except OSError:
+            continue
+        return str(path)
+    return ""
+
+
+def why_no_gpu() -> str:
+    """Why a promised GPU cannot be used, in one line; empty where torch has one, or where none is promised."""
+    promise = promised_gpu()
+    if not promise or torch.cuda.is_available():
+        return ""
+    reason = "it was built without CUDA"
+    if torch.backends.cuda.is_built() or torch.version.hip:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.cuda.init()
+            reason = "it counts 0 devices"
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+    return f"{promise} promises a GPU, and torch {torch.__version__} finds none: {reason}"
+
+
+REMEDY = "install a torch built for this driver, or set CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
+
+
+def rank_device() -> torch.device:
+    """The device of this process's local rank, made the current one if it is a GPU.
+
+    Raises ValueError if a GPU is promised and cannot be used, or if the node has fewer GPUs than local ranks.
+    """
+    if not torch.cuda.is_available():
+        if reason := why_no_gpu():
+            raise ValueError(f"{reason}; {REMEDY}")
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()} (CUDA_VISIBLE_DEVICES "
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start at most that many processes on a node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
