@@ -6,31 +6,26 @@ their own, which is gone when the verb makes its group.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
-from launch.findings import Checked, Facts, Finding, Network, judge
+from launch.facts import Facts, gather_facts
+from launch.findings import Checked, Finding, Network, judge_facts, judge_network
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import Store
 
-PACKAGES = ("torch", "deepspeed", "numpy", "faiss-gpu", "faiss-cpu", "timm", "mlflow", "pyarrow", "safetensors")
-SOURCES = ("configs", "data_pipeline", "model", "memory", "trainer", "eval", "launch")
 WAIT_S = 60
 
 
@@ -77,23 +72,36 @@ def check(
     tokens = _leave_tokens(store, rank, shared)
     try:
         facts = gather_facts(rank, shared, scratch, tokens)
-        store.set(f"facts/{rank}", json.dumps(asdict(facts)))
-        all_facts = (
-            [Facts(**json.loads(_get(store, f"facts/{i}", f"rank {i}"))) for i in range(world)] if not rank else []
-        )
-        network = measure_network(store, rank, world, quick=quick)
+        found, all_facts = _judged_by_rank_0(store, rank, world, facts)
     finally:
         for token in tokens.values() if rank == 0 else ():
             token.unlink(missing_ok=True)
-    if rank == 0:
-        found = judge(all_facts, network)
-        store.set("findings", json.dumps([asdict(finding) for finding in found]))
-        for i in range(1, world):  # this rank serves the store
-            _get(store, f"read/{i}", f"rank {i}")
+    if any(finding.level == "error" for finding in found):  # of such machines a network test may hang
         return Checked(found)
-    found = [Finding(**one) for one in json.loads(_get(store, "findings", "rank 0"))]
-    store.set(f"read/{rank}", "read")
-    return Checked(found)
+    network = measure_network(store, rank, world, quick=quick)
+    of_network = judge_network(all_facts, network) if rank == 0 else []
+    return Checked(found + _from_rank_0(store, "network", rank, world, of_network))
+
+
+def _judged_by_rank_0(store: Store, rank: int, world: int, facts: Facts) -> tuple[list[Finding], list[Facts]]:
+    """Findings on the facts of all ranks, equal on every rank, and on rank 0 those facts."""
+    store.set(f"facts/{rank}", json.dumps(asdict(facts)))
+    if rank:
+        return _from_rank_0(store, "facts", rank, world, []), []
+    everyone = [Facts(**json.loads(_get(store, f"facts/{i}", f"rank {i}"))) for i in range(world)]
+    return _from_rank_0(store, "facts", rank, world, judge_facts(everyone)), everyone
+
+
+def _from_rank_0(store: Store, name: str, rank: int, world: int, findings: list[Finding]) -> list[Finding]:
+    """Rank 0's findings, on every rank; rank 0 serves the store, so it stays until they have been read."""
+    if rank == 0:
+        store.set(f"findings/{name}", json.dumps([asdict(finding) for finding in findings]))
+        for i in range(1, world):
+            _get(store, f"read/{name}/{i}", f"rank {i}")
+        return findings
+    found = [Finding(**one) for one in json.loads(_get(store, f"findings/{name}", "rank 0"))]
+    store.set(f"read/{name}/{rank}", "read")
+    return found
 
 
 def _get(store: Store, key: str, who: str) -> bytes:
@@ -121,64 +129,6 @@ def _leave_tokens(store: Store, rank: int, shared: list[Path]) -> dict[str, Path
         store.set("tokens", json.dumps({folder: str(token) for folder, token in left.items()}))
         return left
     return {folder: Path(token) for folder, token in json.loads(_get(store, "tokens", "rank 0")).items()}
-
-
-def gather_facts(rank: int, shared: list[Path], scratch: list[Path], tokens: dict[str, Path]) -> Facts:
-    """What this rank sees of its machine."""
-    from eval.scratch import is_seen
-
-    not_seen = [str(folder) for folder in shared if not is_seen(tokens.get(str(folder), folder))]
-    free = {}
-    for folder in (*shared, *scratch):
-        there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
-        free[str(folder)] = shutil.disk_usage(there).free / 2**30
-    return Facts(
-        rank=rank,
-        host=platform.node(),
-        node=int(os.environ.get("GROUP_RANK", "0")),
-        interface=os.environ.get("GLOO_SOCKET_IFNAME", "") or "gloo's own choice",
-        versions=versions(),
-        free_gb=free,
-        not_seen=not_seen,
-        **_gpu(),
-    )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what ranks must agree on, and a digest of this project's sources."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    digest = hashlib.sha256()
-    home = Path(__file__).resolve().parent.parent
-    for file in sorted(file for folder in SOURCES for file in (home / folder).rglob("*.py")):
-        digest.update(file.relative_to(home).as_posix().encode() + file.read_bytes())
-    return found | {"rerankvpr": digest.hexdigest()[:12]}
-
-
-def _gpu() -> dict[str, Any]:
-    """Memory of this rank's GPU and its uncorrected memory errors, as nvidia-smi counts them."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    free, total = torch.cuda.mem_get_info(index)
-    errors = 0
-    if shutil.which("nvidia-smi"):
-        asked = [
-            "nvidia-smi",
-            f"--id={index}",
-            "--query-gpu=ecc.errors.uncorrected.volatile.total",
-            "--format=csv,noheader",
-        ]
-        said = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=10).stdout.strip()
-        errors = int(said) if said.isdigit() else 0
-    name = torch.cuda.get_device_name(index)
-    return {"gpu": name, "gpu_free_gb": free / 2**30, "gpu_total_gb": total / 2**30, "gpu_errors": errors}
 
 
 def measure_network(store: Store, rank: int, world: int, *, quick: bool) -> Network:

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
+
+from launch.facts import Facts
 
 CLOCK_S = 1.0
 FREE_GB = 10.0
 LATENCY_MS = 20.0
 BANDWIDTH_MB_S = 50.0
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a rank knows about its machine."""
-
-    rank: int
-    host: str
-    node: int  # torchrun's number of the node
-    interface: str
-    versions: dict[str, str]
-    free_gb: dict[str, float]
-    not_seen: list[str]
-    gpu: str = ""
-    gpu_free_gb: float = 0.0
-    gpu_total_gb: float = 0.0
-    gpu_errors: int = 0
+CORES_A_RANK = 2  # fewer than these, where the host has more, starve a rank's decoder
+SHM_GB = 0.5  # Docker's default is 64 MB, of which NCCL uses up to 10 for each pair of GPUs
+MEMLOCK_GB = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,15 +48,23 @@ class Checked:
         return [finding for finding in self.findings if finding.level == "error"]
 
 
-def judge(facts: list[Facts], network: Network) -> list[Finding]:
-    """What the facts of all ranks mean, each fault with its remedy; a pure function."""
-    world = len(facts)
+def judge_facts(facts: list[Facts]) -> list[Finding]:
+    """What the machines themselves say; with an error here a network test may hang, so it comes before that.
+
+    A pure function; each fault comes with its remedy.
+    """
     nodes = {one.node: one for one in facts}
-    found = [_judge_versions(facts)]
-    found += _judge_folders(facts)
+    interfaces = {f"{one.host}: {one.interface}" for one in nodes.values()}
+    found = [_judge_versions(facts), *_judge_folders(facts)]
+    found.append(Finding("ok", f"{len(facts)} rank(s) on {len(nodes)} node(s); {', '.join(sorted(interfaces))}"))
+    return [*found, *_judge_cores(facts), *_judge_gpus(facts), *_judge_limits(facts)]
+
+
+def judge_network(facts: list[Facts], network: Network) -> list[Finding]:
+    """What clocks and an all-reduce of all ranks say; a pure function."""
     offset = max(network.clock_offsets_s, key=abs)
     late = facts[network.clock_offsets_s.index(offset)]
-    found.append(
+    found = [
         Finding("ok", f"clocks agree to {abs(offset):.3f} s")
         if abs(offset) < CLOCK_S
         else Finding(
@@ -75,10 +72,8 @@ def judge(facts: list[Facts], network: Network) -> list[Finding]:
             f"the clock of {late.host} (rank {late.rank}) is {offset:+.1f} s off rank 0's",
             "start chrony or ntpd there: times in logs and MLflow do not line up",
         )
-    )
-    interfaces = {f"{one.host}: {one.interface}" for one in nodes.values()}
-    found.append(Finding("ok", f"{world} rank(s) on {len(nodes)} node(s); {', '.join(sorted(interfaces))}"))
-    if world > 1:
+    ]
+    if len(facts) > 1:
         slow = network.latency_ms > LATENCY_MS or network.bandwidth_mb_s < BANDWIDTH_MB_S
         found.append(
             Finding(
@@ -87,7 +82,7 @@ def judge(facts: list[Facts], network: Network) -> list[Finding]:
                 "a slow interface? name the fast one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" if slow else "",
             )
         )
-    return found + _judge_gpus(facts)
+    return found
 
 
 def _judge_versions(facts: list[Facts]) -> Finding:
@@ -136,9 +131,43 @@ def _named(found: list[Finding], folder: str) -> bool:
     return any(one.level == "error" and one.what.endswith(f" {folder}") for one in found)
 
 
+def _judge_cores(facts: list[Facts]) -> list[Finding]:
+    """One finding for each node: the cores that its ranks may use, which decode the images."""
+    found = []
+    for node in sorted({one.node for one in facts}):
+        ranks = [one for one in facts if one.node == node]
+        cores = sorted({core for one in ranks for core in one.cores})
+        host, of = ranks[0].host, ranks[0].cores_of_host
+        each = "; ".join(f"rank {one.rank}: {_spans(one.cores)}" for one in ranks)
+        what = f"{host}: {len(ranks)} rank(s) use {len(cores)} of {of} cores ({each})"
+        if cores and len(cores) < CORES_A_RANK * len(ranks) and len(cores) < of:
+            remedy = "ask SLURM for more (--cpus-per-task) and bind no task (srun --cpu-bind=none), or look at taskset"
+            found.append(Finding("warning", what, remedy))
+        elif cores:
+            found.append(Finding("ok", what))
+    return found
+
+
+def _spans(cores: list[int]) -> str:
+    """Numbers as spans: 0-3,8."""
+    spans: list[list[int]] = []
+    for core in sorted(cores):
+        if spans and core == spans[-1][1] + 1:
+            spans[-1][1] = core
+        else:
+            spans.append([core, core])
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in spans)
+
+
 def _judge_gpus(facts: list[Facts]) -> list[Finding]:
     with_gpu = [one for one in facts if one.gpu]
     found = []
+    for one in facts:
+        if one.no_gpu_because:
+            found.append(Finding("error", f"rank {one.rank} on {one.host}: {one.no_gpu_because}", one.no_gpu_remedy))
+        elif with_gpu and not one.gpu:
+            what = f"rank {one.rank} on {one.host} has no GPU, and rank {with_gpu[0].rank} on {with_gpu[0].host} has"
+            found.append(Finding("error", what, "ask for the same number of GPUs on all nodes: one for each rank"))
     for one in with_gpu:
         if one.gpu_errors:
             found.append(
@@ -156,13 +185,47 @@ def _judge_gpus(facts: list[Facts]) -> list[Finding]:
                     "another process holds the rest: nvidia-smi shows which",
                 )
             )
-    if len({one.gpu for one in facts}) > 1:
-        kinds = ", ".join(sorted({one.gpu or "none" for one in facts}))
+        if one.gpu_note:
+            what = f"rank {one.rank} on {one.host}: {one.gpu_note}"
+            found.append(Finding("warning", what, "look at that GPU: nvidia-smi -q, dmesg"))
+    shared = Counter((one.node, one.gpu_uuid) for one in with_gpu if one.gpu_uuid)
+    for (node, uuid), ranks in shared.items():
+        if ranks > 1:
+            host = next(one.host for one in with_gpu if one.node == node)
+            what = f"{ranks} ranks of {host} compute on one GPU, {uuid}"
+            found.append(Finding("error", what, "NCCL refuses that; start one process for each GPU"))
+    if len({one.gpu for one in with_gpu}) > 1:
+        kinds = ", ".join(sorted({one.gpu for one in with_gpu}))
         found.append(
             Finding("warning", f"GPUs differ: {kinds}", "the slowest sets the pace; --constraint picks one kind")
         )
     if with_gpu and not found:
-        found.append(Finding("ok", f"{len(with_gpu)} x {facts[0].gpu}, memory free, no errors"))
+        visible = sorted({f"{one.host}: {one.visible_gpus}" for one in with_gpu if one.visible_gpus})
+        shown = f"; CUDA_VISIBLE_DEVICES {', '.join(visible)}" if visible else ""
+        found.append(Finding("ok", f"{len(with_gpu)} x {with_gpu[0].gpu}, memory free, no errors{shown}"))
+    return found
+
+
+def _judge_limits(facts: list[Facts]) -> list[Finding]:
+    """What NCCL needs of a host beside its GPUs; asked of hosts that have some."""
+    found = []
+    for one in {one.host: one for one in facts if one.gpu}.values():
+        if one.shm_free_gb < SHM_GB:
+            found.append(
+                Finding(
+                    "warning",
+                    f"{one.host}: /dev/shm has {one.shm_free_gb:.2f} GB free, which GPUs of one node talk through",
+                    "give the container more (docker --shm-size 8g, or --ipc host)",
+                )
+            )
+        if one.infiniband and one.memlock_gb is not None and one.memlock_gb < MEMLOCK_GB:
+            found.append(
+                Finding(
+                    "warning",
+                    f"{one.host}: a process may lock {one.memlock_gb:.2f} GB of memory, which InfiniBand needs more of",
+                    "ulimit -l unlimited, in SLURM by PropagateResourceLimitsExcept=MEMLOCK and slurmd's own limit",
+                )
+            )
     return found
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from configs.load import without_secrets
 from launch.rendezvous import end_when_cut_off
-from launch.routes import loopback, route_to
 from trainer.command import parse, take_dry_run
+from trainer.routes import has_infiniband, interface_environment, loopback, route_to
 from trainer.stop_signal import REQUEUE_STATUS
 
 USAGE = """usage: rerankvpr launch [--nproc-per-node N] [--nnodes N --rdzv HOST[:PORT]] [flags] -- VERB ...
@@ -31,9 +31,9 @@ Runs `rerankvpr VERB ...` in N processes a node, by torchrun, and prints the tor
   --shutdown-timeout S          seconds that processes have to save after SIGTERM or SIGUSR1 (120)
   --dry-run                     prints the torchrun command alone
 
-Other flags go to torchrun as they are. Where they are not set already: OMP_NUM_THREADS becomes cores / processes, and
-GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME the interface that leads to HOST, or loopback on one node. SIGTERM and
-SIGUSR1 are passed on: train saves, and the status is 75 (run me again).
+Other flags go to torchrun as they are. Where they are not set already: OMP_NUM_THREADS becomes cores / processes,
+GLOO_SOCKET_IFNAME the interface that leads to HOST, or loopback on one node, and NCCL_SOCKET_IFNAME the same where
+there is no InfiniBand. SIGTERM and SIGUSR1 are passed on: train saves, and the status is 75 (run me again).
 
   rerankvpr launch --nproc-per-node 2 -- train demo --output runs/two
   rerankvpr launch --nnodes 2 --rdzv node1 -- train RECIPE          # on both nodes
@@ -70,6 +70,12 @@ def main(argv: list[str]) -> int:
     if not verb:
         raise ValueError("launch needs a verb after `--`, such as train or eval")
     dry_run = "--dry-run" in flags
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    if tasks and int(tasks[0]) > 1:
+        raise ValueError(
+            f"srun started {tasks[0]} launches on this node, and each would start all ranks; give srun "
+            f"--ntasks-per-node=1, or leave `launch` out: srun ... rerankvpr {verb[0]} ..."
+        )
     if verb[0] == "train" and not dry_run:  # a mistake is told once and at once, not by each rank after each restart
         parse(take_dry_run(verb[1:])[1])
     launch = plan([flag for flag in flags if flag != "--dry-run"], verb)
@@ -103,8 +109,7 @@ def plan(flags: list[str], verb: list[str]) -> Launch:
     else:
         arguments += ["--standalone", "--local-addr=127.0.0.1"]
         interface = loopback()
-    if interface:
-        environment |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    environment |= interface_environment(interface, infiniband=has_infiniband())
     environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
     environment = {key: os.environ.get(key, value) for key, value in environment.items()}
     if verb[0] == "train" and (restarts or high > 1):
@@ -155,7 +160,11 @@ def _processes(text: str) -> int:
     if text in ("auto", "gpu"):
         import torch
 
+        from trainer.devices import REMEDY, why_no_gpu
+
         found = torch.cuda.device_count()
+        if reason := why_no_gpu():
+            raise ValueError(f"{reason}; {REMEDY}")
         if text == "gpu" and not found:
             raise ValueError("--nproc-per-node gpu: this node shows no GPU; use auto or a number")
         return found or 1

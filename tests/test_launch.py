@@ -17,13 +17,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.findings import Facts, Network, judge
 from launch.rank import fitting_world, release, wait_for_the_end
-from launch.routes import interface_of, loopback, route_to
 from launch.slurm import Resources, torchrun_job
 from launch.submit import eval_verbs, main, split_stages, stage_jobs
 from launch.torchrun import main as launch_main
 from launch.torchrun import plan
+from trainer.routes import interface_environment, interface_of, loopback, route_to
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +37,9 @@ def test_one_node_meets_on_loopback() -> None:
     launch = plan(["--nproc-per-node", "2"], ["train", "demo"])
     assert {"--nnodes=1", "--nproc-per-node=2", "--max-restarts=0", "--standalone"} <= set(launch.arguments)
     assert launch.arguments[-4:] == ["-m", "rerankvpr", "train", "demo"]
-    assert launch.environment["GLOO_SOCKET_IFNAME"] == launch.environment["NCCL_SOCKET_IFNAME"] == loopback()
+    assert launch.environment["GLOO_SOCKET_IFNAME"] == loopback()
+    assert interface_environment("eth1", infiniband=False)["NCCL_SOCKET_IFNAME"] == "=eth1"  # and not eth10
+    assert interface_environment("eth1", infiniband=True) == {"GLOO_SOCKET_IFNAME": "eth1"}
 
 
 def test_several_nodes_meet_on_the_interface_that_leads_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,58 +208,6 @@ def test_a_script_keeps_no_password(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a password") as error:
         stage_jobs(["train", "demo", "--tracking.uri", "http://me:hunter2@host:5000"], Resources())
     assert "hunter2" not in str(error.value)
-
-
-FACTS = Facts(0, "a", 0, "eth0", {"torch": "2.11", "rerankvpr": "12ab"}, {"/runs": 500.0}, [])
-NETWORK = Network([0.0, 0.001], 0.2, 900.0)
-
-
-def test_a_healthy_group_has_no_findings_but_good_ones() -> None:
-    assert {one.level for one in judge([FACTS, replace(FACTS, rank=1, host="b", node=1)], NETWORK)} == {"ok"}
-
-
-@pytest.mark.parametrize(
-    ("other", "network", "level", "words"),
-    [
-        (
-            {"versions": {"torch": "2.12", "rerankvpr": "12ab"}},
-            {},
-            "error",
-            "torch is 2.12 on b (rank 1) and 2.11 on a",
-        ),
-        ({"versions": {"torch": "2.11", "rerankvpr": "99"}}, {}, "error", "rerankvpr is 99 on b"),
-        ({"not_seen": ["/runs"]}, {}, "error", "b (rank 1) does not see rank 0's /runs"),
-        ({"free_gb": {"/runs": 2.0}}, {}, "warning", "/runs has 2.0 GB free on b"),
-        ({}, {"clock_offsets_s": [0.0, -90.0]}, "warning", "the clock of b (rank 1) is -90.0 s off"),
-        ({}, {"bandwidth_mb_s": 3.0}, "warning", "3 MB/s a rank"),
-        ({"gpu": "H", "gpu_free_gb": 70.0, "gpu_total_gb": 80.0}, {}, "warning", "70.0 of 80.0 GB free"),
-        ({"gpu": "H", "gpu_errors": 3}, {}, "error", "3 uncorrected memory errors"),
-    ],
-)
-def test_each_fault_is_found_and_has_a_remedy(
-    other: dict[str, object], network: dict[str, object], level: str, words: str
-) -> None:
-    facts = [FACTS, replace(FACTS, **({"rank": 1, "host": "b", "node": 1} | other))]  # type: ignore[arg-type]
-    found = [one for one in judge(facts, replace(NETWORK, **network)) if words in one.what]  # type: ignore[arg-type]
-    assert [one.level for one in found] == [level]
-    assert found[0].remedy
-
-
-def test_the_doctor_examines_two_real_ranks(tmp_path: Path) -> None:
-    command = ["launch", "--nproc-per-node", "2", "--", "doctor", "--shared", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "rerankvpr", *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for words in ("versions agree", "clocks agree", "2 rank(s) on 1 node(s)", "all-reduce:", f"{tmp_path}: "):
-        assert words in done.stdout
-    assert "0 errors" in done.stdout
-    assert list(tmp_path.iterdir()) == []  # what it left to be seen is gone
 
 
 def test_a_node_that_is_cut_off_ends_with_its_ranks() -> None:

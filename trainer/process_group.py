@@ -9,7 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from trainer.devices import rank_device
 from trainer.ports import free_port
+from trainer.slurm_step import environment_of_step
 
 
 @dataclass(frozen=True)
@@ -27,34 +29,37 @@ class Rank:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """As torchrun or SLURM gives them in the environment; a process that neither started becomes a group of one."""
+    """As torchrun or srun gives them in the environment; a process that neither started becomes a group of one."""
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {**alone, "MASTER_PORT": str(free_port())}
+        os.environ |= environment_of_step() or {**alone, "MASTER_PORT": str(free_port())}
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def start_process_group(timeout_s: int) -> Rank:
-    """Joins the group that torchrun or SLURM describes in the environment, or starts a group of one.
+    """Joins the group that torchrun or srun describes in the environment, or starts a group of one.
 
-    NCCL on CUDA, one device a local rank; gloo otherwise. A rank that is silent for `timeout_s` ends the job.
+    NCCL on CUDA, one device a local rank; gloo otherwise. A rank that is silent for `timeout_s` ends the job. Raises
+    ValueError where the rank cannot have the device that it was promised (see `rank_device`).
     """
-    rank_and_world_size()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
-                "start at most that many processes on a node"
-            )
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    _, world_size = rank_and_world_size()
+    device = rank_device()
     dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), device_id=device if cuda else None
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        device_id=bound_device(device, world_size),
     )
     dist.barrier()  # a rank that finds a mistake and ends should find the others in the group, not on their way
     return Rank(dist.get_rank(), dist.get_world_size(), device)
+
+
+def bound_device(device: torch.device, world_size: int) -> torch.device | None:
+    """The GPU that a group of several ranks is bound to, so that NCCL connects at once; None for a group of one.
+
+    torch splits each further group off a bound one by ncclCommSplit, which fails in a group of one ("CUDA error 600",
+    DeepSpeed issue 8248): DeepSpeed makes such a group, a clone of the whole.
+    """
+    return device if device.type == "cuda" and world_size > 1 else None
 
 
 def stop_process_group() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -67,3 +68,19 @@ def loopback() -> str:
         if any(one.family == socket.AF_INET and one.address.startswith("127.") for one in held):
             return name
     return "lo"
+
+
+def has_infiniband() -> bool:
+    """Whether this host has InfiniBand, RoCE or a like fabric, which NCCL finds and prefers by itself."""
+    fabric = Path("/sys/class/infiniband")
+    return fabric.is_dir() and any(fabric.iterdir())
+
+
+def interface_environment(interface: str, *, infiniband: bool) -> dict[str, str]:
+    """The variables that have gloo and NCCL use an interface; none for NCCL beside InfiniBand, which it then ignores.
+
+    `=` is NCCL's sign for an exact name: `eth1` alone would be a prefix, of `eth10` too.
+    """
+    if not interface:
+        return {}
+    return {"GLOO_SOCKET_IFNAME": interface} | ({} if infiniband else {"NCCL_SOCKET_IFNAME": f"={interface}"})
