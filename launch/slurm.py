@@ -117,7 +117,7 @@ def torchrun_job(name: str, folder: Path, verb: list[str], want: Resources, *, p
     ]
     # All save and end with 75, some a little later than the first, which --kill-on-bad-exit would not let them.
     srun = ["srun", "--kill-on-bad-exit=0", f"--wait={LAST_S if low == high else 0}", "--ntasks-per-node=1"]
-    srun += container_flags(want)
+    srun += [*core_flags(want), *container_flags(want)]
     # No ntasks-per-node here: of a range of nodes sbatch would then ask for the least, and get no more.
     options = [f"nodes={want.nodes}", *resource_options(want), f"signal=USR1@{want.signal_s}", "requeue"]
     text = f"""\
@@ -232,7 +232,9 @@ def _is_byte(c: str) -> bool:
 
 def setup(want: Resources) -> str:
     """Lines before the work."""
-    return "\n".join(["set -u", *want.setup])
+    # Since 22.05 srun does not take --cpus-per-task from its job, and gives each task one core.
+    cores = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
+    return "\n".join(["set -u", cores, *want.setup])
 
 
 def resource_options(want: Resources) -> list[str]:
@@ -243,6 +245,12 @@ def resource_options(want: Resources) -> list[str]:
         if value := getattr(want, flag):
             options.append(f"{flag}={value}")
     return [*options, *want.sbatch]
+
+
+def core_flags(want: Resources) -> list[str]:
+    """srun's flags for the cores of its one task a node: all that the job has there, bound to none of them."""
+    asked = [f"--cpus-per-task={want.cpus_per_task}"] if want.cpus_per_task else []
+    return [*asked, "--cpu-bind=none"]
 
 
 def container_flags(want: Resources) -> list[str]:

@@ -125,18 +125,35 @@ def bash_takes(script: str) -> None:
 
 
 def test_a_training_script_says_what_was_asked(tmp_path: Path) -> None:
-    want = Resources(nodes="4", gpus_per_node=8, time="12:00:00", account="vpr", container_image="a b.sqsh", mem="120G")
+    want = Resources(
+        nodes="4",
+        gpus_per_node=8,
+        time="12:00:00",
+        account="vpr",
+        container_image="a b.sqsh",
+        mem="120G",
+        cpus_per_task=96,
+    )
     verb = ["train", "demo", "--name", "it's"]
     job = torchrun_job("train-demo", tmp_path / "job", verb, want, python="/env/bin/python", cwd=tmp_path)
     bash_takes(job.text)
     lines = job.text.splitlines()
-    for option in ("nodes=4", "gpus-per-node=8", "time=12:00:00", "account=vpr", "mem=120G", "signal=USR1@120"):
+    for option in (
+        "nodes=4",
+        "gpus-per-node=8",
+        "time=12:00:00",
+        "account=vpr",
+        "mem=120G",
+        "cpus-per-task=96",
+        "signal=USR1@120",
+    ):
         assert f"#SBATCH --{option}" in lines
     last_option = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
     assert all(line.startswith("#") for line in lines[: last_option + 1])  # sbatch stops reading at the first command
     assert "--container-image=a b.sqsh" in shlex.split(next(line for line in lines if line.startswith("srun"))[:-1])
     assert shlex.join(verb) in job.text
     assert '"$SLURM_NNODES" --nproc-per-node 8' in job.text
+    assert "srun --kill-on-bad-exit=0 --wait=60 --ntasks-per-node=1 --cpus-per-task=96 --cpu-bind=none" in job.text
     assert (
         '--nnodes 2:"$SLURM_NNODES"'
         in torchrun_job("t", tmp_path, verb, replace(want, nodes="2-4"), python="python", cwd=tmp_path).text

@@ -40,6 +40,13 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A SLURM of two virtual nodes that binds tasks to cores, each node with a /tmp of its own."""
+    with slurm(tmp_path_factory.mktemp("site") / "slurm", 2, like_a_site=tmp_path_factory.getbasetemp()) as started:
+        yield started
+
+
 @pytest.fixture
 def four_nodes(tmp_path: Path) -> Iterator[Slurm]:
     """A SLURM of four."""

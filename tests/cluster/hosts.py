@@ -1,4 +1,4 @@
-"""Separate hosts on one machine: network namespaces h1, h2, ... on a switch of their own, without a way out."""
+"""Separate hosts on one machine: namespaces h1, h2, ... with a network and a /tmp of their own, without a way out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.cluster.own_tmp import own_tmp
 from tests.cluster.workplace import ROOT, environment
 
 NET = "10.77.0"
@@ -87,7 +88,7 @@ class Hosts:
         flags = ("--rdzv", self.address(1), "--nproc-per-node", "1", *argv)
         process = subprocess.Popen(
             [
-                *("ip", "netns", "exec", name, "unshare", "--uts", "bash", "-c", host, "_"),
+                *("ip", "netns", "exec", name, *own_tmp(folder), "unshare", "--uts", "bash", "-c", host, "_"),
                 *(sys.executable, "-m", "rerankvpr", "launch", *flags),
             ],
             cwd=folder,

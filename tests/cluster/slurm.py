@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.cluster.own_tmp import own_tmp
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 READY_S = 30
 
@@ -48,6 +50,7 @@ class Slurm:
 
     folder: Path
     nodes: int
+    shared: Path | None = None  # of /tmp, what the nodes have in common; None is all
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -63,7 +66,7 @@ class Slurm:
 
     def start_node(self, node: str) -> None:
         """Starts a node's slurmd."""
-        self.start(node, "slurmd", "-D", "-N", node)
+        self.start(node, *(own_tmp(self.shared) if self.shared else []), "slurmd", "-D", "-N", node)
 
     def lose_node(self, node: str) -> None:
         """A node loses power: SIGKILL to its slurmd and to all its jobs' processes; the controller is told."""
@@ -135,8 +138,12 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def slurm(folder: Path, nodes: int) -> Iterator[Slurm]:
-    """Starts SLURM in `folder`, which must be new, and kills all that was started, jobs included."""
+def slurm(folder: Path, nodes: int, *, like_a_site: Path | None = None) -> Iterator[Slurm]:
+    """Starts SLURM in `folder`, which must be new, and kills all that was started, jobs included.
+
+    With `like_a_site` a task may use the cores alone that were asked for it (task/affinity), and each node has a /tmp
+    of its own, of which they share that folder.
+    """
     if missing := missing_programs():
         raise RuntimeError(f"{', '.join(missing)} not here: apt-get install slurmctld slurmd slurm-client munge")
     for name in ("state", "spool", "log", "munge", "run"):
@@ -147,8 +154,8 @@ def slurm(folder: Path, nodes: int) -> Iterator[Slurm]:
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o600)
     base = free_ports(nodes + 1)
-    (folder / "slurm.conf").write_text(_conf(folder, nodes, base))
-    made = Slurm(folder, nodes)
+    (folder / "slurm.conf").write_text(_conf(folder, nodes, base, "task/affinity" if like_a_site else "task/none"))
+    made = Slurm(folder, nodes, like_a_site)
     try:
         made.start(
             "munged",
@@ -194,7 +201,7 @@ def _until(done: Callable[[], bool], otherwise: str, folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _conf(folder: Path, nodes: int, base: int) -> str:
+def _conf(folder: Path, nodes: int, base: int, task_plugin: str) -> str:
     host = socket.gethostname()
     return f"""\
 ClusterName=test
@@ -214,7 +221,7 @@ SlurmdPidFile={folder}/run/slurmd-%n.pid
 SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={task_plugin}
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
@@ -238,7 +245,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PreemptExemptTime=0
 SlurmctldParameters=preempt_send_user_signal
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{base + 1}-{base + nodes}] CPUs=2 RealMemory=4000
+NodeName=DEFAULT CPUs=2 CoresPerSocket=2 RealMemory=4000
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{base + 1}-{base + nodes}]
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """

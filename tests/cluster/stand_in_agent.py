@@ -33,6 +33,7 @@ def main() -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, stop)
     note("starts", f"{NODE} {' '.join(sys.argv[1:])}")
+    note("cores", f"{NODE} {len(os.sched_getaffinity(0))}")
     while not (OUT / "finish").exists():
         time.sleep(0.1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -76,6 +77,37 @@ def test_a_killed_host_leaves_the_rest_to_go_on_and_is_taken_back(workplace: Pat
     near = [ours[s] for s in range(lost_at, lost_at + 40)]  # one rank instead of two sums in another order
     assert near == pytest.approx([one[s] for s in range(lost_at, lost_at + 40)], rel=5e-3)
     assert steps_done_twice(workplace / output) <= 2 * EVERY  # back to the last checkpoint that was written
+
+
+def test_hosts_with_folders_of_their_own_evaluate(workplace: Path, unbroken: Path) -> None:
+    """Benchmarks before and after, each host with its own /tmp; both lose power in between; then `eval` on both."""
+    output, steps = "own-folders", 80
+    benchmarks = ("--eval.benchmarks", "town")
+    with hosts(2) as net:
+        agents = [train(net, i, workplace, output, "2", steps, *benchmarks) for i in (1, 2)]
+        until(lambda: step(workplace, output) > 2 * EVERY, 180, agents)
+        for agent in agents:
+            agent.kill()
+        agents = [train(net, i, workplace, output, "2", steps, *benchmarks) for i in (1, 2)]
+        assert [agent.wait(240) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
+        assert "untrained: town" in agents[0].text()
+        assert "resumed from" in agents[0].text()
+        verb = ("--nnodes", "2", "--", "eval", "--checkpoint", output, "--benchmarks", "town")
+        logs = [workplace / f"eval.h{i}.log" for i in (1, 2)]
+        agents = [net.launch(i, workplace, logs[i - 1], *verb, "--out", "own-eval") for i in (1, 2)]
+        assert [agent.wait(120) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
+        agents = [net.launch(i, workplace, workplace / f"homeless.h{i}.log", *verb) for i in (1, 2)]
+        assert 0 not in [agent.wait(120) for agent in agents]
+        said = "".join(agent.text() for agent in agents)
+        assert "rank 1 on h2 does not see rank 0's temporary folder" in said
+        assert "name one with --features" in said
+    one, ours = losses(unbroken), losses(workplace / output)
+    assert [ours[s] for s in range(1, steps + 1)] == [one[s] for s in range(1, steps + 1)]
+    trained = json.loads((workplace / output / "results.json").read_text())
+    evaluated = json.loads((workplace / "own-eval" / "results.json").read_text())
+    assert evaluated["results"][0]["recall"] == trained["results"][0]["recall"]
+    assert trained["before"][0]["name"] == "town"
+    assert not list((workplace / output).glob(".features-*"))
 
 
 def test_a_killed_rank_is_started_again(workplace: Path, unbroken: Path) -> None:
