@@ -40,7 +40,8 @@ def checkpoint_to_resume(recipe: Recipe, resume: Resume | None, say: Callable[[s
 def restore(state: TrainingState, recipe: Recipe, rank: Rank, checkpoint: Path | None, *, dataset: str) -> None:
     """Puts a checkpoint into a new state, if there is one, and sets newer ones of the output folder aside.
 
-    What a killed evaluation left there is removed. `dataset` is the digest of the shard sets. Every rank must call this. Raises what `load_checkpoint` raises.
+    What a killed evaluation left there is removed. `dataset` is the digest of the shard sets. Every rank must call
+    this. Raises what `load_checkpoint` raises.
     """
     if checkpoint:
         load_checkpoint(checkpoint, state, recipe, dataset)
