@@ -13,6 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.lifeline import end_with_parent
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -33,6 +35,7 @@ def main(argv: list[str]) -> int:
         return 0
     if "WORLD_SIZE" not in os.environ:
         raise ValueError("rank is started by `rerankvpr launch`, not by hand")
+    end_with_parent()
     from launch.cli import main as run
     from launch.doctor import check
     from launch.findings import complain

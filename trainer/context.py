@@ -12,6 +12,7 @@ from configs.schema import Recipe
 from trainer.process_group import Rank
 from trainer.provenance import provenance
 from trainer.state import Progress
+from trainer.stop_signal import StopSignal
 from trainer.tracking import Tracker
 from trainer.watchdog import Watchdog
 
@@ -38,7 +39,7 @@ def main_rank_says(rank: Rank, console: Console) -> Callable[[str], None]:
     return say
 
 
-def open_context(recipe: Recipe, rank: Rank, console: Console, progress: Progress) -> Context:
+def open_context(recipe: Recipe, rank: Rank, console: Console, progress: Progress, stop_signal: StopSignal) -> Context:
     """Opens the training's record, in which a resumed one continues its MLflow run; every rank must call this.
 
     Writes `recipe.yaml` to the output folder.
@@ -57,5 +58,10 @@ def open_context(recipe: Recipe, rank: Rank, console: Console, progress: Progres
         (recipe.output / "recipe.yaml").write_text(recipe_text(recipe))
         tracker.artifact(recipe.output / "recipe.yaml")
     engine = recipe.engine
-    watchdog = Watchdog(limit_s=engine.stall_s, first_limit_s=engine.timeout_s, folder=recipe.output)
+    watchdog = Watchdog(
+        limit_s=engine.stall_s,
+        first_limit_s=engine.timeout_s,
+        folder=recipe.output,
+        asked_to_stop=stop_signal.noticed,
+    )
     return Context(recipe, rank, console, main_rank_says(rank, console), tracker, watchdog)

@@ -126,7 +126,7 @@ def partitioner(engine: EngineConfig) -> Callable[[nn.Module], None] | None:
     """At ZeRO-3 what leaves this rank its partition of a module's filled parameters; None at other stages."""
     if engine.zero_stage < 3:
         return None
-    deepspeed = _deepspeed(engine.timeout_s)
+    deepspeed = _deepspeed(engine.collective_timeout_s)
     _give_back_freed_memory()
     config = deepspeed_config(engine, gradient_clipping=0.0, images_per_rank=1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
@@ -158,7 +158,7 @@ def build_engine(
     DeepSpeed puts the whole network in one precision, so a network's frozen part gets its own back; the blocks are
     compiled if the recipe says so.
     """
-    deepspeed = _deepspeed(engine.timeout_s)
+    deepspeed = _deepspeed(engine.collective_timeout_s)
     optimizer = build_optimizer(model, optim)
     config = deepspeed_config(engine, gradient_clipping=optim.gradient_clipping, images_per_rank=images_per_rank)
     built, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -57,8 +57,8 @@ class Training:
         self.state = build_state(recipe, rank, images_per_rank=num_images)
         restore(self.state, recipe, rank, checkpoint, dataset=self.batches.places.digest)
         self.bad_images_before = self.progress.bad_images
-        self.context = open_context(recipe, rank, console, self.progress)
         self.stop_signal = StopSignal()
+        self.context = open_context(recipe, rank, console, self.progress, self.stop_signal)
         self.step = TrainingStep(self.context, loss, self.state, steps_per_epoch=self.batches.steps_per_epoch)
         self.skipped = SkippedSteps(self.context)
         self.metrics = StepMetrics(recipe, images_per_rank=num_images)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.devices import rank_device
+from trainer.lifeline import end_with_parent
 from trainer.ports import free_port
 from trainer.slurm_step import environment_of_step
 
@@ -42,6 +43,7 @@ def start_process_group(timeout_s: int) -> Rank:
     NCCL on CUDA, one device a local rank; gloo otherwise. A rank that is silent for `timeout_s` ends the job. Raises
     ValueError where the rank cannot have the device that it was promised (see `rank_device`).
     """
+    end_with_parent()
     _, world_size = rank_and_world_size()
     device = rank_device()
     dist.init_process_group(

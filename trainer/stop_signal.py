@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 
 from configs.load import without_secrets
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REQUEUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run me again
 COMMAND = "RERANKVPR_COMMAND"  # in the environment: the command that the user typed, for its ranks
 
@@ -23,25 +25,49 @@ class StoppedInEvaluation(Stopped):
 
 
 class StopSignal:
-    """Notes, inside a `with`, that this process was asked to stop. Nothing is saved inside a signal handler."""
+    """Notes, inside a `with`, that this process was asked to stop. Nothing is saved inside a signal handler.
+
+    Python runs handlers in the main thread alone, between its own instructions: not while that waits inside a CUDA
+    call or a collective. So the C handler also writes each signal's number to a pipe, which `noticed` reads from any
+    thread.
+    """
 
     def __init__(self) -> None:
         self.name = ""
         self._before: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._wakeup_before = -1
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        for number in STOPPING:
             self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        pipe, self._pipe = self._pipe, None
+        for end in pipe or ():
+            os.close(end)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, self._before[signal.SIGINT])  # the second Ctrl-C does not wait for the step
+
+    def noticed(self) -> str:
+        """Name of the signal that asked for a stop, empty if none has; from any thread, at any moment."""
+        if self._pipe and not self.name:
+            with contextlib.suppress(OSError):  # nothing was written, or the pipe has just been closed
+                for number in os.read(self._pipe[0], 64):
+                    if number in STOPPING:
+                        self.name = signal.Signals(number).name
+        return self.name
 
 
 def how_to_resume() -> str:

@@ -2,7 +2,8 @@
 
 A rank that waits in a collective looks as stuck as the one it waits for. So every rank's watchdog thread publishes
 where its training thread is, in a store that needs no collective; when its own has not moved for too long, it reads
-all the others: one that publishes no more is stopped or gone, else the one furthest behind is to blame.
+all the others: one that publishes no more is stopped or gone, else the one furthest behind is to blame. A rank that
+is asked to stop while it waits for one that is gone would wait until a launcher kills it: it ends at once.
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ def culprit(before: Mapping[int, Position], after: Mapping[int, Position], world
 
     A rank that is missing or whose `beat` did not move is silent: stopped or gone. Otherwise the one furthest behind.
     """
-    silent = [r for r in range(world_size) if r not in after or (r in before and before[r].beat == after[r].beat)]
-    if silent:
+    if silent := silent_ranks(before, after, world_size):
         rank = silent[0]
         more = f" (silent too: {', '.join(map(str, silent[1:9]))})" if len(silent) > 1 else ""
         if rank not in after:
@@ -72,12 +72,21 @@ def culprit(before: Mapping[int, Position], after: Mapping[int, Position], world
     )
 
 
+def silent_ranks(before: Mapping[int, Position], after: Mapping[int, Position], world_size: int) -> list[int]:
+    """Ranks that are missing, or published nothing between the two readings."""
+    return [r for r in range(world_size) if r not in after or (r in before and before[r].beat == after[r].beat)]
+
+
 class Watchdog:
     """Watches this rank's training thread, which says where it is by `enter` and `alive`; a context manager."""
 
-    def __init__(self, *, limit_s: float, first_limit_s: float, folder: Path) -> None:
+    def __init__(
+        self, *, limit_s: float, first_limit_s: float, folder: Path, asked_to_stop: Callable[[], str] = str
+    ) -> None:
         """`limit_s` is how long a section may last without a sign of progress (0: for ever); `first_limit_s`, if more,
-        holds for evaluations and until a second step. Stack traces go to `folder`. Every rank must call this."""
+        holds for evaluations and until a second step. Stack traces go to `folder`. `asked_to_stop` names the signal
+        that asked for it, if one has, and is called in a thread. Every rank must call this."""
+        self._asked_to_stop = asked_to_stop
         self.limit_s, self.first_limit_s, self.folder = limit_s, max(limit_s, first_limit_s), folder
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.beat_s = min(5.0, limit_s / 10)
@@ -134,22 +143,28 @@ class Watchdog:
         while not self._ended.wait(self.beat_s):
             held_s = self._position().held_s
             stalled = held_s > self._limit_s()
+            asked = self._asked_to_stop() if held_s > self.beat_s else ""
+            gone = False
             try:
                 self._ask(self._publish)
-                if not stalled:
+                if not (stalled or asked):
                     continue
                 before = self._ask(self._read)
-                if self._ended.wait(2.5 * self.beat_s):
-                    return
-                self._ask(self._publish)
-                blame = culprit(before, self._ask(self._read), self.world_size)
+                for _ in range(3):  # published at each beat meanwhile: others may read at the same time
+                    if self._ended.wait(self.beat_s):
+                        return
+                    self._ask(self._publish)
+                after = self._ask(self._read)
+                blame = culprit(before, after, self.world_size)
+                gone = bool(silent_ranks(before, after, self.world_size))
             except (TimeoutError, RuntimeError):  # a store that hangs, or that is gone (DistError)
-                if not stalled:
+                if not (stalled or asked):
                     continue
-                gone = "its process is stopped, or its node is gone"
-                blame = 0, f"rank 0, which keeps the ranks' positions, does not answer: {gone}"
-            if self._position().held_s > held_s:  # has not moved meanwhile
-                self._end(*blame)
+                gone = True
+                why = "its process is stopped, or its node is gone"
+                blame = 0, f"rank 0, which keeps the ranks' positions, does not answer: {why}"
+            if self._position().held_s > held_s and (stalled or gone):  # has not moved meanwhile
+                self._end(*blame, asked="" if stalled else asked)
 
     def _ask(self, call: Callable[[], T]) -> T:
         """A call to the store; TimeoutError where it hangs, as a client does whose server is stopped."""
@@ -171,7 +186,7 @@ class Watchdog:
             raise TimeoutError
         return answers[0]
 
-    def _end(self, rank: int, text: str) -> None:
+    def _end(self, rank: int, text: str, *, asked: str) -> None:
         """Writes down what this rank's threads were doing, has one rank speak, and ends the process."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -182,9 +197,10 @@ class Watchdog:
         except OSError:
             pass
         if self.rank == (1 if rank == 0 and self.world_size > 1 else 0):
+            why = f"{asked} came, and nothing can be saved" if asked else f"engine.stall_s {self.limit_s:g}"
             print(
-                f"rerankvpr: {text}; the job ends (engine.stall_s {self.limit_s:g}); stack traces are in "
-                f"{self.folder}/stalled-rank-*.txt, --resume goes on from the last checkpoint",
+                f"rerankvpr: {text}; the job ends ({why}); stack traces are in {self.folder}/stalled-rank-*.txt, "
+                "--resume goes on from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )

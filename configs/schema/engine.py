@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from configs.schema.section import Positive, Section
 
+WATCHDOG_SPEAKS_S = 60  # from its limit: four beats of 5 s, and three times 10 s for a store that does not answer
+
 
 class EngineConfig(Section):
     """DeepSpeed and the process group."""
@@ -34,13 +36,20 @@ class EngineConfig(Section):
         None, description="Peak TFLOP/s of a rank's device, which train/mfu is a share of; None: known GPUs alone."
     )
     timeout_s: Annotated[int, Field(ge=10)] = Field(
-        600, description="Seconds that a collective operation, and the first step, may take before the job ends."
+        600,
+        description="Seconds that the first step and an evaluation may stand still, and that a collective operation "
+        "may take, before the job ends; a collective gets a minute more where stall_s names who stalled.",
     )
     stall_s: Annotated[float, Field(ge=0)] = Field(
         300,
         description="Seconds without progress (in data, forward, loss, step, save or evaluation) after which the job "
-        "ends and the rank that stalled is named; 0 is never.",
+        "ends and the rank that stalled is named; 0 is never, and above timeout_s collectives end first, unnamed.",
     )
+
+    @property
+    def collective_timeout_s(self) -> int:
+        """Seconds that a collective may take: NCCL aborts the process then, so the watchdog must have spoken before."""
+        return self.timeout_s + WATCHDOG_SPEAKS_S if 0 < self.stall_s <= self.timeout_s else self.timeout_s
 
     @model_validator(mode="after")
     def _deepspeed_can_do_it(self) -> EngineConfig:
