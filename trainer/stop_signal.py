@@ -16,8 +16,8 @@ REQUEUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run me again
 COMMAND = "RERANKVPR_COMMAND"  # in the environment: the command that the user typed, for its ranks
 
 
-class Stopped(Exception):
-    """Ends a training that was asked to stop, after its checkpoint is written."""
+class Stopped(BaseException):
+    """Ends a training that was asked to stop, after its checkpoint is written; as Ctrl-C, it is nobody's error."""
 
 
 class StoppedInEvaluation(Stopped):
