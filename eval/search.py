@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import faiss
 import numpy as np
@@ -18,6 +17,7 @@ MARGIN = 16  # rows fetched past k at first
 BLOCK_BYTES = 64 << 20
 
 GPU_MAX_K = 2048  # FAISS's kernels select no more
+SCRATCH_BYTES = 256 << 20  # of FAISS on a GPU, while it searches
 
 Blocks = Iterable[tuple[int, NDArray[np.float32]]]
 Find = Callable[[NDArray[np.float32], int], tuple[NDArray[np.float32], NDArray[np.int64]]]
@@ -86,15 +86,13 @@ def search_approximately(
             faiss.ParameterSpace().set_index_parameters(index, params)  # type: ignore[arg-type]
         index.add(rows_ND)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
-        raise ValueError(
-            f"eval.faiss_index {factory!r} (faiss_params {params!r}) over {len(rows_ND)} x {rows_ND.shape[1]}: {reason}"
-        ) from error
-    index = _on_gpu(index)
+        asked = f"eval.faiss_index {factory!r} (faiss_params {params!r}) over {len(rows_ND)} x {rows_ND.shape[1]}"
+        raise ValueError(f"{asked}: {_reason(error)}") from error
+    find = _on_gpu(index, rows_ND.nbytes, index.search)
     block = max(1, BLOCK_BYTES // (24 * k * rows_ND.shape[1]))
     for start in range(0, num_queries, block):
         part = slice(start, start + block)
-        _, found_Pk = index.search(queries_QD[part], k)
+        _, found_Pk = find(queries_QD[part], k)
         is_found_Pk = found_Pk >= 0
         exact_Pk = np.full(found_Pk.shape, -np.inf)
         of_X = start + np.nonzero(is_found_Pk)[0]
@@ -114,30 +112,57 @@ def _flat(rows_ND: NDArray[np.float32]) -> Find:
         scores, ids = faiss.knn(queries_QD, rows_ND, k, metric=faiss.METRIC_INNER_PRODUCT)
         return scores, ids
 
-    if not _has_gpu():
-        return on_cpu
-    index = _on_gpu(faiss.IndexFlatIP(rows_ND.shape[1]))
-    index.add(rows_ND)
-    return lambda queries_QD, k: index.search(queries_QD, k) if k <= GPU_MAX_K else on_cpu(queries_QD, k)
+    return _on_gpu(faiss.IndexFlatIP(rows_ND.shape[1]), rows_ND.nbytes, on_cpu, rows_ND)
 
 
 def _has_gpu() -> bool:
     return bool(torch.cuda.is_available() and getattr(faiss, "get_num_gpus", lambda: 0)())
 
 
-@functools.cache
-def _gpu_resources() -> Any:
-    return faiss.StandardGpuResources()
+def _on_gpu(index: faiss.Index, num_bytes: int, on_cpu: Find, rows_ND: NDArray[np.float32] | None = None) -> Find:
+    """The search of a copy of an index, and of `rows_ND` added to it, on this rank's GPU; `on_cpu` without one.
 
-
-def _on_gpu(index: faiss.Index) -> faiss.Index:
-    """The index on this rank's GPU where FAISS has one and knows the kind; as it is otherwise."""
+    Where FAISS cannot (an HNSW, too little memory beside a training, k above 2,048) the CPU searches, and a warning
+    says why. The copy and FAISS's scratch memory are freed with the function that is returned.
+    """
     if not _has_gpu():
-        return index
+        return on_cpu
+    torch.cuda.empty_cache()  # what torch keeps free of a training is free for FAISS
+    free, _ = torch.cuda.mem_get_info()
+    needed = num_bytes + 2 * SCRATCH_BYTES
+    if free < needed:
+        _warn(f"{free / 2**30:.1f} GB of the GPU are free, the index needs {needed / 2**30:.1f}")
+        return on_cpu
     try:
-        return faiss.index_cpu_to_gpu(_gpu_resources(), torch.cuda.current_device(), index)
-    except RuntimeError:  # HNSW, for one, lives on the CPU alone
-        return index
+        resources = faiss.StandardGpuResources()
+        resources.setTempMemory(SCRATCH_BYTES)  # by itself it takes 1.5 GiB
+        copy = faiss.index_cpu_to_gpu(resources, torch.cuda.current_device(), index)
+        if rows_ND is not None:
+            copy.add(rows_ND)
+    except RuntimeError as error:
+        _warn(_reason(error))
+        return on_cpu
+
+    def find(queries_QD: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        if k > GPU_MAX_K:
+            _warn(f"k {k} is above {GPU_MAX_K}, FAISS's most on a GPU")
+            return on_cpu(queries_QD, k)
+        try:
+            scores, ids = copy.search(queries_QD, k)
+        except RuntimeError as error:
+            _warn(_reason(error))
+            return on_cpu(queries_QD, k)
+        return scores, ids
+
+    return find
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"rank {dist.get_rank()} searches on the CPU: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
 
 
 def _best(

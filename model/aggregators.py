@@ -14,7 +14,11 @@ class ClsAggregator(nn.Module):
 
 
 class GemAggregator(nn.Module):
-    """Generalised mean over patch tokens with a learned power (Radenovic et al., TPAMI 2019)."""
+    """Generalised mean over patch tokens with a learned power (Radenovic et al., TPAMI 2019), in float32 at least.
+
+    In fp16 the cube of `eps` is 0, and the gradient of its root and of the power are not finite; in bf16 the sum of
+    hundreds of cubes would keep three digits.
+    """
 
     def __init__(self, p: float = 3.0, eps: float = 1e-6) -> None:
         super().__init__()
@@ -27,7 +31,9 @@ class GemAggregator(nn.Module):
         nn.init.constant_(self.p, self.initial_p)
 
     def forward(self, cls_BD: torch.Tensor, patches_BND: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        return patches_BND.clamp(min=self.eps).pow(self.p).mean(dim=1).pow(1 / self.p)
+        wide = torch.promote_types(patches_BND.dtype, torch.float32)
+        power = self.p.to(wide)
+        return patches_BND.to(wide).clamp(min=self.eps).pow(power).mean(dim=1).pow(1 / power)
 
 
 AGGREGATORS: dict[str, type[nn.Module]] = {"cls": ClsAggregator, "gem": GemAggregator}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import faiss
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from eval.benchmarks.benchmark import Benchmark
 from eval.extract import slice_bounds
@@ -174,6 +177,85 @@ def test_recall_counts_all_queries_and_grows_with_k(data: st.DataObject, num_dat
         assert recall[k] == pytest.approx(100.0 * hits / num_queries)
     assert list(recall.values()) == sorted(recall.values())
     assert recall[num_database] == pytest.approx(100.0 * sum(map(bool, positives)) / num_queries)
+
+
+class PretendGpu:
+    """Stands in for FAISS on a GPU, with its limits: searches on the CPU, at most 2,048 neighbours."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, free_bytes: int = 8 << 30, fails: str = "") -> None:
+        self.scratch: list[int] = []
+        self.searches = 0
+        gpu = self
+
+        class Resources:
+            def setTempMemory(self, num_bytes: int) -> None:
+                gpu.scratch.append(num_bytes)
+
+        class Copy:
+            def __init__(self, index: faiss.Index) -> None:
+                self.index = index
+
+            def add(self, rows_ND: NDArray[np.float32]) -> None:
+                if fails == "add":
+                    raise RuntimeError("Error in virtual void* faiss::gpu: Error: out of memory")
+                self.index.add(rows_ND)
+
+            def search(self, queries_QD: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+                if k > 2048 or fails == "search":
+                    raise RuntimeError("Error in faiss::gpu: Error: k is too large")
+                gpu.searches += 1
+                scores, ids = self.index.search(queries_QD, k)
+                return scores, ids
+
+        def to_gpu(_resources: Resources, _device: int, index: faiss.Index) -> Copy:
+            if fails == "kind":
+                raise RuntimeError("Error in faiss::gpu: Error: This index type is not implemented on GPU.")
+            return Copy(index)
+
+        monkeypatch.setattr("eval.search._has_gpu", lambda: True)
+        monkeypatch.setattr("eval.search.dist.get_rank", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 80 << 30))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
+        monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
+def test_a_gpu_gives_what_the_cpu_gives_and_keeps_no_scratch_memory(
+    factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, queries = _unit(3000, 16, 8), _unit(7, 16, 9)
+    expected = search_blocks(queries, [(0, rows)], 9, factory)
+    gpu = PretendGpu(monkeypatch)
+    for ours, theirs in zip(search_blocks(queries, [(0, rows)], 9, factory), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert gpu.searches
+    assert gpu.scratch == [256 << 20]  # FAISS's own choice is 1.5 GiB, for as long as the process lives
+
+
+@pytest.mark.parametrize(
+    ("factory", "k", "options", "words"),
+    [
+        ("Flat", 9, {"fails": "add"}, "out of memory"),
+        ("Flat", 9, {"fails": "search"}, "k is too large"),
+        ("Flat", 9, {"free_bytes": 100 << 20}, "0.1 GB of the GPU are free, the index needs 0.5"),
+        ("Flat", 2500, {}, "k 2516 is above 2048"),
+        ("HNSW8", 9, {"fails": "kind"}, "not implemented on GPU"),
+        ("IVF4,Flat", 2500, {}, "k 2500 is above 2048"),
+    ],
+)
+def test_what_a_gpu_cannot_search_the_cpu_does_and_says_so(
+    factory: str, k: int, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, queries = _unit(3000, 16, 8), _unit(7, 16, 9)
+    params = "nprobe=4" if factory.startswith("IVF") else ""
+    expected = search_blocks(queries, [(0, rows)], k, factory, params)
+    PretendGpu(monkeypatch, **options)
+    with pytest.warns(RuntimeWarning, match=f"rank 3 searches on the CPU: .*{words}"):
+        found = search_blocks(queries, [(0, rows)], k, factory, params)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 test_on_ranks = on_ranks(__file__)
