@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torchvision.io import ImageReadMode, decode_image, decode_jpeg
-from torchvision.transforms import InterpolationMode
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -50,24 +48,6 @@ def decode_into(out_3HW: torch.Tensor, data: bytes, interpolation: str = "biline
         out_3HW.copy_(image)
     else:
         _RESIZE[interpolation](image[None], list(out_3HW.shape[1:]), False, None, None, out=out_3HW[None])
-
-
-def decode_on_gpu(out_B3HW: torch.Tensor, jpegs: Sequence[bytes], interpolation: str = "bilinear") -> None:
-    """Fills uint8 [B, 3, H, W] of a CUDA device with JPEGs: decoded by nvJPEG, resized on the device.
-
-    Pixels differ from those of `decode_into` by the rounding of another decoder. Raises ValueError where one of the
-    JPEGs cannot be decoded, without saying which.
-    """
-    try:
-        images = decode_jpeg(
-            [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs],
-            mode=ImageReadMode.RGB,
-            device=out_B3HW.device,
-        )
-    except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    for image, out_3HW in zip(images, out_B3HW, strict=True):
-        out_3HW.copy_(F.resize(image, list(out_3HW.shape[1:]), interpolation=InterpolationMode(interpolation)))
 
 
 def read_image(path: Path, side: int) -> torch.Tensor:

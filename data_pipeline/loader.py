@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from configs.schema import DataConfig
 from data_pipeline.cache import RangeCache
-from data_pipeline.images import decode_into, decode_on_gpu, empty_batch
+from data_pipeline.images import decode_into, empty_batch
 from data_pipeline.index import PlaceRange
+from data_pipeline.nvjpeg import decode_on_gpu, empty_on_gpu, hand_over
 from data_pipeline.plan import EpochPlan
 from data_pipeline.storage import RangeReader, is_remote
 
@@ -65,6 +66,8 @@ class _Step:
         for future in self.decoded:
             future.result()
         assert self.images_B3HW is not None
+        if self.images_B3HW.is_cuda:
+            hand_over(self.images_B3HW)
         place_ids_B = torch.from_numpy(np.repeat(self.places, self.views_PK.shape[1]))
         return PlaceBatch(self.images_B3HW, place_ids_B, torch.from_numpy(self.views_PK.reshape(-1).copy()))
 
@@ -87,8 +90,8 @@ class PlaceLoader:
         self.reader = reader or build_reader(config, rank=rank)
         if config.decode == "nvjpeg" and not torch.cuda.is_available():
             raise ValueError("data.decode nvjpeg needs an NVIDIA GPU, and torch sees none; use cpu")
-        self._device = f"cuda:{torch.cuda.current_device()}" if config.decode == "nvjpeg" else "cpu"
-        self._pinned = torch.cuda.is_available() and self._device == "cpu"
+        self._gpu = torch.device("cuda", torch.cuda.current_device()) if config.decode == "nvjpeg" else None
+        self._pinned = torch.cuda.is_available() and self._gpu is None
         self._lock = threading.Lock()
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
 
@@ -173,7 +176,10 @@ class PlaceLoader:
     def _empty(self, step: _Step) -> torch.Tensor:
         """The step's batch to be filled, as [P, K, 3, side, side]."""
         side, shape_PK = self.config.image_size, step.views_PK.shape
-        step.images_B3HW = empty_batch(step.views_PK.size, side, device=self._device, pin_memory=self._pinned)
+        if self._gpu:
+            step.images_B3HW = empty_on_gpu(step.views_PK.size, side, self._gpu)
+        else:
+            step.images_B3HW = empty_batch(step.views_PK.size, side, pin_memory=self._pinned)
         return step.images_B3HW.unflatten(0, shape_PK)
 
     def _read(self, place: PlaceRange, stop: threading.Event | None = None) -> bytes:

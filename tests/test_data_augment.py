@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.augment import BatchedRandAugment, image_seeds, randaugment
-from data_pipeline.images import decode, decode_into, decode_on_gpu, empty_batch
+from data_pipeline.images import decode, decode_into, empty_batch
 from tests.photos import jpeg
 
 SIDE = 42
@@ -44,18 +44,6 @@ def test_decoding_into_a_slot_is_torchvisions_decoding_and_resize(interpolation:
         planes_3HW = torch.empty(3, side, side, dtype=torch.uint8)
         decode_into(planes_3HW, file, interpolation)
         assert torch.equal(planes_3HW, out_3HW)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="nvJPEG needs an NVIDIA GPU")
-def test_nvjpeg_gives_nearly_the_pixels_of_the_cpu() -> None:
-    rng = np.random.default_rng(0)
-    files = [jpeg(rng) for _ in range(5)]
-    on_gpu = empty_batch(len(files), SIDE, device="cuda")
-    decode_on_gpu(on_gpu, files)
-    on_cpu = torch.stack([decode(file, SIDE) for file in files])
-    assert (on_gpu.cpu().float() - on_cpu.float()).abs().mean() < 2
-    with pytest.raises(ValueError):  # noqa: PT011 (in the words of nvJPEG)
-        decode_on_gpu(on_gpu, [*files[:4], files[4][:40]])
 
 
 def seeds_of(images: torch.Tensor) -> list[int]:
