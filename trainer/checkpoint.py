@@ -17,7 +17,6 @@ from configs.load import load_stored_recipe, recipe_text
 from configs.ranks import from_rank_0
 from configs.schema import Recipe
 from trainer.checkpoint_folder import CheckpointError, find_checkpoint, newest_valid
-from trainer.checkpoint_folder import CheckpointError, find_checkpoint, newest_valid
 from trainer.engine_state import StoredTensors, put_state, take_state
 from trainer.state import Progress, TrainingState
 

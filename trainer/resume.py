@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.schema import Recipe
+from eval.scratch import remove_leftovers
 from trainer.checkpoint import choose_checkpoint, load_checkpoint
 from trainer.checkpoint_folder import set_aside_newer
-from eval.scratch import remove_leftovers
 from trainer.process_group import Rank
 from trainer.state import TrainingState
 
