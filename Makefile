@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-faults test-cluster env lock licences audit wheel clean
+.PHONY: demo test test-faults test-cluster gpu wheelhouse env lock licences audit wheel clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
@@ -24,6 +24,23 @@ test-cluster: $(READY)
 	apt-get -qq update
 	DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends slurmctld slurmd slurm-client munge iproute2
 	$(BIN)/python -m pytest tests/cluster
+
+# The tests and measurements that a GPU is for, in under nine minutes, with the Python that holds PyTorch there:
+# `make gpu PYTHON=python3 OUT=folder`. It needs no network; what that Python lacks comes from wheelhouse/, if it is there.
+# Without a GPU the same runs at reduced sizes on the CPU: it shows that all parts work, and measures nothing.
+OUT := runs/gpu
+gpu:
+	@if [ -d wheelhouse ]; then \
+	  $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(OUT)/site wheelhouse/*.whl; fi
+	PYTHONPATH=$(OUT)/site:. $(GPU_PYTHON) -m benchmarks.gpu --out $(OUT)
+
+GPU_PYTHON = $(if $(wildcard wheelhouse),$(PYTHON),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)))
+
+# What a machine with PyTorch and no network lacks, in at most 60 MiB of wheels: `make wheelhouse HAVE=freeze.txt`, where
+# freeze.txt is what `pip list --format=freeze` printed there.
+HAVE := benchmarks/pytorch_image.txt
+wheelhouse: $(READY)
+	$(BIN)/python -m benchmarks.wheelhouse --have $(HAVE)
 
 # The environment: uv makes it if there is one, else python3; then the lock's versions, each file held to the lock's hashes.
 # `make env PYTHON=python3.13` takes another Python than the first one found.

@@ -132,7 +132,7 @@ def _measure(model: PlaceModel, options: Options) -> Iterator[tuple[int, dict[st
         # What is stored is one scene under noise, so that every patch has a match: images need not be encoded for it.
         patches, channels = (options.image_size // PATCH) ** 2, model.backbone.embed_dim
         database, queries = (
-            _random_features(Path(name) / part, len(of), patches, channels, options.config.dtype)
+            random_features(Path(name) / part, len(of), patches, channels, options.config.dtype)
             for part, of in (("database", database_paths), ("queries", query_paths))
         )
         numbers, device = np.arange(options.queries) % len(query_paths), torch.device("cpu")
@@ -192,7 +192,7 @@ def _as_the_original(model: PlaceModel, query: Path, candidates: list[Path], con
     return sorted(range(len(counts)), key=lambda i: -counts[i])
 
 
-def _random_features(folder: Path, count: int, patches: int, channels: int, kind: str) -> StoredFeatures:
+def random_features(folder: Path, count: int, patches: int, channels: int, kind: str) -> StoredFeatures:
     """Images of one random scene, as extraction writes them: the cosine of a patch with its match is about 0.8."""
     folder.mkdir()
     scene_PC = F.normalize(torch.randn(patches, channels, generator=torch.Generator().manual_seed(0)), dim=1)

@@ -2,7 +2,7 @@
 
 The trainer's own loader, engine, loss, queue and checkpoint writer, on JPEGs of noise (400 x 300) in tar shards. The
 loss's gradient by descriptors is taken by itself, so that gather, loss and queue, both ways, are timed apart from the
-network. On GPUs a second table gives images/s and MFU by backbone.
+network. Images per second and MFU by backbone are in benchmarks/throughput.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -31,22 +32,20 @@ from data_pipeline.loader import PlaceBatch, PlaceLoader
 from data_pipeline.mixture import EpochPlans, read_mixture
 from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
-from model.network import PlaceModel, build_model
+from model.network import build_model
 from trainer.checkpoint import checkpoint_contents
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.engine import build_engine, clip_and_update, set_learning_rate
-from trainer.flops import device_peak_tflops, model_flops
-from trainer.process_group import Rank, start_process_group, stop_process_group
+from trainer.process_group import start_process_group, stop_process_group
 from trainer.state import Progress, TrainingState
 
 PARTS = ("data wait", "forward", "wait for ranks", "gather + loss + queue", "backward", "optimizer")
 NETWORK = ("forward", "backward", "optimizer")
-GPU_BATCH = {"vits14": 512, "vitb14": 256, "vitl14": 96, "vitg14": 24}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Times steps of ViT-S/14 at 224 px on 1 and 2 ranks; on GPUs S, B, L and g as well."""
+    """Times steps of ViT-S/14 at 224 px on 1 and 2 ranks."""
 
     ranks: list[int] = field(default_factory=lambda: [1, 2])
     """World sizes."""
@@ -56,8 +55,10 @@ class Options:
     """M, entries of the queue, full before the first step."""
     steps: int = 8
     """Measured steps, after two that warm up."""
-    gpu: bool = torch.cuda.is_available()
-    """The table of backbones, one rank, real GPUs alone."""
+    backbone: str = "vits14"
+    """Backbone, random weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """engine.precision."""
     json: Path | None = None
     """File for the figures."""
     worker: str = ""
@@ -85,14 +86,15 @@ class Clock:
 
 
 def recipe_of(options: Options, folder: Path) -> Recipe:
-    """ViT-S, last 4 blocks, as configs/mini_vits.yaml trains it."""
+    """Last 4 blocks, as configs/mini_vits.yaml trains them."""
     return Recipe(
         name="step",
         output=folder / "run",
         data=DataConfig(
             shards=str(folder / "shards"), places_per_batch=options.places, composition="mixed", decode_threads=1
         ),
-        model=ModelConfig(backbone="vits14", weights="random"),
+        model=ModelConfig.model_validate({"backbone": options.backbone, "weights": "random"}),
+        engine=EngineConfig(precision=options.precision),
         memory=MemoryConfig(size=options.size, start_epoch=0, decay_lambda=0.1),
         eval=EvalConfig(),
     )
@@ -167,6 +169,7 @@ def measured(world: int, options: Options) -> dict[str, float]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         command += ["-m", "benchmarks.step", "--worker", folder, "--places", str(options.places)]
         command += ["--size", str(options.size), "--steps", str(options.steps)]
+        command += ["--backbone", options.backbone, "--precision", options.precision]
         threads = str(max(1, (os.cpu_count() or 1) // world))
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.PIPE, text=True, check=False
@@ -177,59 +180,8 @@ def measured(world: int, options: Options) -> dict[str, float]:
     return figures
 
 
-def on_a_gpu(rank: Rank, backbone: str, *, compiled: bool, checkpointing: bool) -> tuple[float, float | None]:
-    """Images/s and MFU of bf16 steps at 224 px, last 4 blocks, on images already on the device."""
-    recipe = Recipe(
-        model=ModelConfig.model_validate({"backbone": backbone, "weights": "random"}),
-        engine=EngineConfig(precision="bf16", activation_checkpointing=checkpointing, compile=compiled),
-    )
-    images = GPU_BATCH[backbone]
-    model: PlaceModel = build_model(recipe.model)
-    model.activation_checkpointing = checkpointing
-    queue = MemoryQueue(recipe.memory.size, model.descriptor_size, rank.device)
-    engine = build_engine(model, engine=recipe.engine, optim=recipe.optim, images_per_rank=images)
-    loss = GlobalLoss(recipe.loss, recipe.memory)
-    pixels = torch.randint(0, 256, (images, 3, 224, 224), dtype=torch.uint8, device=rank.device)
-    ids = torch.arange(images // 4, device=rank.device).repeat_interleave(4)
-    clock = Clock()
-    for step in range(25):
-        engine.train()
-        set_learning_rate(engine, 1e-5)
-        out = loss(engine(normalise(pixels)), ids + step * images, queue, step=step)
-        engine.backward(out.loss)
-        clip_and_update(engine, recipe.optim.gradient_clipping)
-        queue.enqueue(out.descriptors_ND, out.place_ids_N, step)
-        clock.mark("step")
-    seconds = statistics.median(clock.seconds["step"][5:])
-    peak = device_peak_tflops(recipe)
-    return images / seconds, images * model_flops(recipe) / seconds / (peak * 1e12) if peak else None
-
-
-def gpu_table() -> dict[str, float]:
-    """Prints images/s and MFU by backbone, compiled or not, with and without activation checkpointing."""
-    rank = start_process_group(1800)
-    rows: list[list[str]] = []
-    figures: dict[str, float] = {}
-    for backbone in GPU_BATCH:
-        for compiled in (False, True):
-            for checkpointing in (False, True):
-                key = f"{backbone}/{'compiled' if compiled else 'eager'}{'/checkpointing' if checkpointing else ''}"
-                try:
-                    rate, mfu = on_a_gpu(rank, backbone, compiled=compiled, checkpointing=checkpointing)
-                except torch.OutOfMemoryError:
-                    rows.append([key, str(GPU_BATCH[backbone]), "out of memory", ""])
-                    continue
-                rows.append([key, str(GPU_BATCH[backbone]), f"{rate:.0f}", f"{mfu:.1%}" if mfu else "peak not known"])
-                figures[f"{key}/images_per_s"] = rate
-                figures |= {f"{key}/mfu": mfu} if mfu else {}
-    stop_process_group()
-    title = "bf16, 224 px, last 4 blocks, images already on the GPU"
-    print_table(title, ["setting", "images a step", "images/s", "MFU"], rows)
-    return figures
-
-
 def main() -> None:
-    """Prints the split of a step at each world size, and on a GPU the table of backbones."""
+    """Prints the split of a step at each world size."""
     options = tyro.cli(Options)
     if options.worker:
         on_a_rank(options)
@@ -248,13 +200,11 @@ def main() -> None:
     figures["queue_overhead"] = max(figures[f"{world}/queue_overhead"] for world in options.ranks)
     figures["checkpoint_stall_s"] = max(figures[f"{world}/checkpoint_stall_s"] for world in options.ranks)
     title = (
-        f"seconds of a step, median of {options.steps}: ViT-S/14, 224 px, last 4 blocks, {options.places} places x 4, "
-        f"queue {options.size}, ZeRO 1, fp32, JPEGs of noise"
+        f"seconds of a step, median of {options.steps}: {options.backbone}, 224 px, last 4 blocks, "
+        f"{options.places} places x 4, queue {options.size}, ZeRO 1, {options.precision}, JPEGs of noise"
     )
     columns = ["ranks", *PARTS, "step", "gather + loss + queue / network", "checkpoint stall"]
     print_table(title, columns, rows)
-    if options.gpu:
-        figures |= gpu_table()
     write_json(options.json, figures)
 
 
