@@ -6,8 +6,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +20,10 @@ import yaml
 from PIL import Image
 
 from configs.schema import EvalConfig, LossConfig, MemoryConfig, ModelConfig, RerankConfig
-from data_pipeline.gsv_cities import read_gsv_cities
 from data_pipeline.images import decode, decode_on_gpu, empty_batch
 from data_pipeline.shards import write_shards
-from data_pipeline.town import Town, render_town
+from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.town.render import Town, render_town
 from eval.extract import extract
 from eval.rerank import rerank
 from eval.search import search_rows
@@ -34,10 +32,9 @@ from memory.losses import LOSSES
 from memory.miners import MINERS
 from memory.queue import MemoryQueue
 from model.network import build_model
+from tests import forked
 from trainer.process_group import Rank, start_process_group
-from trainer.watchdog import STALLED_STATUS
 
-ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "town.json").read_text())
 CUDA = torch.cuda.is_available()
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -51,7 +48,10 @@ def rank() -> Iterator[Rank]:
         for name in GROUP:
             patch.setenv(name, "")
             patch.delenv(name)  # back to what it was, whatever is set meanwhile
-        yield start_process_group(60)
+        joined = start_process_group(60)
+        for name in GROUP:
+            os.environ.pop(name, None)  # not for the processes that tests start
+        yield joined
         dist.destroy_process_group()
 
 
@@ -115,13 +115,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(workplace: Path, output: str, *flags: str, on_cpu: bool = False) -> list[float]:
     """Losses by step of a whole training in a process of its own, through the trainer's door."""
-    env = {name: value for name, value in os.environ.items() if name not in GROUP}  # a group of its own
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if on_cpu:
-        env["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "trainer", str(workplace / "recipe.yaml"), "--output", str(workplace / output)]
-    done = subprocess.run([*command, *flags], cwd=workplace, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode != STALLED_STATUS, done.stderr
+    env = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
+    arguments = [str(workplace / "recipe.yaml"), "--output", str(workplace / output), *flags]
+    done = forked.run(workplace, "trainer", *arguments, environment=env)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (workplace / output / "metrics.jsonl").read_text().splitlines()]
     by_step = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}

@@ -1,6 +1,5 @@
 """What `make gpu` runs, at reduced size on the CPU: measurements, the runner's limits, and the wheels that it needs."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -8,42 +7,33 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
+from benchmarks.giant import write_noise
 from benchmarks.gpu import PARTS, Options, Part, run_part
-from benchmarks.step import write_noise
 from benchmarks.wheelhouse import locked, names_in, needed, version_of
+from tests import forked
 
-GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measure(
-    module: str, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *more: str
-) -> dict[str, float]:
-    """Runs a measurement in this process; its figures."""
-    for name in GROUP:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+def measure(part: str, tmp_path: Path, *more: str) -> tuple[dict[str, float], str]:
+    """Runs a measurement at reduced size; its figures, and what it printed."""
     figures = tmp_path / "figures.json"
-    monkeypatch.setattr(sys, "argv", [module, *arguments.split(), "--json", str(figures), *more])
-    importlib.import_module(module).main()
-    found: dict[str, float] = json.loads(figures.read_text()) if figures.exists() else {}
-    return found
+    done = forked.run(tmp_path, PARTS[part].module, *PARTS[part].small.split(), "--json", str(figures), *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(figures.read_text()) if figures.exists() else {}, done.stdout
 
 
-@pytest.mark.parametrize("name", ["throughput", "compiled", "inference"])
-def test_measurements_run_at_reduced_size(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = measure(PARTS[name].module, PARTS[name].small, tmp_path, monkeypatch)
+@pytest.mark.parametrize("part", ["throughput", "compiled", "inference"])
+def test_measurements_run_at_reduced_size(part: str, tmp_path: Path) -> None:
+    figures, _ = measure(part, tmp_path)
     assert figures
     assert all(value > 0 for value in figures.values())
 
 
-def test_the_split_of_a_step_runs_at_reduced_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_split_of_a_step_runs_at_reduced_size(tmp_path: Path) -> None:
     write_noise(tmp_path, places=6, size=(40, 30))
-    arguments = PARTS["loader"].small.replace("--ranks 1", "")
-    measure("benchmarks.step", arguments, tmp_path, monkeypatch, "--worker", str(tmp_path))
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] > 0
+    _, printed = measure("loader", tmp_path, "--worker", str(tmp_path))  # as one of its ranks
+    assert json.loads(printed.splitlines()[-1])["step"] > 0
 
 
 def test_parts_keep_what_they_wrote_and_are_stopped_at_their_limit(
