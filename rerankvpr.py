@@ -12,6 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+# Messages without links, and no statistics of use sent to the libraries' makers; variables that are set win.
+LIBRARIES = {
+    "PYDANTIC_ERRORS_INCLUDE_URL": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 PACKAGES = ("configs", "data_pipeline", "model", "memory", "trainer", "eval", "launch")
 
 
@@ -47,11 +53,17 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def prepare_libraries() -> None:
+    """Sets `LIBRARIES` for this process and those that it starts; call it before they are imported."""
+    for name, value in LIBRARIES.items():
+        os.environ.setdefault(name, value)
+
+
 def main() -> None:
     """Entry point of the console script."""
     prepare_streams()
     check_packages()
-    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
+    prepare_libraries()
 
     def run() -> int:
         from launch.cli import main as run_verb

@@ -426,6 +426,15 @@ def test_the_best_model_is_logged_loaded_and_registered(
 # What is told
 
 
+def test_no_library_reports_home() -> None:
+    """Outside of tests and CI, where MLflow is silent by itself."""
+    look = "import rerankvpr as r; r.prepare_libraries(); import mlflow.telemetry as t; print(t.get_telemetry_client())"
+    env = {key: value for key, value in os.environ.items() if key not in ("CI", "PYTEST_CURRENT_TEST")}
+    env.pop("MLFLOW_DISABLE_TELEMETRY", None)
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+
+
 def test_no_secret_is_kept() -> None:
     assert without_secrets("postgresql://ann:p@ss@host:5432/db?sslmode=x") == "postgresql://host:5432/db"
     assert without_secrets("https://host/set?token=abc and s3://bucket/a@b") == "https://host/set and s3://bucket/a@b"
