@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import ROOT, on_ranks, shared_folder
+from tests import forked
+from tests.ranks import on_ranks, shared_folder
 from trainer import checkpoint_writer
 from trainer.checkpoint import Contents, checkpoint_weights
 from trainer.checkpoint_folder import (
@@ -110,14 +109,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 
 
 def test_a_crash_at_any_write_point_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint_crashes", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = forked.run(forked.ROOT, "tests.checkpoint_crashes", str(tmp_path), timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     crashes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for damaged in (False, True):

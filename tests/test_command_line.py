@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from launch import cli
 from model.weights import build_backbone
 from rerankvpr import PACKAGES
+from tests import forked
 from tests.photos import write_gsv_cities
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,9 +112,7 @@ def test_weights_of_another_size_name_the_keys(tmp_path: Path, capfd: pytest.Cap
         folder = tmp_path / "town" / "images" / "test" / part
         folder.mkdir()
         (folder / "@1@2@.jpg").touch()
-    process = subprocess.run(
-        [sys.executable, "-m", "rerankvpr", *argv], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    process = forked.run(ROOT, "rerankvpr", *argv)
     assert process.returncode == 2, process.stderr
     assert "does not fit the model" in process.stderr
     assert "cls_token is (1, 1, 128), expected (1, 1, 384)" in process.stderr
@@ -135,14 +134,7 @@ def test_impossible_batches_are_refused_before_training(native: Path, tmp_path: 
         ("6", "5 places are fewer than data.places_per_batch 6"),
     ):
         command = ["launch", "--nproc-per-node", "2", "--", "train", str(recipe), "--data.places-per-batch", places]
-        process = subprocess.run(
-            [sys.executable, "-m", "rerankvpr", *command],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        process = forked.run(ROOT, "rerankvpr", *command, timeout=200)
         assert process.returncode != 0
         lines = [line for line in process.stderr.splitlines() if words in line]
         assert len(lines) == 1, process.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import multiprocessing
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from data_pipeline.sources.msls import read_msls
 from data_pipeline.sources.utm_folder import read_utm_folder
 from data_pipeline.verify import verify_shards
 from launch.cli import main
+from tests import forked
 from tests.photos import jpeg, write_gsv_cities
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,13 +346,9 @@ def _shard(native: Path, out: Path, started: object) -> None:
 def test_killed_at_ten_random_moments_and_finished_the_bytes_are_the_same(
     native: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_pipeline.photos", __name__])
-
-    def begin(out: Path) -> multiprocessing.process.BaseProcess:
-        started = context.Event()
-        process = context.Process(target=_shard, args=(native, out, started))
-        process.start()
+    def begin(out: Path) -> ForkServerProcess:
+        started = forked.server().Event()
+        process = forked.fork(_shard, native, out, started)
         assert started.wait(60)
         return process
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +16,12 @@ from safetensors.torch import save_file
 from eval.evaluate import Result
 from launch.eval_tracking import log_evaluation
 from model.weights import build_backbone
-from tests.ranks import ROOT
+from tests import forked
 from tests.test_eval_features import write_photos
 
 
 def run(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
-    command = [sys.executable, "-m", "rerankvpr", "eval", *argv]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False)
+    return forked.run(folder, "rerankvpr", "eval", *argv, environment={"COLUMNS": "160"})
 
 
 @pytest.fixture(scope="module")

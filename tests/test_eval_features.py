@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,7 +26,8 @@ from eval.features import StoreError, open_folder, shard_bounds, shard_is_whole,
 from eval.local_features import NO_CELL, compact, min_max, pca_basis, random_basis, read_local, salient
 from model.facets import FACETS, log_bin
 from model.network import PlaceModel, build_model
-from tests.ranks import ROOT, on_ranks
+from tests.forked import ROOT, Command
+from tests.ranks import on_ranks
 from tests.stored import shared_folder
 
 CPU = torch.device("cpu")
@@ -215,11 +214,10 @@ def test_results_are_the_same_at_any_number_of_ranks(tmp_path: Path) -> None:
     sizes = ((60, 40), (40, 60), (50, 50))
     write_photos(tmp_path / "database", 21, sizes)
     write_photos(tmp_path / "queries", 10, sizes)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.test_eval_features", "said", str(tmp_path)]
+    command = ("tests.test_eval_features", "said", str(tmp_path))
     for world in (1, 2, 4):
-        ranks = [subprocess.Popen([*command, str(rank), str(world)], cwd=ROOT, env=env) for rank in range(world)]
-        assert [process.wait(timeout=400) for process in ranks] == [0] * world
+        ranks = [Command(ROOT, *command, str(rank), str(world)) for rank in range(world)]
+        assert [process.wait(timeout=400) for process in ranks] == [0] * world, ranks[0].output()
     said = {(r, w): json.loads((tmp_path / f"{r}of{w}.json").read_text()) for w in (1, 2, 4) for r in range(w)}
     assert len(said[0, 1]) == len(SAME_AT_ANY_SIZE)
     for (rank, world), one in said.items():
@@ -334,12 +332,11 @@ def check_a_photograph_that_cannot_be_read_ends_all_ranks_by_name() -> None:
 def test_a_killed_rank_s_extraction_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Kill -9 of one rank of two; what was finished is neither redone nor changed, the end equals an unbroken run's."""
     write_photos(tmp_path / "photos", 40)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-    def start(folder: Path, pause_s: float, world: int, group: str) -> list[subprocess.Popen[bytes]]:
-        command = [sys.executable, "-m", "tests.test_eval_features", "extract", str(tmp_path / "photos"), str(folder)]
+    def start(folder: Path, pause_s: float, world: int, group: str) -> list[Command]:
+        command = ["tests.test_eval_features", "extract", str(tmp_path / "photos"), str(folder)]
         about = [str(pause_s), str(tmp_path / group), str(world)]
-        return [subprocess.Popen([*command, *about, str(rank)], cwd=ROOT, env=env) for rank in range(world)]
+        return [Command(ROOT, *command, *about, str(rank)) for rank in range(world)]
 
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     ranks = start(broken, 0.5, 2, "killed")

@@ -28,6 +28,7 @@ from configs.schema import Recipe
 from data_pipeline.images import normalise
 from launch.sync_command import main as sync
 from model.network import build_model
+from tests import forked
 from trainer import tracking
 from trainer.metrics_log import read_records
 from trainer.mlflow_sender import Sender, read_state
@@ -245,20 +246,13 @@ def test_what_a_dead_server_missed_is_synced_once(
     assert "secret" not in (folder / "metrics.jsonl").read_text()
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-from rich.console import Console
-from configs.load import load_recipe
-from trainer.tracking import Tracker
-recipe = load_recipe(Path(sys.argv[1]))
-tracker = Tracker(recipe, recipe.output, Console(), training=None, run_id=None, active=True)
-for step in range(5):
-    tracker.metrics({"train/loss": 1.0}, step)
-while True:
-    time.sleep(0.1)
-    tracker.metrics({"train/loss": 1.0}, 5)
-"""
+def training_that_never_ends(recipe: Recipe) -> None:
+    tracker = Tracker(recipe, recipe.output, Console(), training=None, run_id=None, active=True)
+    for step in range(5):
+        tracker.metrics({"train/loss": 1.0}, step)
+    while True:
+        time.sleep(0.1)
+        tracker.metrics({"train/loss": 1.0}, 5)
 
 
 def test_a_killed_training_goes_on_in_its_run(
@@ -268,14 +262,13 @@ def test_a_killed_training_goes_on_in_its_run(
     folder.mkdir()
     recipe = recipe_for(server.uri, folder)
     (folder / "recipe.yaml").write_text(recipe_text(recipe))
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder / "recipe.yaml")], cwd=ROOT)
+    process = forked.fork(training_that_never_ends, recipe)
     try:
         wait_until(lambda: read_state(folder).get("run_id"), 60)
         assert sync([str(folder)]) == 0
         assert "runs and sends by itself" in capsys.readouterr().out
     finally:
-        process.kill()
-        process.wait()
+        forked.kill(process)
     with (folder / "metrics.jsonl").open("a") as log:
         log.write('{"step": 6, "time_m')  # half a line
     client = MlflowClient(server.uri)

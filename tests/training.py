@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,19 +49,6 @@ def make_workplace(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def start(folder: Path, *command: str) -> subprocess.Popen[str]:
-    """`python -m ...` in a folder of its own, where MLflow puts its artifacts."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 class ForkedRanks:
     """Ranks of a training without a launcher, forked warm; it behaves as the launcher's process does."""
 
@@ -100,7 +85,7 @@ class ForkedRanks:
             rank.kill()
 
 
-Process = subprocess.Popen[str] | ForkedRanks
+Process = forked.Command | ForkedRanks
 
 
 def kill_all(process: Process) -> None:
@@ -124,10 +109,10 @@ def finish(process: Process) -> str:
     return output
 
 
-def two_ranks(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
+def two_ranks(workplace: Path, output: str, *flags: str) -> forked.Command:
     """By the launcher, as a user starts it."""
     launcher = ("rerankvpr", "launch", "--nproc-per-node", "2", "--")
-    return start(workplace, *launcher, "train", *_arguments(workplace, workplace / output), *flags)
+    return forked.Command(workplace, *launcher, "train", *_arguments(workplace, workplace / output), *flags)
 
 
 def warm_ranks(workplace: Path, output: str, *flags: str, world_size: int = 2) -> ForkedRanks:

@@ -8,7 +8,6 @@ from typing import Any
 from configs.schema import EvalConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.evaluate import FeatureStore, Result, evaluate
-from eval.report.pictures import draw_pictures
 from trainer.batches import Batches
 from trainer.context import Context
 from trainer.engine import whole_weights
@@ -87,6 +86,8 @@ class Validation:
                 if self.rank.is_main:
                     self.console.print(f"{label}: {result.line()}", highlight=False, soft_wrap=True)
                 if pictures and self.rank.is_main:
+                    from eval.report.pictures import draw_pictures  # matplotlib, which a start need not wait for
+
                     folder = pictures / benchmark.name
                     for picture in draw_pictures(folder, benchmark, result, self.state.model, config):
                         self.tracker.artifact(picture, f"pictures/{benchmark.name}")

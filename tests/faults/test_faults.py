@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import forked
 from tests.training import (
     STEPS,
     faulty_ranks,
@@ -21,7 +22,6 @@ from tests.training import (
     make_workplace,
     one_rank,
     same_state,
-    start,
     two_ranks,
 )
 from trainer.checkpoint import checkpoint_weights
@@ -88,7 +88,7 @@ def test_it_goes_on_at_another_world_size_and_stage(workplace: Path, unbroken: P
     else:
         launcher = ("rerankvpr", "launch", "--nproc-per-node", "4", "--")
         recipe = str(workplace / "recipe.yaml")
-        finish(start(workplace, *launcher, "train", recipe, "--output", str(folder), *flags))
+        finish(forked.Command(workplace, *launcher, "train", recipe, "--output", str(folder), *flags))
     one, two = logged(folder), logged(unbroken)
     assert len(one) >= 2
     # float32 sums in another order, amplified by Adam over the steps that remain
