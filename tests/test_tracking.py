@@ -6,12 +6,10 @@ import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,62 +27,15 @@ from data_pipeline.images import normalise
 from launch.sync_command import main as sync
 from model.network import build_model
 from tests import forked
+from tests.mlflow_server import Server, wait_until
 from trainer import tracking
 from trainer.metrics_log import read_records
 from trainer.mlflow_sender import Sender, read_state
-from trainer.ports import free_port
 from trainer.provenance import provenance
 from trainer.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKED_S = 0.1
-
-
-class Server:
-    """`mlflow server` on a port of its own, with SQLite and a folder of artifacts."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.database = f"sqlite:///{folder / 'server.db'}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        stores = ["--backend-store-uri", self.database, "--artifacts-destination", str(self.folder / "artifacts")]
-        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a process less to wait for
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *command, *stores],
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                start_new_session=True,
-                env=env,
-            )
-        wait_until(self.answers, 240)
-
-    def answers(self) -> bool:
-        assert self.process is not None
-        assert self.process.poll() is None, (self.folder / "server.log").read_text()
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2) as reply:
-            return reply.status == 200
-        return False
-
-    def kill(self) -> None:
-        """SIGKILL to the server and its workers."""
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
-def wait_until(done: Callable[[], object], limit_s: float = 30) -> None:
-    deadline = time.monotonic() + limit_s
-    while not done():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,59 +14,21 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.cluster.workplace import environment, losses, rerankvpr
+from tests.mlflow_server import PATIENCE_S, Server, wait_until
 from trainer.checkpoint_folder import pointed
 from trainer.mlflow_sender import TRAINING_TAG, read_state
-from trainer.ports import free_port
 from trainer.stop_signal import REQUEUE_STATUS
-
-
-class Server:
-    """An MLflow server with a SQLite store and an artifact folder, on loopback."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.folder = folder
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Starts it and waits until it answers."""
-        self.folder.mkdir(exist_ok=True)
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-                    *("--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"),
-                    *("--artifacts-destination", str(self.folder / "artifacts")),
-                ],
-                env=environment(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-                return
-            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
-            time.sleep(0.3)
-
-    def kill(self) -> None:
-        """SIGKILL to it and its workers."""
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """A server that runs."""
     made = Server(tmp_path / "server")
-    made.start()
-    yield made
-    made.kill()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.kill()
 
 
 class Run:
@@ -95,13 +52,14 @@ class Run:
         """The last step whose loss is in metrics.jsonl; 0 before the first."""
         return max(losses(self.output), default=0)
 
-    def wait(self, done: Callable[[], object], limit_s: float = 600) -> None:
+    def wait(self, done: Callable[[], object]) -> None:
         """Until `done`; fails if the training ends before."""
-        deadline = time.monotonic() + limit_s
-        while not done():
+
+        def is_done() -> object:
             assert self.process.poll() is None, self.text
-            assert time.monotonic() < deadline, self.text
-            time.sleep(0.1)
+            return done()
+
+        wait_until(is_done, PATIENCE_S)
 
     def go_on(self, steps: int) -> None:
         """Until it has done so many steps more."""
@@ -111,12 +69,12 @@ class Run:
     def stop(self) -> dict[str, Any]:
         """Asks it to stop; the state in the checkpoint that it leaves."""
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(300) == REQUEUE_STATUS, self.text
+        assert self.process.wait(PATIENCE_S) == REQUEUE_STATUS, self.text
         return json.loads((pointed(self.output / "checkpoints" / "latest") / "state.json").read_text())
 
     def finish(self) -> None:
         """Waits for its end by itself."""
-        assert self.process.wait(600) == 0, self.text
+        assert self.process.wait(PATIENCE_S) == 0, self.text
 
 
 def test_trainings_outlive_their_server(workplace: Path, server: Server) -> None:

@@ -1,0 +1,68 @@
+"""A real MLflow server that tests start, kill and start again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.ports import free_port
+
+PATIENCE_S = 900.0  # for what a slow machine does at last; a process that has ended is noticed at once
+
+
+class Server:
+    """`mlflow server` on a port of its own, with SQLite and a folder of artifacts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.database = f"sqlite:///{folder / 'server.db'}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        self.folder.mkdir(exist_ok=True)
+        command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        stores = ["--backend-store-uri", self.database, "--artifacts-destination", str(self.folder / "artifacts")]
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a process less to wait for
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, *stores],
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+                env=env,
+            )
+        wait_until(self.answers, PATIENCE_S)
+
+    def answers(self) -> bool:
+        """Whether it serves; fails if its process has ended."""
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2) as reply:
+            return reply.status == 200
+        return False
+
+    def kill(self) -> None:
+        """SIGKILL to it and its workers."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def wait_until(done: Callable[[], object], limit_s: float = 30) -> None:
+    """Returns once `done` is true; fails after `limit_s` seconds."""
+    deadline = time.monotonic() + limit_s
+    while not done():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
