@@ -13,22 +13,20 @@ LONGEST = 300  # characters of a reason, and of a value that a message shows
 def reading(file: str | Path, expected: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
     """Raises `kind`, naming the file and what was `expected` in it, whatever the block raises.
 
-    Libraries raise nearly everything on damaged bytes: KeyError, RuntimeError, RecursionError, kinds of their own. What
-    is `kind` already passes, for it names the file, and so do errors of the system (no such file, no permission). A
-    file that asks for more memory than there is (a header of 10^12 rows) is damaged too. Keep the block short: one
-    reader, nothing of ours that could be wrong.
+    Libraries raise nearly everything on damaged bytes: KeyError, RuntimeError, RecursionError, kinds of their own. An
+    error that names the file already passes if it is `kind` or the system's (no such file, no permission). A file that
+    asks for more memory than there is (a header of 10^12 rows) is damaged too. Keep the block short: one reader,
+    nothing of ours that could be wrong.
     """
     try:
         yield
-    except kind:
-        raise
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise kind(f"{file}: not {expected} ({reason(error)})") from error
     except MemoryError as error:
         raise kind(f"{file}: not {expected}, or too large for this machine's memory ({reason(error)})") from error
     except Exception as error:
+        if isinstance(error, kind) and str(file) in str(error):
+            raise
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            raise
         raise kind(f"{file}: not {expected} ({reason(error)})") from error
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
-from torchvision.io import ImageReadMode, decode_image
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
+
+from configs.reading import reason
+
+JPEG = b"\xff\xd8"
+PILLOW_READS = ("PNG", "WEBP", "GIF")
+MAX_PIXELS = 2**28  # 805 MB of RGB
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,22 +48,60 @@ def decode_into(out_3HW: torch.Tensor, data: bytes, interpolation: str = "biline
     `interpolation` is "bilinear" or "bicubic"; the pixels are those of torchvision's `resize`. An image of
     `empty_batch` is filled fastest. Raises ValueError where the bytes are no complete image.
     """
-    if not data:
-        raise ValueError("empty file")
-    try:
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+    image = decode_rgb(data)
     if image.shape == out_3HW.shape:
         out_3HW.copy_(image)
     else:
         _RESIZE[interpolation](image[None], list(out_3HW.shape[1:]), False, None, None, out=out_3HW[None])
 
 
+def decode_rgb(data: bytes) -> torch.Tensor:
+    """An image file's bytes as uint8 [3, H, W] of its own size: JPEG, PNG, WebP or GIF.
+
+    Raises ValueError where they are no complete image, or an animation.
+    """
+    if not data:
+        raise ValueError("empty file")
+    if not data.startswith(JPEG):
+        return _decode_by_pillow(data)
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+def _decode_by_pillow(data: bytes) -> torch.Tensor:
+    """The pixels that torchvision gives, whose decoder of PNG crashes on damaged files (libpng's jump over C++)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(data), formats=PILLOW_READS)
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"an animation of {image.n_frames} pictures, not a photograph")
+            image.load()
+        except Exception as error:
+            raise ValueError(reason(error)) from error
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def check_pixels(data: bytes) -> None:
+    """Raises ValueError where a JPEG's header announces more than `MAX_PIXELS`, for which its decoder takes memory."""
+    try:
+        width, height = Image.open(io.BytesIO(data), formats=("JPEG",)).size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return  # the decoder says what is wrong
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels; a photograph has at most {MAX_PIXELS}")
+
+
 def read_image(path: Path, side: int) -> torch.Tensor:
     """The image file at `path` as uint8 [3, side, side]; see `decode_into`. Errors name the file."""
     try:
-        return decode(path.read_bytes(), side)
+        data = path.read_bytes()
+        check_pixels(data)
+        return decode(data, side)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs.files import file_sha256, replacing, write_whole
+from configs.reading import reading, reason, shown
 from data_pipeline.storage import RangeReader, is_remote, join
 
 FORMAT_VERSION = 1
@@ -190,7 +191,8 @@ def read_index(folder: str | Path, reader: RangeReader | None = None, *, check_d
     """The index of the shard set at `folder`, a path or a URL, which `reader` reads.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged, foreign, of another format version,
-    or contradicts itself, StorageError where a server does not answer. `check_digest` holds it against its sha256.
+    contradicts itself or names a tar outside the set's folder, StorageError where a server does not answer.
+    `check_digest` holds it against its sha256.
     """
     location, reader = str(folder), reader or RangeReader()
     name = join(location, INDEX)
@@ -199,33 +201,39 @@ def read_index(folder: str | Path, reader: RangeReader | None = None, *, check_d
         raw = _table_metadata(file, name)
     if check_digest:
         _check_digest(location, source, reader)
-    try:
-        raw["bad"] = [BadImage(**bad) for bad in raw["bad"]]
-        raw["shards"] = [ShardFile(**shard) for shard in raw["shards"]]
-        metadata = ShardSetMetadata(**raw)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{name}: its metadata is not that of a shard set") from error
+    with reading(name, "the metadata of a shard set"):
+        metadata = _metadata(raw)
+    if not is_remote(location):
+        _refuse_links(Path(location), metadata.shards, name)
 
-    with _open_parquet(source, name, read_dictionary=["city", "shard"]) as file:
+    with (
+        _open_parquet(source, name, read_dictionary=["city", "shard"]) as file,
+        reading(name, "the rows of a shard set's index"),
+    ):
         # One column at a time: all at once take twice as long where there are many rows.
         place_id, view, offset, size, crc32 = (
             _columns(file, name, [column])[column].to_numpy()
             for column in ("place_id", "view", "offset", "size", "crc32")
         )
+        if any(column.dtype.kind not in "iu" for column in (place_id, view, offset, size, crc32)):
+            raise ValueError("a number is missing in a column that has no gaps")
         city_names, city = _codes(_columns(file, name, ["city"])["city"])
         shard_names, shard_code = _codes(_columns(file, name, ["shard"])["shard"])
     starts = np.append(np.flatnonzero(view == 0), len(view))
     num_views, first = np.diff(starts), starts[:-1]
     numbers = {shard.name: number for number, shard in enumerate(metadata.shards)}
-    place_shard = np.array([numbers.get(name, -1) for name in shard_names], dtype=np.int64)[shard_code[first]]
+    number_of = np.array([numbers.get(name, -1) for name in shard_names], dtype=np.int64)
     consistent = (
-        len(view) == metadata.images > 0
+        len(place_id) == len(offset) == len(size) == len(crc32) == len(city) == len(shard_code)
+        and len(place_id) == len(view) == metadata.images > 0
         and len(first) == metadata.places
         and _are_places(place_id, view, city, shard_code)
-        and place_shard.min() >= 0
+        and number_of.min() >= 0
+        and _lie_in_their_shards(offset, size, view, np.array([s.size for s in metadata.shards])[number_of][shard_code])
     )
     if not consistent:
         raise ValueError(f"{name}: its rows contradict its metadata or each other; shard the data again")
+    place_shard = number_of[shard_code[first]]
     return ShardIndex(
         location=location,
         metadata=metadata,
@@ -238,6 +246,40 @@ def read_index(folder: str | Path, reader: RangeReader | None = None, *, check_d
         size=size,
         crc32=crc32,
     )
+
+
+def _metadata(raw: dict[str, Any]) -> ShardSetMetadata:
+    """The metadata in a file's JSON. Raises ValueError, TypeError or KeyError where it is not a shard set's."""
+    shards = [ShardFile(**shard) for shard in raw["shards"]]
+    for shard in shards:
+        name = PurePosixPath(shard.name)
+        if name.is_absolute() or ".." in name.parts or "\0" in shard.name or "\\" in shard.name:
+            raise ValueError(f"tar {shown(shard.name)!r} is outside the set")
+        if type(shard.size) is not int or not 0 <= shard.size < 2**62 or not isinstance(shard.sha256, str):
+            raise ValueError(f"tar {shown(shard.name)}: size {shown(shard.size)}, sha256 {shown(shard.sha256)}")
+    metadata = ShardSetMetadata(**raw | {"shards": shards, "bad": [BadImage(**bad) for bad in raw["bad"]]})
+    counts = ("images", "places", "cities", "places_left_out", "images_left_out")
+    if any(type(getattr(metadata, count)) is not int for count in counts):
+        raise ValueError("a count that is no whole number")
+    return metadata
+
+
+def _refuse_links(folder: Path, shards: list[ShardFile], name: str) -> None:
+    """Raises ValueError where a tar is a link that leads out of the set's folder."""
+    home = folder.resolve()
+    for shard in shards:
+        if not (folder / shard.name).resolve().is_relative_to(home):
+            raise ValueError(f"{name}: {shard.name} is a link that leads out of {folder}, which is refused")
+
+
+def _lie_in_their_shards(
+    offset: NDArray[np.int64], size: NDArray[np.int64], view: NDArray[np.int32], shard_size: NDArray[np.int64]
+) -> bool:
+    """Whether each image is a range of bytes inside its tar, behind the view before it."""
+    if not ((offset >= 0) & (size > 0) & (size <= shard_size) & (offset <= shard_size - size)).all():
+        return False
+    follows = view[1:] > 0
+    return bool((offset[1:] >= offset[:-1] + size[:-1])[follows].all())
 
 
 def _source(location: str, reader: RangeReader) -> Path | pa.Buffer:
@@ -258,26 +300,24 @@ def _open_parquet(source: Path | pa.Buffer, name: str | Path, **options: Any) ->
         )
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except Exception as error:
         raise _damaged(name, error) from error
 
 
 def _columns(file: pq.ParquetFile, name: str | Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return file.read(columns=columns)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except Exception as error:
         raise _damaged(name, error) from error
 
 
 def _damaged(name: str | Path, error: Exception) -> ValueError:
-    return ValueError(f"{name}: damaged, or no Parquet file ({str(error).splitlines()[0]})")
+    return ValueError(f"{name}: damaged, or no Parquet file ({reason(error)})")
 
 
 def _table_metadata(file: pq.ParquetFile, name: str | Path) -> dict[str, Any]:
-    try:
-        metadata: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[METADATA_KEY])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{name}: a Parquet file, but not the index of a shard set") from error
+    with reading(name, "the index of a shard set, though a Parquet file"):
+        metadata: dict[str, Any] = dict(json.loads((file.schema_arrow.metadata or {})[METADATA_KEY]).items())
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{name}: format version {version}; expected {FORMAT_VERSION}: shard the data again")
@@ -307,7 +347,7 @@ def _are_places(
     place_id: NDArray[np.int64], view: NDArray[np.int32], city: NDArray[np.int32], shard: NDArray[np.int32]
 ) -> bool:
     """Whether places count from 0, the views of each from 0, and those of one are of one city and shard."""
-    if place_id[0] != 0 or view[0] != 0:
+    if not len(view) or place_id[0] != 0 or view[0] != 0:
         return False
     for start in range(0, len(view) - 1, _AT_ONCE):  # what is worked on stays in the processor's cache
         stop = min(start + _AT_ONCE, len(view) - 1)

@@ -12,6 +12,9 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
+from configs.reading import reason
+from data_pipeline.images import check_pixels
+
 _READ_AHEAD = 64
 
 
@@ -45,15 +48,21 @@ def read_photo(path: Path, max_side: int | None = None, quality: int = 95) -> Ph
     100; others keep their bytes.
     """
     try:
+        if path.exists() and not path.is_file():
+            return "not a regular file"  # a pipe or a device would hang, or never end
         jpeg = path.read_bytes()
     except FileNotFoundError:
         return "missing"
-    except OSError as error:
-        return f"unreadable ({error.strerror})"
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return f"unreadable ({reason(error)})"
     if not jpeg:
         return "empty"
     if not jpeg.startswith(b"\xff\xd8"):
         return "not a JPEG"
+    try:
+        check_pixels(jpeg)
+    except ValueError as error:
+        return str(error)
     try:
         pixels = decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from configs.files import file_sha256, partials_of, replacing
+from configs.reading import reading
 from data_pipeline.index import (
     FORMAT_VERSION,
     SCHEMA,
@@ -133,11 +134,13 @@ def _earlier(job: TarJob) -> TarResult | None:
     if not (job.tar.is_file() and rows_file(job.tar).is_file()) or job.changed_ns > job.tar.stat().st_mtime_ns:
         return None
     rows, said = read_table(rows_file(job.tar))
-    file = ShardFile(**said["file"])
-    if said["shard"] != job.tar_digest or file_sha256(job.tar) != file.sha256:
-        return None
-    bad = [BadImage(**bad) for bad in said["bad"]]
-    return TarResult(file, rows, bad, said["places"], said["places_lost"], said["images_lost"], reused=True)
+    with reading(rows_file(job.tar), "the rows of a finished tar; remove it and its tar is written again"):
+        file = ShardFile(**said["file"])
+        if said["shard"] != job.tar_digest or file_sha256(job.tar) != file.sha256:
+            return None
+        bad = [BadImage(**bad) for bad in said["bad"]]
+        places, places_lost, images_lost = (int(said[key]) for key in ("places", "places_lost", "images_lost"))
+    return TarResult(file, rows, bad, places, places_lost, images_lost, reused=True)
 
 
 def _write(job: TarJob, bad_before: list[BadImage], on_images: Callable[[int], None] | None) -> TarResult:

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 
 from configs.ranks import on_all_ranks
 from configs.schema import PATCH, EvalConfig
-from data_pipeline.images import normalise, read_image
+from data_pipeline.images import check_pixels, decode_rgb, normalise, read_image
 from eval.features import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
 from eval.local_features import NO_CELL, compact, grid_of, pca_basis, random_basis, read_local
 from eval.scratch import hosts_that_miss
@@ -48,9 +47,11 @@ def load_image(path: Path, config: EvalConfig) -> torch.Tensor:
     if config.resize == "square":
         return read_image(path, config.image_size)
     try:
-        image = decode_image(str(path), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from error
+        data = path.read_bytes()
+        check_pixels(data)
+        image = decode_rgb(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
     sides = input_size(image.shape[1], image.shape[2], config)
     if max(sides) > MAX_SIDE:
         raise ValueError(f"{path}: {sides[1]} x {sides[0]} pixels, at most {MAX_SIDE} a side; use eval.resize aspect")

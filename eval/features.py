@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from configs.files import replacing, write_whole
+from configs.reading import reading
 from eval.scratch import is_seen
 
 MAX_SHARD_IMAGES = 1024  # at 400 kB an image, half a gigabyte in memory while it is made
 SHARDS_WANTED = 64  # so that many ranks have work, and an interrupted run loses little
+_WHOLE = "a whole shard of features"
 DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8, "I64": np.int64}
 
 
@@ -82,10 +84,8 @@ def open_folder(folder: Path, about: dict[str, Any]) -> None:
     file = folder / "index.json"
     folder.mkdir(parents=True, exist_ok=True)
     if file.is_file():
-        try:
-            stored = json.loads(file.read_text())
-        except ValueError as error:
-            raise StoreError(f"{file} is damaged; remove {folder} and the features are made again") from error
+        with reading(file, f"the description of features; remove {folder} and they are made again", StoreError):
+            stored: dict[str, Any] = dict(json.loads(file.read_text()).items())
         differing = sorted(key for key in {*stored, *about} if stored.get(key) != about.get(key))
         if differing:
             key = differing[0]
@@ -107,11 +107,11 @@ def shard_is_whole(path: Path, key: str, num_images: int) -> bool:
     """Whether a shard of this extraction is there. Raises StoreError where another one's, or a damaged one, is."""
     if not path.is_file():
         return False
-    try:
-        with safe_open(path, framework="numpy") as file:
-            found, rows = (file.metadata() or {}).get("key"), file.get_slice("descriptors").get_shape()[0]
-    except (SafetensorError, OSError) as error:
-        raise StoreError(f"feature shard {path} is damaged ({error}); remove it and it is made again") from error
+    with (
+        reading(f"feature shard {path}", f"{_WHOLE}; remove it and it is made again", StoreError),
+        safe_open(path, framework="numpy") as file,
+    ):
+        found, rows = (file.metadata() or {}).get("key"), file.get_slice("descriptors").get_shape()[0]
     if found != key or rows != num_images:
         raise StoreError(f"feature shard {path} is of other weights, preprocessing or images; remove it")
     return True
@@ -123,7 +123,7 @@ class StoredFeatures:
     def __init__(self, folder: Path, bounds: list[tuple[int, int]]) -> None:
         self.folder, self.bounds = folder, bounds
         self.starts = np.array([first for first, _ in bounds], dtype=np.int64)
-        self.shards = [_map_shard(shard_path(folder, number)) for number in range(len(bounds))]
+        self.shards = [_map_shard(shard_path(folder, n), stop - first) for n, (first, stop) in enumerate(bounds)]
 
     def __len__(self) -> int:
         return self.bounds[-1][1] if self.bounds else 0
@@ -210,17 +210,37 @@ class StoredFeatures:
         )
 
 
-def _map_shard(path: Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors file as read-only memory maps."""
+def _map_shard(path: Path, num_images: int) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file as read-only memory maps; their shapes agree with each other and the images."""
     if not is_seen(path):
         raise StoreError(f"feature shard {path} is not there; do all nodes see the folder of --features?")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    file_X = np.asarray(np.memmap(path, np.uint8, "r"))  # one map a file: a process may hold some 65,000
-    arrays = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, stop = (8 + length + offset for offset in entry["data_offsets"])
-            arrays[name] = file_X[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    with reading(f"feature shard {path}", f"{_WHOLE}; remove it and it is made again", StoreError):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        file_X = np.asarray(np.memmap(path, np.uint8, "r"))  # one map a file: a process may hold some 65,000
+        arrays = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = (8 + length + offset for offset in entry["data_offsets"])
+                arrays[name] = file_X[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        _check_shapes(arrays, num_images)
     return arrays
+
+
+def _check_shapes(arrays: dict[str, NDArray[Any]], num_images: int) -> None:
+    """Raises ValueError or KeyError unless the arrays are those of a shard of `num_images`."""
+    if arrays["descriptors"].ndim != 2 or len(arrays["descriptors"]) != num_images:
+        raise ValueError(f"descriptors of shape {arrays['descriptors'].shape} for {num_images} images")
+    if "codes" not in arrays:
+        return
+    count = arrays["count"]
+    if count.shape != (num_images,) or count.dtype != np.int64 or (count < 0).any():
+        raise ValueError(f"patch counts of shape {count.shape} for {num_images} images, or below 0")
+    patches, channels = int(count.sum()), arrays["codes"].shape[-1]
+    expected = {"codes": (patches, channels), "scale": (patches,), "cell": (patches, 2), "saliency": (patches,)}
+    for name, shape in expected.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name} of shape {arrays[name].shape}, expected {shape}")

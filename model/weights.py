@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+from configs.reading import reading
 from model.dinov2 import SIZES, DinoViT
 from model.materialise import materialise
 
@@ -63,17 +63,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights file {path} does not exist")
-    try:
+    with reading(f"weights file {path}", "a file of tensors that can be read", WeightsError):
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise WeightsError(f"weights file {path} cannot be read: {_reason(error)}") from error
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"weights file {path} holds more than tensors, which is refused: save a state_dict"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            raise WeightsError(
+                f"weights file {path} holds more than tensors, which is refused: save a state_dict"
+            ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise WeightsError(f"weights file {path} is not a state_dict: expected a flat mapping of keys to tensors")
     return state
 
@@ -93,7 +94,8 @@ def backbone_weights(vit: DinoViT, path: Path, state: dict[str, torch.Tensor]) -
         have, want = ("has", "without") if has_registers else ("has no", "with")
         raise WeightsError(f"weights file {path} {have} register tokens; the model is one {want} them")
     state.setdefault("mask_token", torch.zeros(0))  # marks DINOv2's layout for timm's converter, which drops it
-    converted = checkpoint_filter_fn(state, vit)
+    with reading(f"weights file {path}", "weights of a DINOv2 backbone", WeightsError):
+        converted = checkpoint_filter_fn(state, vit)
     expected = vit.state_dict()
     missing = sorted(expected.keys() - converted.keys())
     unexpected = sorted(converted.keys() - expected.keys())
@@ -131,7 +133,7 @@ def facebook_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def infer_backbone(path: Path) -> str:
     """The backbone name that a weights file is for, from its width and its register tokens."""
     state = read_weights(path)
-    width = state["cls_token"].shape[-1] if "cls_token" in state else 0
+    width = state["cls_token"].shape[-1] if "cls_token" in state and state["cls_token"].ndim else 0
     sizes = {channels: name for name, (channels, _, _) in SIZES.items()}
     if width not in sizes:
         raise WeightsError(f"weights file {path} is no DINOv2 backbone: expected a cls_token of 384 to 1536 channels")

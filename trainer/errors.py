@@ -19,7 +19,7 @@ OTHERS_WAIT_S = 3.0
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "Unable to allocate")
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-LONGEST_LINE, MOST_LINES = 4000, 40
+LONGEST_LINE, MOST_LINES = 2000, 40
 
 
 class TrainingError(RuntimeError):
@@ -48,7 +48,7 @@ def one_line_errors(*extra: type[Exception], folder: Path | None = None) -> Iter
             time.sleep(OTHERS_WAIT_S)
         prefix = f"rerankvpr: rank {rank}: " if rank and world > 1 else "rerankvpr: "
         expected = isinstance(error, (*USER_ERRORS, *extra))
-        for line in _lines(error) if expected else [_unexpected(error, folder, rank)]:
+        for line in lines_of(error) if expected else [_unexpected(error, folder, rank)]:
             print(prefix + line, file=sys.stderr, flush=True)
         if os.environ.get("RERANKVPR_TRACEBACK"):
             traceback.print_exc()
@@ -66,12 +66,20 @@ def leave(status: int) -> None:
     os._exit(status) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(status)
 
 
-def _lines(error: Exception) -> list[str]:
+def lines_of(error: Exception) -> list[str]:
+    """What a user reads of an error: bounded lines, one a fault."""
     if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
         return [f"{error.strerror}: stdout, or a file that was being written, is not whole"]
     lines = str(error).splitlines() or [type(error).__name__]
     more = [f"and {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else []
-    return [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in lines[:MOST_LINES]] + more
+    return [_middle_out(line) for line in lines[:MOST_LINES]] + more
+
+
+def _middle_out(line: str) -> str:
+    """A line of bounded length: what is wrong and what would be right stand at its ends."""
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
 
 
 def _unexpected(error: Exception, folder: Path | None, rank: int) -> str:

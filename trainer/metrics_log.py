@@ -142,7 +142,7 @@ def read_records(path: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[s
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

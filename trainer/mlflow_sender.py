@@ -281,9 +281,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     """What `metrics.sent` of an output folder says: uri, run_id, offset; empty where it is missing or damaged."""
     try:
         state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return state if isinstance(state, dict) and {"uri", "run_id", "offset"} <= state.keys() else {}
+    kinds = {"uri": str, "run_id": (str, type(None)), "offset": int}
+    whole = isinstance(state, dict) and all(isinstance(state.get(key, kinds), kind) for key, kind in kinds.items())
+    return state if whole and state["offset"] >= 0 else {}
 
 
 def run_of(checkpoint: Path) -> str | None:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from configs.reading import reading, shown
 from data_pipeline.listing import PlaceListing, build_listing
 
 _NEEDED = ("path", "place")
@@ -35,10 +36,17 @@ def read_manifest(path: Path, *, root: Path | None = None, min_images_per_place:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a CSV or Parquet table with the columns path and place")
-    table = _read(path)
+    with reading(path, "a table of places"):
+        return _listing(path, _read(path), root or path.parent, min_images_per_place)
+
+
+def _listing(path: Path, table: pa.Table, root: Path, min_images_per_place: int) -> PlaceListing:
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}: the column {shown(twice[0])} is there twice")
     for column in _NEEDED:
         if column not in table.column_names:
-            raise ValueError(f"{path}: no column {column}; found {', '.join(table.column_names)}")
+            raise ValueError(f"{path}: no column {column}; found {shown(', '.join(table.column_names))}")
         kind = table.schema.field(column).type
         if pa.types.is_nested(kind):
             raise ValueError(f"{path}: column {column} is {kind}; expected text or numbers")
@@ -65,15 +73,13 @@ def read_manifest(path: Path, *, root: Path | None = None, min_images_per_place:
         _check_between(columns[name], least, most, path, name)
     columns["csv"] = pa.repeat(path.name, len(table))
     columns["row"] = pa.array(np.arange(len(table)) + 2)
-    return build_listing(
-        root or path.parent, pa.table(columns), min_images_per_place=min_images_per_place, names_say_all=False
-    )
+    return build_listing(root, pa.table(columns), min_images_per_place=min_images_per_place, names_say_all=False)
 
 
 def _read(path: Path) -> pa.Table:
     try:
         if path.suffix == ".parquet":
-            return pq.read_table(path)
+            return pq.read_table(pa.BufferReader(path.read_bytes()))
         text = dict.fromkeys(("path", "place", "city", "panoid"), pa.string())
         table = pa.csv.read_csv(
             path, convert_options=pa.csv.ConvertOptions(column_types=text, null_values=[""], strings_can_be_null=True)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from configs.reading import reading
 from data_pipeline.listing import PlaceListing, build_listing
 from data_pipeline.sources.cells import Grid, place_of_images
 
@@ -97,7 +98,9 @@ def _read_csv(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; MSLS' training folders have it")
     options = pa.csv.ConvertOptions(include_columns=list(types), column_types=types)
-    try:
-        return pa.csv.read_csv(path, convert_options=options)
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        raise ValueError(f"{path}: not usable ({str(error).splitlines()[0]})") from error
+    with reading(path, f"a CSV with the columns {', '.join(types)}"):
+        table = pa.csv.read_csv(path, convert_options=options)
+        table.validate(full=True)  # text is UTF-8
+        if table["key"].null_count:
+            raise ValueError(f"{path}: a row without a key")
+        return table

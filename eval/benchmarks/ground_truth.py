@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,7 +11,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.reading import reading, shown
+
 EARTH_RADIUS_M = 6_371_008.8
+MAX_NAME_BYTES = 1024
+FARTHEST_M = 1e10  # from an origin: beyond any map, also of cities that are told apart by 1e9 m
 
 _ARRAYS_ALONE = {
     ("numpy", "ndarray"),
@@ -44,17 +49,44 @@ def read_array(path: Path) -> NDArray[Any]:
 
     Raises GroundTruthError naming the file where it is missing, damaged or holds anything else.
     """
-    try:
-        with path.open("rb") as file:
+    if not path.is_file():
+        raise GroundTruthError(f"ground truth {path} does not exist")
+    with reading(f"ground truth {path}", "a whole .npy file", GroundTruthError), path.open("rb") as file:
+        try:
             array: NDArray[Any] = _read_npy(file)
-            return array
-    except FileNotFoundError as error:
-        raise GroundTruthError(f"ground truth {path} does not exist") from error
-    except pickle.UnpicklingError as error:
-        raise GroundTruthError(f"ground truth {path} holds more than arrays, which is refused: {error}") from error
-    except (ValueError, EOFError, TypeError, AttributeError, ImportError, IndexError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "cut off"
-        raise GroundTruthError(f"ground truth {path} is no whole .npy file ({reason})") from error
+        except pickle.UnpicklingError as error:
+            raise GroundTruthError(f"ground truth {path} holds more than arrays, which is refused: {error}") from error
+        return array
+
+
+def read_names(path: Path) -> list[str]:
+    """The file names in a `.npy` array. Raises GroundTruthError where it holds anything else, or no names of files."""
+    names = read_array(path)
+    with reading(f"ground truth {path}", "a list of file names", GroundTruthError):
+        if names.dtype.kind == "U" and names.size:
+            points = np.ascontiguousarray(names.astype(names.dtype.newbyteorder("="))).view(np.uint32)
+            if points.max() > sys.maxunicode:
+                raise ValueError("a character beyond Unicode")
+        texts = [str(name) for name in names.ravel()]
+        for number, text in enumerate(texts):
+            check_name(text, f"ground truth {path}, entry {number}")
+        return texts
+
+
+def read_lines(path: Path, *, words: bool = True) -> list[str]:
+    """The names of files in a text file: its words, or its lines. Raises GroundTruthError where it is no such list."""
+    with reading(path, "a list of file names in UTF-8", GroundTruthError):
+        text = path.read_text(encoding="utf-8")
+        names = text.split() if words else [line.strip() for line in text.splitlines() if line.strip()]
+        for number, name in enumerate(names):
+            check_name(name, f"{path}, name {number}")
+        return names
+
+
+def check_name(name: str, where: str) -> None:
+    """Raises GroundTruthError, saying `where`, for a text that no file can be called."""
+    if not name or "\0" in name or len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
+        raise GroundTruthError(f"{where}: {shown(name)!r} cannot be the name of a file")
 
 
 def _read_npy(file: BinaryIO) -> NDArray[Any]:
@@ -75,15 +107,25 @@ def _read_npy(file: BinaryIO) -> NDArray[Any]:
 def read_positives(path: Path) -> list[NDArray[np.int64]]:
     """Database numbers of each query from VPR-Bench's rows [query, [numbers]] or gsv-cities' rows of numbers."""
     rows = read_array(path)
-    if rows.ndim == 2 and rows.dtype == object:  # VPR-Bench
-        numbers = [int(row[0]) for row in rows]
-        if numbers != list(range(len(rows))):
-            raise GroundTruthError(f"ground truth {path}: rows are not numbered 0 to {len(rows) - 1} in order")
-        rows = rows[:, 1]
-    try:
+    with reading(f"ground truth {path}", "lists of database numbers", GroundTruthError):
+        if rows.ndim == 2 and rows.dtype == object:  # VPR-Bench
+            numbers = [int(row[0]) for row in rows]
+            if numbers != list(range(len(rows))):
+                raise GroundTruthError(f"ground truth {path}: rows are not numbered 0 to {len(rows) - 1} in order")
+            rows = rows[:, 1]
         return [np.unique(np.asarray(row, dtype=np.int64).ravel()) for row in rows]
-    except (ValueError, TypeError) as error:
-        raise GroundTruthError(f"ground truth {path}: expected lists of database numbers ({error})") from error
+
+
+def check_numbers(values: NDArray[np.float64], source: Path, what: str) -> NDArray[np.float64]:
+    """Positions [N, 2], all finite. Raises GroundTruthError naming file and row (from 0) of the first that is not."""
+    if values.ndim != 2 or values.shape[1] != 2:
+        raise GroundTruthError(f"ground truth {source}: {what} has shape {values.shape}; expected two numbers a row")
+    wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(wrong):
+        raise GroundTruthError(
+            f"ground truth {source}: {what}, row {wrong[0]}: {values[wrong[0]].tolist()} is no position"
+        )
+    return values
 
 
 def clip_to(

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.reading import reading, shown
 from eval.benchmarks.benchmark import RADIUS_M, Benchmark, BenchmarkError, make_benchmark
-from eval.benchmarks.ground_truth import GroundTruthError, clip_to, read_array, read_positives, within_radius
+from eval.benchmarks.ground_truth import (
+    FARTHEST_M,
+    GroundTruthError,
+    check_name,
+    check_numbers,
+    clip_to,
+    read_array,
+    read_lines,
+    read_names,
+    read_positives,
+    within_radius,
+)
+from eval.benchmarks.matlab import read_db_struct
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
@@ -22,7 +35,7 @@ def images_in(folder: Path, *, deep: bool = False) -> list[Path]:
     """
     listing = folder.with_name(f"{folder.name}_images_paths.txt")
     if listing.is_file():
-        names = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
+        names = read_lines(listing, words=False)
         paths = sorted(folder.parent / name if name.startswith(f"{folder.name}/") else folder / name for name in names)
     else:
         found = folder.rglob("*") if deep else folder.glob("*")
@@ -93,11 +106,12 @@ def gsv_lists(name: str, folder: Path, stem: str, protocol: str, *, unleak: bool
     """
     lists = {part: folder / f"{stem}_{part}.npy" for part in ("dbImages", "qImages", "qIdx", "pIdx", "gt")}
     notes: list[str] = []
-    database = [folder / str(image) for image in read_array(lists["dbImages"])]
-    queries = [folder / str(image) for image in read_array(lists["qImages"])]
+    database = [folder / image for image in read_names(lists["dbImages"])]
+    queries = [folder / image for image in read_names(lists["qImages"])]
     if lists["qIdx"].is_file():
         positives, source = read_positives(lists["pIdx"]), lists["pIdx"]
-        chosen = read_array(lists["qIdx"]).astype(np.int64)
+        with reading(f"ground truth {lists['qIdx']}", "numbers of queries", GroundTruthError):
+            chosen = read_array(lists["qIdx"]).astype(np.int64).reshape(-1)
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(queries):
             raise GroundTruthError(f"{lists['qIdx']} picks query {int(chosen.max())} of {len(queries)}")
         if len(chosen) != len(queries):
@@ -130,39 +144,28 @@ def _without_leaks(
 
 def netvlad_mat(name: str, folder: Path, stem: str) -> Benchmark:
     """NetVLAD's `datasets/<stem>.mat` (dbStruct: image names and UTM metres [2, N]) beside the images."""
-    from scipy.io import loadmat  # type: ignore[import-untyped]
-    from scipy.io.matlab import MatReadError  # type: ignore[import-untyped]
-
     source = folder / "datasets" / f"{stem}.mat"
-    try:
-        content = loadmat(source, struct_as_record=False, squeeze_me=True)
-        table: Any = content["dbStruct"]
-        names = {part: [str(x) for x in np.atleast_1d(getattr(table, f"{part}Image"))] for part in ("db", "q")}
-        utm = {part: np.atleast_2d(np.asarray(getattr(table, f"utm{part.capitalize()}"), float)) for part in names}
-    except (MatReadError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise GroundTruthError(
-            f"ground truth {source}: expected dbStruct with dbImage, qImage, utmDb, utmQ ({error})"
-        ) from error
-    utm = {part: xy.T if xy.shape[0] == 2 else xy for part, xy in utm.items()}
-    radius_m = float(getattr(table, "posDistThr", RADIUS_M))
-    return _placed(name, folder, source, names, utm, radius_m)
+    table = read_db_struct(source)
+    return _placed(name, folder, source, table.names, table.utm, table.radius_m or RADIUS_M)
 
 
 def patch_netvlad(name: str, folder: Path, stem: str) -> Benchmark:
     """Patch-NetVLAD's `<stem>.npz` (utmQ, utmDb, posDistThr) with its two lists of image names."""
     source = folder / f"{stem}.npz"
-    try:
-        with np.load(source, allow_pickle=False) as table:
-            utm = {"db": table["utmDb"].astype(float), "q": table["utmQ"].astype(float)}
-            radius_m = float(table["posDistThr"])
-    except (OSError, ValueError, KeyError) as error:
-        raise GroundTruthError(f"ground truth {source}: expected utmQ, utmDb and posDistThr ({error})") from error
+    if not source.is_file():
+        raise FileNotFoundError(f"ground truth {source} does not exist")
+    with (
+        reading(f"ground truth {source}", "an .npz file with utmQ, utmDb and posDistThr", GroundTruthError),
+        np.load(source, allow_pickle=False) as table,
+    ):
+        utm = {"db": table["utmDb"].astype(float), "q": table["utmQ"].astype(float)}
+        radius_m = float(table["posDistThr"])
     base = stem.removesuffix("_test")
     lists = {"db": folder / f"{base}_imageNames_index.txt", "q": folder / f"{base}_imageNames_query.txt"}
     for listing in lists.values():
         if not listing.is_file():
             raise FileNotFoundError(f"{source} needs the list of image names {listing.name} beside it")
-    names = {part: listing.read_text().split() for part, listing in lists.items()}
+    names = {part: read_lines(listing) for part, listing in lists.items()}
     return _placed(name, folder, source, names, utm, radius_m)
 
 
@@ -181,7 +184,14 @@ def _placed(
     radius_m: float,
 ) -> Benchmark:
     paths = {}
+    if not 0 < radius_m <= FARTHEST_M:
+        raise GroundTruthError(f"ground truth {source}: posDistThr is {radius_m} m; expected a positive number")
     for part, listed in names.items():
+        check_numbers(utm[part], source, f"positions ({part})")
+        if not listed:
+            raise GroundTruthError(f"ground truth {source}: no image names ({part})")
+        for number, image in enumerate(listed):
+            check_name(image, f"ground truth {source}, image {number} ({part})")
         if len(listed) != len(utm[part]):
             raise GroundTruthError(f"{source}: {len(listed)} image names, {len(utm[part])} positions ({part})")
         resolve = _resolver(folder, listed[0], _ROOTS[part], source)
@@ -226,25 +236,41 @@ def manifest(name: str, file: Path, radius_m: float = RADIUS_M) -> Benchmark:
 
     if not file.is_file():
         raise FileNotFoundError(f"manifest {file} does not exist")
-    try:
-        table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype={"place": str})
-    except (ValueError, OSError) as error:  # pandas' and arrow's own errors are ValueErrors
-        raise BenchmarkError(f"manifest {file} is no readable table ({str(error).splitlines()[0]})") from error
+    with reading(f"manifest {file}", "a readable table", BenchmarkError):
+        if file.suffix == ".parquet":
+            table = pd.read_parquet(io.BytesIO(file.read_bytes()))
+        else:
+            table = pd.read_csv(file, dtype={"place": str, "path": str, "role": str}, index_col=False)
+        table = table.reset_index(drop=True)
+        for column in {"path", "role", "place"} & set(table.columns):
+            table[column] = [None if pd.isna(value) else str(value) for value in table[column]]
+        twice = table.columns[table.columns.duplicated()]
+    if len(twice):
+        raise BenchmarkError(f"manifest {file} has the column {shown(twice[0])} twice")
     keys = next((k for k in (["east", "north"], ["lat", "lon"], ["place"]) if set(k) <= set(table.columns)), None)
     if keys is None or not {"path", "role"} <= set(table.columns):
         raise BenchmarkError(
-            f"manifest {file} has the columns {', '.join(map(str, table.columns))}; expected path, role and one of "
-            "place / lat, lon / east, north"
+            f"manifest {file} has the columns {shown(', '.join(map(str, table.columns)))}; expected path, role and one "
+            "of place / lat, lon / east, north"
         )
-    wrong = table.index[~table["role"].isin(["database", "query"])]
+    roles = table["role"].astype(str)
+    wrong = table.index[~roles.isin(["database", "query"])]
     if len(wrong):
         row = int(wrong[0])
-        raise BenchmarkError(f"manifest {file}, row {row + 2}: role {table['role'][row]!r}; use database or query")
-    for column in keys:
-        values = table[column] if column == "place" else pd.to_numeric(table[column], errors="coerce")
-        if values.isna().any():
-            row = int(values.index[values.isna()][0])
-            raise BenchmarkError(f"manifest {file}, row {row + 2}: {column} is empty or no number")
+        raise BenchmarkError(f"manifest {file}, row {row + 2}: role {shown(roles[row])!r}; use database or query")
+    for column in ("path", *keys):
+        if column in ("path", "place"):
+            bad = table[column].isna()
+        else:
+            with reading(f"manifest {file}", f"numbers in column {column}", BenchmarkError):
+                table[column] = pd.to_numeric(table[column], errors="coerce").astype(float)
+            bad = ~(table[column].abs() <= FARTHEST_M)
+        if bad.any():
+            row = int(table.index[bad][0])
+            raise BenchmarkError(f"manifest {file}, row {row + 2}: {column} is empty or no number on a map")
+    for row, text in enumerate(table["path"]):
+        check_name(text, f"manifest {file}, row {row + 2}")
+    table["role"] = roles
     parts = {role: table[table["role"] == role] for role in ("database", "query")}
     if any(part.empty for part in parts.values()):
         empty = next(role for role, part in parts.items() if part.empty)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from configs.reading import reading, shown
 from eval.benchmarks.benchmark import RADIUS_M, Benchmark, BenchmarkError, make_benchmark
-from eval.benchmarks.ground_truth import within_radius
+from eval.benchmarks.ground_truth import check_name, check_numbers, within_radius
 from eval.benchmarks.layouts import existing, gsv_lists
 
 CITIES = ("cph", "sf")
@@ -47,17 +49,26 @@ def _side(root: Path, side: str) -> tuple[list[Path], np.ndarray, int]:
             file = root / city / side / f"{table}.csv"
             if not file.is_file():
                 raise FileNotFoundError(f"MSLS table {file} does not exist")
-            try:
-                tables[table] = pd.read_csv(file, usecols=columns)
-            except ValueError as error:
-                raise BenchmarkError(f"MSLS table {file}: expected the columns {', '.join(columns)}") from error
-        rows = tables["postprocessed"].merge(tables["raw"], on="key", validate="one_to_one")
+            with reading(f"MSLS table {file}", f"a CSV with the columns {', '.join(columns)}", BenchmarkError):
+                tables[table] = pd.read_csv(file, usecols=columns, dtype={"key": str, "pano": str}, index_col=False)
+                _check_keys(tables[table]["key"], file)
+        rows = tables["postprocessed"].merge(tables["raw"], on="key")
         if len(rows) != len(tables["postprocessed"]):
             raise BenchmarkError(f"MSLS tables of {root / city / side}: postprocessed.csv and raw.csv differ in keys")
-        flat = ~rows["pano"].astype(str).str.lower().eq("true")
+        flat = ~rows["pano"].str.lower().eq("true")
         panoramas += int((~flat).sum())
         rows = rows[flat]
         paths += [root / city / side / "images" / f"{key}.jpg" for key in rows["key"]]
-        at = rows[["easting", "northing"]].to_numpy(dtype=np.float64)
+        file = root / city / side / "postprocessed.csv"
+        with reading(f"MSLS table {file}", "numbers in easting and northing", BenchmarkError):
+            at = check_numbers(rows[["easting", "northing"]].to_numpy(dtype=np.float64), file, "easting, northing")
         utm.append(at + np.array([1e9 * number, 0.0]))  # the two cities' zones must not meet
     return existing(paths, root), np.concatenate(utm), panoramas
+
+
+def _check_keys(keys: Any, file: Path) -> None:
+    """Raises BenchmarkError for a key that is missing, twice there, or that no file can be called."""
+    for row in keys.index[keys.isna() | keys.duplicated()]:
+        raise BenchmarkError(f"MSLS table {file} row {row + 2}: key {shown(keys[row])} is empty, or there twice")
+    for row, key in enumerate(keys):
+        check_name(key, f"MSLS table {file} row {row + 2}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs.names import nearest
 from eval.benchmarks.benchmark import Benchmark, BenchmarkError, make_benchmark
-from eval.benchmarks.ground_truth import clip_to, frames_within, read_positives
+from eval.benchmarks.ground_truth import clip_to, frames_within, read_lines, read_positives
 from eval.benchmarks.layouts import existing, images_in, vpr_bench
 
 GARDENS_TRAVERSES = ("day_left", "day_right", "night_right")
@@ -89,7 +89,7 @@ def nordland_seasons(name: str, folder: Path) -> Benchmark:
     """
     parts = {season: images_in(folder / season) for season in ("summer", "winter")}
     if (listing := folder / "cleanImageNames.txt").is_file():
-        wanted = listing.read_text().split()
+        wanted = read_lines(listing)
         parts = {season: existing([folder / season / image for image in wanted], listing) for season in parts}
     names = [[path.stem for path in paths] for paths in parts.values()]
     if names[0] != names[1]:
