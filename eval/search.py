@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from configs.ranks import on_all_ranks
+from configs.reading import shown
 
 MARGIN = 16  # rows fetched past k at first
 BLOCK_BYTES = 64 << 20
@@ -79,13 +81,15 @@ def search_approximately(
     ids_Qk = np.full((num_queries, k), -1, dtype=np.int64)
     if not num_queries or not len(rows_ND):
         return scores_Qk, ids_Qk
+    _check_strings(factory, params)
     try:
         index = faiss.index_factory(rows_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        _quiet(index)
         index.train(rows_ND)
         if params:
             faiss.ParameterSpace().set_index_parameters(index, params)  # type: ignore[arg-type]
         index.add(rows_ND)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, MemoryError) as error:
         asked = f"eval.faiss_index {factory!r} (faiss_params {params!r}) over {len(rows_ND)} x {rows_ND.shape[1]}"
         raise ValueError(f"{asked}: {_reason(error)}") from error
     find = _on_gpu(index, rows_ND.nbytes, index.search)
@@ -161,8 +165,39 @@ def _warn(reason: str) -> None:
     warnings.warn(f"rank {dist.get_rank()} searches on the CPU: {reason}", RuntimeWarning, stacklevel=3)
 
 
-def _reason(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+def _reason(error: Exception) -> str:
+    """What FAISS says, without the C++ around it: signature, source line and failed expression."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^Error in .*? at \S+:\d+: ", "", text)
+    text = re.sub(r"^Error: ?", "", text)
+    return re.sub(r"^'.*?' failed:? ?", "", text)[:300] or text[:300]
+
+
+def _check_strings(factory: str, params: str) -> None:
+    """Raises ValueError for strings that FAISS would end the process on, or not understand."""
+    if not re.fullmatch(r"[\w,.()\[\]:+-]+", factory, re.ASCII) or re.search(r"(?<![\d.])0+(?![\d.])|\d{9}", factory):
+        raise ValueError(f"eval.faiss_index {shown(factory)!r}: expected such as IVF1024,Flat, IVF1024,PQ64 or HNSW32")
+    for one in filter(None, params.split(",")):
+        if not re.fullmatch(r"\w+=0*[1-9]\d{0,8}", one, re.ASCII):
+            raise ValueError(
+                f"eval.faiss_params {shown(one)!r}: expected NAME=NUMBER, such as nprobe=32 or efSearch=64"
+            )
+
+
+def _quiet(index: faiss.Index) -> None:
+    """Keeps FAISS from a warning for each clustering of few points: hundreds; `index_agreement` says what it costs."""
+    parts = [index, faiss.try_extract_index_ivf(index)]
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            transform = faiss.downcast_VectorTransform(index.chain.at(number))
+            if isinstance(transform, faiss.OPQMatrix):
+                transform.pq = faiss.ProductQuantizer(transform.d_out, transform.M, 8)
+                parts.append(transform)
+        parts.append(faiss.downcast_index(index.index))
+    for part in [*parts, *(getattr(one, "pq", None) for one in parts)]:
+        clustering = getattr(part, "cp", None)
+        if clustering is not None:
+            clustering.min_points_per_centroid = 1
 
 
 def _best(

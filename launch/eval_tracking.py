@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import re
 import tempfile
 import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from eval.evaluate import Result
 from eval.report.tables import write_csv, write_results
-
-_NOT_IN_NAMES = re.compile(r"[^\w./ -]")  # what MLflow refuses in a metric's name
+from trainer.mlflow_store import DeletedError, active_experiment, check_active, metric_name, quiet_mlflow
 
 
 def log_evaluation(
@@ -36,6 +33,9 @@ def log_evaluation(
     """
     try:
         return _log(uri, experiment, results, model, params, out, parent, console)
+    except DeletedError as error:
+        console.print(f"[yellow]{escape(str(error))}; this evaluation is not in it", soft_wrap=True)
+        return None
     except Exception as error:  # noqa: BLE001 - whatever the store raises, an evaluation must not end of it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         console.print(f"[yellow]MLflow does not answer ({reason}); this evaluation is not in it", soft_wrap=True)
@@ -52,11 +52,7 @@ def _log(
     parent: str | None,
     console: Console,
 ) -> str:
-    # A server that is down costs seconds, not the minutes of MLflow's own retries.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_mlflow(retries=2)
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
@@ -68,13 +64,12 @@ def _log(
     else:
         if parent:
             console.print("MLflow: the training's run is not in this store; the evaluation gets a run of its own")
-        found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+        experiment_id = active_experiment(client, experiment)
     run: str = client.create_run(experiment_id, run_name=f"eval {model}", tags=tags).info.run_id
     texts = {"model": model} | {name: json.dumps(value, default=str) for name, value in params.items()}
     now = int(time.time() * 1000)
     metrics = [
-        Metric(f"eval/{_NOT_IN_NAMES.sub('_', result.name)}/{name}", value, now, 0)
+        Metric(metric_name(f"eval/{result.name}/{name}"), value, now, 0)
         for result in results
         for name, value in result.metrics().items()
     ]
@@ -98,8 +93,10 @@ def _experiment_of(client: object, run: str) -> str | None:
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
     try:
-        return str(client.get_run(run).info.experiment_id)  # type: ignore[attr-defined]
+        found = client.get_run(run)  # type: ignore[attr-defined]
     except MlflowException as error:
         if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
             return None
         raise
+    check_active(client, found)
+    return str(found.info.experiment_id)

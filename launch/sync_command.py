@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
 
 def _sync(folder: Path, uri: str, console: Console) -> None:
     from trainer.mlflow_sender import Sender, first_line
+    from trainer.mlflow_store import DeletedError
 
     log = folder / metrics_log.NAME
     if is_open(log):
@@ -64,6 +65,8 @@ def _sync(folder: Path, uri: str, console: Console) -> None:
             while sender.send():
                 update(sender.offset, note=", ".join(f"{n:,} {what}" for what, n in sender.sent.items()))
         status = _status(sender, log)
+    except DeletedError as error:
+        raise ValueError(f"{folder}: {error}") from error
     except Exception as error:
         raise ValueError(
             f"{folder}: MLflow at {without_secrets(uri)} does not answer ({first_line(error)}); {sender.offset} of "

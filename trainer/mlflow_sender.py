@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -19,8 +17,10 @@ from typing import Any
 
 from configs.files import write_whole
 from configs.load import without_secrets
+from configs.reading import reading
 from trainer import metrics_log
 from trainer.metrics_log import read_records
+from trainer.mlflow_store import active_experiment, check_active, metric_name, quiet_mlflow
 
 STATE = "metrics.sent"
 METRICS_A_CALL = 1000
@@ -31,17 +31,14 @@ REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 Record = dict[str, Any]
 
 
-def _quiet_mlflow() -> None:
-    """Bounds how long MLflow's client waits and keeps its logs to errors."""
-    # A server that is down costs seconds, not the minutes of MLflow's own retries: the sender has its own.
-    # It looks for a run before it asks again for one; the client would ask twice and might get two.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    import mlflow  # noqa: F401 - sets levels of its own
-
-    for name in ("alembic", "mlflow", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+# What an event's line must hold for it to be sent: a folder may come from someone else, or from a damaged disk.
+EVENTS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "start": {"training": str, "name": str, "experiment": str, "params": dict, "facts": dict, "time_ms": int},
+    "artifact": {"path": str},
+    "evaluation": {"name": str, "step": int, "params": dict, "metrics": dict, "time_ms": int},
+    "model": {"checkpoint": str, "register_as": str},
+    "end": {"status": str, "time_ms": int},
+}
 
 
 class Sender:
@@ -78,7 +75,8 @@ class Sender:
             raise
 
     def _connect(self) -> None:
-        _quiet_mlflow()
+        # It looks for a run before it asks again for one; the client would ask twice and might get two.
+        quiet_mlflow(retries=0)
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self.uri)
@@ -92,11 +90,13 @@ class Sender:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._experiment_id = self._client.get_run(run_id).info.experiment_id
+            run = self._client.get_run(run_id)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return False
             raise
+        check_active(self._client, run)
+        self._experiment_id = run.info.experiment_id
         return True
 
     def _send_next(self) -> bool:
@@ -151,7 +151,9 @@ class Sender:
 
     def _send_event(self, record: Record, offset: int) -> None:
         kind = record["event"]
-        if kind == "start":
+        if not is_whole_event(record):
+            self._say(f"{self.log}, byte {offset}: damaged, or of another version; passed over")
+        elif kind == "start":
             self._start(record)
         elif self.run_id is None:
             return  # before any start: not a run's
@@ -170,16 +172,18 @@ class Sender:
         """Finds the training's run or creates it, and brings its parameters and tags up to date."""
         from mlflow.entities import Param, RunTag
 
-        self._experiment_id = self._experiment(record["experiment"])
         if self.run_id is None and record.get("run_id") and self._exists(record["run_id"]):
             self.run_id = record["run_id"]
         if self.run_id is None:
             self.run_id = self._training_elsewhere(record["training"])
         if self.run_id is None:
+            self._experiment_id = active_experiment(self._client, record["experiment"])
             tags = {"mlflow.source.name": "rerankvpr train"}
             self.run_id = self._run(TRAINING_TAG, record["training"], record["name"], record["time_ms"], tags)
         self._keep_state()
         run = self._client.get_run(self.run_id)
+        check_active(self._client, run)
+        self._experiment_id = run.info.experiment_id  # a resume may name another
         if run.info.status != "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
         had, tags = run.data.params, dict(record["facts"])
@@ -189,19 +193,6 @@ class Sender:
             tags["mlflow.source.git.commit"] = tags["git.commit"]
         params = [Param(key, value) for key, value in record["params"].items() if key not in had]
         self._client.log_batch(self.run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()])
-
-    def _experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            try:
-                return str(self._client.create_experiment(name))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                found = self._client.get_experiment_by_name(name)  # another training was faster
-        return str(found.experiment_id)
 
     def _run(self, tag: str, value: str, name: str, time_ms: int, tags: dict[str, str]) -> str:
         """The run that carries a tag; created where there is none."""
@@ -238,7 +229,7 @@ class Sender:
         name, step, time_ms = f"{record['name']}, step {record['step']}", record["step"], record["time_ms"]
         tags = {"mlflow.parentRunId": str(self.run_id), "mlflow.source.name": "rerankvpr train"}
         run = self._run(EVENT_TAG, f"{self.run_id}:{offset}", name, time_ms, tags)
-        metrics = [Metric(key, value, time_ms, step) for key, value in record["metrics"].items()]
+        metrics = [Metric(metric_name(key), value, time_ms, step) for key, value in record["metrics"].items()]
         params = [Param(key, value) for key, value in record["params"].items()]
         self._client.log_batch(run, metrics=metrics, params=params)
         self._client.set_terminated(run, "FINISHED", end_time=time_ms)
@@ -274,7 +265,15 @@ def _metrics(record: Record) -> list[Any]:
     if not isinstance(step, int) or not isinstance(time_ms, int):
         return []
     values = {key: value for key, value in record.items() if key not in ("step", "time_ms")}
-    return [Metric(key, float(v), time_ms, step) for key, v in values.items() if isinstance(v, int | float)]
+    return [
+        Metric(metric_name(key), float(v), time_ms, step) for key, v in values.items() if isinstance(v, int | float)
+    ]
+
+
+def is_whole_event(record: Record) -> bool:
+    """Whether an event's line holds what sending it needs."""
+    wanted = EVENTS.get(record["event"]) if isinstance(record["event"], str) else None
+    return wanted is not None and all(isinstance(record.get(key), kind) for key, kind in wanted.items())
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -290,7 +289,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def run_of(checkpoint: Path) -> str | None:
     """The MLflow run of a checkpoint's training: by the checkpoint, else by its output folder; None if unknown."""
-    run_id = json.loads((checkpoint / "state.json").read_text()).get("mlflow_run_id")
+    file = checkpoint / "state.json"
+    with reading(file, "the state of a training"):
+        run_id = dict(json.loads(file.read_text()).items()).get("mlflow_run_id")
+        if not isinstance(run_id, str | None):
+            raise ValueError("mlflow_run_id is no text")
     return run_id or read_state(checkpoint.parent.parent).get("run_id")
 
 

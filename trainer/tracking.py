@@ -19,6 +19,7 @@ from configs.schema import Recipe
 from trainer import metrics_log
 from trainer.metrics_log import MetricsLog, read_records
 from trainer.mlflow_sender import Sender, first_line
+from trainer.mlflow_store import DeletedError
 from trainer.system_metrics import SystemMetrics
 
 SEND_EVERY_S = 5.0
@@ -170,7 +171,9 @@ class _SenderThread(threading.Thread):
                 sent = self.sender.send()
             except Exception as error:  # noqa: BLE001 - whatever the store raises, a training must not end of it
                 if not pause:
-                    self._say(f"MLflow does not answer ({first_line(error)}); metrics are kept in {self.sender.log}")
+                    deleted = isinstance(error, DeletedError)
+                    what = str(error) if deleted else f"MLflow does not answer ({first_line(error)})"
+                    self._say(f"{what}; metrics are kept in {self.sender.log}")
                 pause = min(LONGEST_PAUSE_S, 2 * pause or 1.0)
                 if finishing:
                     return

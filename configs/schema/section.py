@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 PATCH = 14
 
@@ -16,6 +18,34 @@ class Section(BaseModel):
     """Base of every section: unknown keys are refused and instances cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _home(cls, value: Any) -> Any:
+        return with_home(value)
+
+
+def with_home(value: Any) -> Any:
+    """A value whose paths that start with `~` start with the home folder instead, also within lists and mappings.
+
+    `folder:~/x` and `manifest:~/x` name paths too, and other texts that start with `~/` mean nothing else.
+    """
+    if isinstance(value, Path):
+        return Path(_expanded(str(value)))
+    if isinstance(value, str):
+        kind, colon, rest = value.partition(":")
+        if kind in ("folder", "manifest") and colon:
+            return f"{kind}:{_expanded(rest)}"
+        return _expanded(value)
+    if isinstance(value, list):
+        return [with_home(part) for part in value]
+    if isinstance(value, dict):
+        return {with_home(key): part for key, part in value.items()}
+    return value
+
+
+def _expanded(text: str) -> str:
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text  # noqa: PTH111 - keeps `//`
 
 
 def image_side(side: int) -> int:

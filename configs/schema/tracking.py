@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -12,7 +13,10 @@ from configs.schema.section import Section
 class TrackingConfig(Section):
     """MLflow."""
 
-    uri: str = Field("sqlite:///mlflow.db", description="MLflow store or server.")
+    uri: str = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db",
+        description="MLflow store or server; where neither recipe nor flag names one, MLFLOW_TRACKING_URI does.",
+    )
     experiment: str = Field("rerankvpr", description="MLflow experiment.")
     enabled: bool = Field(
         True, description="Send to MLflow; metrics.jsonl in the output folder has it anyway, for rerankvpr sync."
