@@ -2,18 +2,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-faults test-cluster gpu wheelhouse env lock licences audit wheel clean
+.PHONY: demo test check lint tests quick-tests test-faults test-cluster gpu wheelhouse env lock licences audit wheel clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
 	$(BIN)/rerankvpr demo
 
-# Lint, types, tests. RERANKVPR_TEST_DATA and RERANKVPR_TEST_WEIGHTS switch on the tests on real photographs.
+# Lint and types beside all tests, the ten slowest named. RERANKVPR_TEST_DATA and RERANKVPR_TEST_WEIGHTS switch on the
+# tests on real photographs.
 test: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs 2 lint tests
+
+# The inner loop: lint and types beside the tests that need one rank, no training and no server.
+check: $(READY)
+	@$(MAKE) --no-print-directory --jobs 2 lint quick-tests
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+tests: $(READY)
+	@$(BIN)/python -m pytest
+
+quick-tests: $(READY)
+	@$(BIN)/python -m pytest -m 'not slow'
 
 # Trainings killed at random moments, in full counts. Not part of `make test`.
 test-faults: $(READY)
@@ -61,7 +74,7 @@ else
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(VENV)/uv.lock
 endif
-	$(INSTALL) --require-hashes --build-constraints requirements.lock --requirements requirements.lock
+	$(INSTALL) --compile-bytecode --require-hashes --build-constraints requirements.lock --requirements requirements.lock
 	$(INSTALL) --no-deps --build-constraints requirements.lock --editable .
 	@touch $(READY)
 

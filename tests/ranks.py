@@ -126,10 +126,12 @@ def check_names(module: str) -> list[str]:
 
 
 def on_ranks(file: str, world_sizes: tuple[int, ...] = WORLD_SIZES) -> Callable[..., None]:
-    """A pytest test over all checks of `file` and `world_sizes`."""
+    """A pytest test over all checks of `file` and `world_sizes`; those of several ranks are marked `slow`."""
     module = ".".join(Path(file).resolve().relative_to(ROOT).with_suffix("").parts)
 
-    @pytest.mark.parametrize("world_size", world_sizes)
+    sizes = [pytest.param(size, marks=[pytest.mark.slow] if size > 1 else []) for size in world_sizes]
+
+    @pytest.mark.parametrize("world_size", sizes)
     @pytest.mark.parametrize("check", check_names(module))
     @pytest.mark.usefixtures("groups_of_ranks")
     def test(check: str, world_size: int) -> None:

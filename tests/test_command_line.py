@@ -119,6 +119,7 @@ def test_weights_of_another_size_name_the_keys(tmp_path: Path, capfd: pytest.Cap
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 def test_impossible_batches_are_refused_before_training(native: Path, tmp_path: Path) -> None:
     """P not divisible by the ranks, and fewer places than a batch: in real ranks, in one line, in one launch each."""
     assert cli.main(["shard", "gsv-cities", str(native), str(tmp_path / "set")]) == 0

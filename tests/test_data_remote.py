@@ -27,6 +27,8 @@ from tests.http_ranges import KillableServer, wait_for_port
 from tests.photos import write_gsv_cities
 from trainer.ports import free_port
 
+pytestmark = pytest.mark.slow
+
 CITIES = {"Aachen": {i: 4 + i % 3 for i in range(20)}, "Bergen": dict.fromkeys(range(21), 5)}
 
 

@@ -19,6 +19,8 @@ from model.weights import build_backbone
 from tests import forked
 from tests.test_eval_features import write_photos
 
+pytestmark = pytest.mark.slow
+
 
 def run(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     return forked.run(folder, "rerankvpr", "eval", *argv, environment={"COLUMNS": "160"})

@@ -209,6 +209,7 @@ SAME_AT_ANY_SIZE = (
 )
 
 
+@pytest.mark.slow
 def test_results_are_the_same_at_any_number_of_ranks(tmp_path: Path) -> None:
     """Groups of 1, 2 and 4 processes: ids and scores of the search bit by bit, re-ranked ids, recalls."""
     sizes = ((60, 40), (40, 60), (50, 50))
@@ -329,6 +330,7 @@ def check_a_photograph_that_cannot_be_read_ends_all_ranks_by_name() -> None:
         dist.barrier()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_s_extraction_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Kill -9 of one rank of two; what was finished is neither redone nor changed, the end equals an unbroken run's."""
     write_photos(tmp_path / "photos", 40)

@@ -21,6 +21,8 @@ from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.town.render import Town, render_town
 from tests.ranks import on_ranks, shared_folder
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden" / "town.json"
 STEPS = 30
 

@@ -10,6 +10,7 @@ from tests import ranks
 MODULE = "tests.faulty_checks"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("groups_of_ranks")
 def test_a_faulty_check_is_named_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "OTHERS_TIMEOUT_S", 2)

@@ -34,6 +34,8 @@ from trainer.mlflow_sender import Sender, read_state
 from trainer.provenance import provenance
 from trainer.tracking import Tracker
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKED_S = 0.1
 

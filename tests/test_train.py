@@ -37,6 +37,8 @@ from tests.training import (
 from trainer.checkpoint import checkpoint_weights
 from trainer.checkpoint_folder import find_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:

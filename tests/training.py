@@ -98,10 +98,10 @@ def kill_all(process: Process) -> None:
     process.wait()
 
 
-def finish(process: Process) -> str:
+def finish(process: Process, timeout: float = TIMEOUT_S) -> str:
     """What a training printed, once it has come to its end."""
     try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
+        output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         kill_all(process)
         raise
