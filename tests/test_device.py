@@ -20,7 +20,8 @@ import yaml
 from PIL import Image
 
 from configs.schema import EvalConfig, LossConfig, MemoryConfig, ModelConfig, RerankConfig
-from data_pipeline.images import decode, decode_on_gpu, empty_batch
+from data_pipeline.images import decode, empty_batch
+from data_pipeline.nvjpeg import decode_on_gpu
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.town.render import Town, render_town
