@@ -2,16 +2,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test check lint tests quick-tests test-faults test-cluster gpu wheelhouse env lock licences audit wheel clean
+.PHONY: demo test check lint quick-half quick-tests slow-tests test-faults test-cluster gpu wheelhouse env lock licences audit wheel clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
 	$(BIN)/rerankvpr demo
 
-# Lint and types beside all tests, the ten slowest named. RERANKVPR_TEST_DATA and RERANKVPR_TEST_WEIGHTS switch on the
-# tests on real photographs.
+# Lint, types and all tests; the quick half runs beside the slow one and is printed whole when it is done.
+# RERANKVPR_TEST_DATA and RERANKVPR_TEST_WEIGHTS switch on the tests on real photographs.
 test: $(READY)
-	@$(MAKE) --no-print-directory --jobs 2 lint tests
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going quick-half slow-tests
 
 # The inner loop: lint and types beside the tests that need one rank, no training and no server.
 check: $(READY)
@@ -22,11 +22,15 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-tests: $(READY)
-	@$(BIN)/python -m pytest
-
 quick-tests: $(READY)
 	@$(BIN)/python -m pytest -m 'not slow'
+
+slow-tests: $(READY)
+	@$(BIN)/python -m pytest -m slow
+
+quick-half: $(READY)
+	@$(MAKE) --no-print-directory --keep-going lint quick-tests > $(VENV)/quick-half.txt 2>&1; \
+	  status=$$?; cat $(VENV)/quick-half.txt; exit $$status
 
 # Trainings killed at random moments, in full counts. Not part of `make test`.
 test-faults: $(READY)
