@@ -7,6 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from configs.names import nearest
+from configs.reading import shown
 from configs.renamed import RENAMED
 from configs.schema import Recipe
 
@@ -20,8 +21,8 @@ def explain(error: ValidationError, root: type[BaseModel] = Recipe) -> list[str]
 
 
 def _explain_one(fault: dict[str, Any], root: type[BaseModel]) -> str:
-    loc = [str(part) for part in fault["loc"]]
-    key = ".".join(loc)
+    loc = [shown(part) for part in fault["loc"]]
+    key, given = ".".join(loc), shown(repr(fault["input"]))
     if fault["type"] == "extra_forbidden":
         if key in RENAMED:
             return f"{key} has another name: write {RENAMED[key]}"
@@ -29,12 +30,12 @@ def _explain_one(fault: dict[str, Any], root: type[BaseModel]) -> str:
         return f"unknown key {key}; {nearest(loc[-1], names, prefix=''.join(f'{p}.' for p in loc[:-1]))}"
     if fault["type"] == "literal_error":
         choices = [str(choice) for choice in get_args(_section(root, loc[:-1]).model_fields[loc[-1]].annotation)]
-        return f"{key}: {fault['input']!r} is not one of {', '.join(choices)}; {nearest(str(fault['input']), choices)}"
-    message = fault["msg"].removeprefix("Value error, ")
+        return f"{key}: {given} is not one of {', '.join(choices)}; {nearest(shown(fault['input']), choices)}"
+    message = shown(fault["msg"].removeprefix("Value error, "))
     message = message[0].lower() + message[1:]
     if fault["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, got {fault['input']!r}"
+    return f"{key}: {message}, got {given}"
 
 
 def _section(root: type[BaseModel], loc: list[str]) -> type[BaseModel]:

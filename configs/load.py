@@ -10,10 +10,12 @@ import yaml
 from pydantic import ValidationError
 
 from configs.explain import explain
+from configs.reading import reading, shown
 from configs.renamed import with_present_names
 from configs.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parent
+MOST_BYTES, MOST_VALUES, MOST_BRACKETS, DEEPEST = 1 << 20, 10_000, 1000, 20
 
 
 class RecipeError(ValueError):
@@ -38,13 +40,34 @@ def load_stored_recipe(file: Path) -> Recipe:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
+    with reading(file, "a recipe in YAML", RecipeError):
+        if file.stat().st_size > MOST_BYTES:
+            raise RecipeError(f"{file}: {file.stat().st_size} bytes are no recipe; expected at most {MOST_BYTES}")
+        text = file.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MOST_BRACKETS:  # nested, they cost the parser their square
+            raise RecipeError(f"{file}: more than {MOST_BRACKETS} brackets: no recipe")
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{file}: not valid YAML ({shown(' '.join(str(error).split()))})") from error
+        _check_extent(content, file)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise RecipeError(f"{file}: expected a mapping of sections such as `data:` and `model:`")
     return content
+
+
+def _check_extent(content: Any, file: Path) -> None:
+    """Raises RecipeError for a document of more values than any recipe has: aliases of aliases grow without bound."""
+    waiting, values = [(content, 0)], 0
+    while waiting:
+        part, depth = waiting.pop()
+        values += 1
+        if values > MOST_VALUES or depth > DEEPEST:
+            raise RecipeError(
+                f"{file}: more than {MOST_VALUES} values, or deeper than {DEEPEST}; no recipe is so large"
+            )
+        inner = part.values() if isinstance(part, dict) else part if isinstance(part, list | set | tuple) else ()
+        waiting += [(value, depth + 1) for value in inner]
 
 
 def _validated(content: dict[str, Any], file: Path) -> Recipe:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +31,24 @@ def reading(file: str | Path, expected: str, kind: type[ValueError] = ValueError
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
             raise
         raise kind(f"{file}: not {expected} ({reason(error)})") from error
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor of a regular file, for reading. Raises OSError for a pipe, device, socket or folder.
+
+    Opened without waiting: a pipe that nobody writes would hold its reader for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The bytes of a regular file; see `open_regular`."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
 
 
 def reason(error: BaseException) -> str:

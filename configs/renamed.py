@@ -17,6 +17,7 @@ def with_present_names(content: Mapping[str, Any], prefix: str = "") -> dict[str
     """A stored recipe with every renamed key under its present name, in the same section."""
     out: dict[str, Any] = {}
     for key, value in content.items():
-        name = RENAMED.get(prefix + key, prefix + key).rpartition(".")[2]
+        present = RENAMED.get(f"{prefix}{key}")
+        name = present.rpartition(".")[2] if present else key
         out[name] = with_present_names(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
     return out

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from configs.reading import reason
+from configs.reading import read_regular, reason
 
 JPEG = b"\xff\xd8"
 PILLOW_READS = ("PNG", "WEBP", "GIF")
@@ -99,7 +99,7 @@ def check_pixels(data: bytes) -> None:
 def read_image(path: Path, side: int) -> torch.Tensor:
     """The image file at `path` as uint8 [3, side, side]; see `decode_into`. Errors name the file."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         check_pixels(data)
         return decode(data, side)
     except ValueError as error:

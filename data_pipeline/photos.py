@@ -12,7 +12,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
-from configs.reading import reason
+from configs.reading import read_regular, reason
 from data_pipeline.images import check_pixels
 
 _READ_AHEAD = 64
@@ -48,12 +48,12 @@ def read_photo(path: Path, max_side: int | None = None, quality: int = 95) -> Ph
     100; others keep their bytes.
     """
     try:
-        if path.exists() and not path.is_file():
-            return "not a regular file"  # a pipe or a device would hang, or never end
-        jpeg = path.read_bytes()
+        jpeg = read_regular(path)
     except FileNotFoundError:
         return "missing"
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+    except ValueError as error:  # a name that no file can have
         return f"unreadable ({reason(error)})"
     if not jpeg:
         return "empty"

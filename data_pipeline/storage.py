@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
+from configs.reading import open_regular
 from data_pipeline.cache import RangeCache
 
 TRY_S, WHOLE_FILE_S = 60.0, 900.0  # after which a server that sends nothing more counts as failed
@@ -130,13 +131,16 @@ class RangeReader:
         system, path = self._system(url)
         if isinstance(system, AsyncFileSystem):
             timeout = TRY_S if length is not None else WHOLE_FILE_S
-            data: bytes = sync(system.loop, system._cat_file, path, start=start, end=end, timeout=timeout)
+            if url.startswith(("http://", "https://")) and start is not None and length is not None:
+                data: bytes = sync(system.loop, _http_range, system, path, start, length, timeout=timeout)
+            else:
+                data = sync(system.loop, system._cat_file, path, start=start, end=end, timeout=timeout)
         else:
             with self._lock:
                 data = system.cat_file(path, start=start, end=end)
         if length is not None and len(data) > length:
             raise _IgnoredRangeError(
-                f"asked for {length} bytes, got {len(data)}; the server must answer range requests"
+                f"asked for {length} bytes, got {len(data)} or more; the server must answer range requests"
             )
         if length is not None and len(data) < length:
             raise EOFError(f"{len(data)} bytes came, not {length}")
@@ -164,6 +168,22 @@ class RangeReader:
             self.on_retry(text)
 
 
+async def _http_range(system: Any, url: str, start: int, length: int) -> bytes:
+    """The bytes of a range; a server that sends more is left at the first byte too many."""
+    session = await system.set_session()
+    asked = {**system.kwargs}
+    asked["headers"] = {**asked.get("headers", {}), "Range": f"bytes={start}-{start + length - 1}"}
+    data = bytearray()
+    async with session.get(system.encode_url(url), **asked) as answer:
+        system._raise_not_found_for_status(answer, url)
+        async for chunk in answer.content.iter_chunked(1 << 18):
+            data += chunk
+            if len(data) > length:
+                answer.close()
+                break
+    return bytes(data)
+
+
 class _IgnoredRangeError(Exception):
     pass
 
@@ -174,6 +194,8 @@ class _MissingBackendError(Exception):
 
 def _is_final(error: Exception) -> bool:
     """Whether trying again cannot help."""
+    if type(error.__cause__).__module__ == "aiohttp.http_exceptions":  # a garbled answer, given status 400
+        return False
     status = getattr(error, "status", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in _BUSY
     return refused or isinstance(error, (PermissionError, _IgnoredRangeError, _MissingBackendError))
@@ -185,7 +207,7 @@ class _File:
     def __init__(self, path: str) -> None:
         self.descriptor = -1
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
+            self.descriptor = open_regular(path)
         except FileNotFoundError as error:
             hint = "the index names it, but it is not there; `rerankvpr verify` lists all that is missing"
             raise FileNotFoundError(f"{path}: {hint}") from error

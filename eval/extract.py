@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torchvision.transforms.v2 import functional as TF
 
 from configs.ranks import on_all_ranks
+from configs.reading import read_regular
 from configs.schema import PATCH, EvalConfig
 from data_pipeline.images import check_pixels, decode_rgb, normalise, read_image
 from eval.features import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
@@ -47,7 +48,7 @@ def load_image(path: Path, config: EvalConfig) -> torch.Tensor:
     if config.resize == "square":
         return read_image(path, config.image_size)
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         check_pixels(data)
         image = decode_rgb(data)
     except ValueError as error:

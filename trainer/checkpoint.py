@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from configs.load import load_stored_recipe, recipe_text
 from configs.ranks import from_rank_0
+from configs.reading import reading
 from configs.schema import Recipe
 from trainer.checkpoint_folder import CheckpointError, find_checkpoint, newest_valid
 from trainer.engine_state import StoredTensors, put_state, take_state
@@ -65,7 +66,8 @@ def load_checkpoint(checkpoint: Path, state: TrainingState, recipe: Recipe, data
     `dataset` is the digest of the shard sets. Raises CheckpointError if recipe or shards are not the checkpoint's.
     """
     engine, queue, drift = state.engine, state.queue, state.drift
-    progress = Progress(**json.loads((checkpoint / "state.json").read_text()))
+    with reading(checkpoint / "state.json", "the state of a training", CheckpointError):
+        progress = Progress(**json.loads((checkpoint / "state.json").read_text()))
     if progress.dataset != dataset:
         raise CheckpointError(
             f"{checkpoint} was trained on shards with digest {progress.dataset}, data.shards and data.mix now have "
@@ -121,4 +123,5 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def load_model_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """Puts a checkpoint's weights into a model built from its recipe."""
-    model.load_state_dict(checkpoint_weights(checkpoint))
+    with reading(checkpoint, "a checkpoint of the network in its recipe", CheckpointError):
+        model.load_state_dict(checkpoint_weights(checkpoint))

@@ -7,11 +7,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
 from configs.files import file_sha256, write_whole
+from configs.reading import reading, shown
 
+_STEP = re.compile(r"step-\d{8,18}", re.ASCII)
 MANIFEST = "manifest.json"
 FORMAT = 3
 
@@ -31,14 +35,52 @@ def point(link: Path, checkpoint: Path, recall: float | None = None) -> None:
 
 
 def pointed(link: Path) -> Path | None:
-    """The checkpoint that a `latest` or `best` file names."""
-    return link.parent / link.read_text().split()[0] if link.is_file() else None
+    """The checkpoint that a `latest` or `best` file names; None where there is no such file.
+
+    Raises CheckpointError where it names none.
+    """
+    words = _words(link)
+    return link.parent / words[0] if words else None
 
 
 def best_recall(folder: Path) -> float:
-    """The recall that `best` is kept for; -1 where there is none yet."""
+    """The recall that `best` is kept for; -1 where there is none yet. Raises CheckpointError where it is damaged."""
+    words = _words(folder / "best")
+    return float(words[1]) if len(words) > 1 else -1.0
+
+
+def _words(link: Path) -> list[str]:
+    if not link.is_file():
+        return []
+    with reading(link, "the name of a checkpoint", CheckpointError):
+        words = link.read_text(encoding="utf-8")[:1000].split()
+        if not words or not _STEP.fullmatch(words[0]) or (len(words) > 1 and not math.isfinite(float(words[1]))):
+            raise ValueError(f"it says {shown(' '.join(words))!r}")
+        return words
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints of a folder by step, whole or not; a file, or a folder of another name, is none."""
+    return sorted(path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir())
+
+
+def drop_lost_best(folder: Path) -> str:
+    """Removes a `best` that names no checkpoint, or one that is gone, and returns a line on it; empty if all is well.
+
+    The next validation makes another.
+    """
     link = folder / "best"
-    return float(link.read_text().split()[1]) if link.is_file() else -1.0
+    try:
+        best = pointed(link)
+        best_recall(folder)
+    except CheckpointError as error:
+        why = str(error)
+    else:
+        if best is None or best.is_dir():
+            return ""
+        why = f"{link} names {best.name}, which is gone"
+    link.unlink()
+    return f"{why}; it is removed, the next validation makes another"
 
 
 def faults(checkpoint: Path) -> list[str]:
@@ -70,6 +112,9 @@ def find_checkpoint(path: Path) -> Path:
     """
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     target = pointed(path) or pointed(folder / "best") or pointed(folder / "latest") or folder
+    if target.parent == folder and not target.is_dir():
+        there = ", ".join(step.name for step in step_folders(folder)) or "no checkpoint"
+        raise CheckpointError(f"{target} is gone, which best or latest names; {folder} holds {there}: name one of them")
     damage = faults(target)
     if damage:
         raise CheckpointError(damage[0])
@@ -79,7 +124,7 @@ def find_checkpoint(path: Path) -> Path:
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in `folder` that verifies, and what was wrong with the newer ones."""
     notes: list[str] = []
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    for candidate in reversed(step_folders(folder)):
         damage = faults(candidate)
         if not damage:
             return candidate, notes
@@ -89,7 +134,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 def set_aside_newer(folder: Path, checkpoint: Path | None) -> None:
     """Renames to `unused-step-...` the checkpoints newer than the one gone on from: damaged, or left behind."""
-    for newer in sorted(folder.glob("step-*")):
+    for newer in step_folders(folder):
         if checkpoint is None or newer.name > checkpoint.name:
             shutil.rmtree(folder / f"unused-{newer.name}", ignore_errors=True)
             newer.rename(folder / f"unused-{newer.name}")
@@ -101,6 +146,6 @@ def set_aside_newer(folder: Path, checkpoint: Path | None) -> None:
 
 def prune(folder: Path, keep_last: int) -> None:
     """Removes all but the newest `keep_last` checkpoints and the best one, and left-over partial ones."""
-    kept = {*sorted(folder.glob("step-*"))[-keep_last:], pointed(folder / "best")}
-    for old in {*folder.glob("step-*"), *folder.glob(".step-*.partial")} - kept:
+    kept = {*step_folders(folder)[-keep_last:], pointed(folder / "best")}
+    for old in {*step_folders(folder), *folder.glob(".step-*.partial")} - kept:
         shutil.rmtree(old)

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from configs.reading import reading
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -135,18 +137,23 @@ class StoredTensors(Mapping[str, torch.Tensor]):
     """The tensors of several safetensors files as one mapping, each read when it is asked for."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._files = [safe_open(file, framework="pt") for file in files]
-        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - not a dict
+        self._of: dict[str, tuple[Path, Any]] = {}
+        for path in files:
+            with reading(path, "a whole file of tensors"):
+                file = safe_open(path, framework="pt")
+                self._of |= dict.fromkeys(file.keys(), (path, file))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
+        path, file = self._of[name]
+        with reading(path, "a whole file of tensors"):
+            tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._of)
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._of)
 
 
 def _lay_out(engine: Any, forward: Callable[[], torch.Tensor]) -> None:

@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 
 from configs.files import replacing
 from configs.load import load_stored_recipe, recipe_text
+from configs.reading import reading
 from configs.schema import Recipe
 from model.weights import AGGREGATOR, facebook_layout
 from trainer.checkpoint import checkpoint_weights
+from trainer.checkpoint_folder import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ def export_network(checkpoint: Path, out: Path) -> Exported:
     """
     weights = checkpoint_weights(checkpoint)
     backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
-    state = facebook_layout(backbone) | {key: value for key, value in weights.items() if key.startswith(AGGREGATOR)}
+    with reading(checkpoint, "a checkpoint of a network", CheckpointError):
+        layout = facebook_layout(backbone)
+    state = layout | {key: value for key, value in weights.items() if key.startswith(AGGREGATOR)}
     recipe = load_stored_recipe(checkpoint / "recipe.yaml")
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "recipe": recipe_text(recipe), "checkpoint": checkpoint.name}

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.ranks import from_rank_0
 from configs.schema import Recipe
 from eval.scratch import remove_leftovers
 from trainer.checkpoint import choose_checkpoint, load_checkpoint
-from trainer.checkpoint_folder import set_aside_newer
+from trainer.checkpoint_folder import drop_lost_best, set_aside_newer
 from trainer.process_group import Rank
 from trainer.state import TrainingState
 
@@ -34,6 +35,8 @@ def checkpoint_to_resume(recipe: Recipe, resume: Resume | None, say: Callable[[s
         )
     for note in notes:
         say(f"[yellow]left out: {note}")
+    if lost := from_rank_0(lambda: drop_lost_best(recipe.output / "checkpoints")):
+        say(f"[yellow]{lost}")
     return found
 
 

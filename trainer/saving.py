@@ -8,7 +8,7 @@ import time
 from configs.ranks import from_rank_0
 from trainer.batches import Batches
 from trainer.checkpoint import checkpoint_contents
-from trainer.checkpoint_folder import best_recall, point, step_name
+from trainer.checkpoint_folder import best_recall, drop_lost_best, point, step_name
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.context import Context
 from trainer.errors import TrainingError
@@ -64,6 +64,8 @@ class Saving:
         retry_s = self.recipe.trainer.save_retry_s
         for tries_left in range(math.ceil(retry_s / SAVE_AGAIN_S), -1, -1):
             if self.save_whole():
+                if lost := from_rank_0(lambda: drop_lost_best(self.folder)):
+                    self.say(f"[yellow]{lost}")
                 return
             if tries_left:
                 self.say(f"[yellow]the last checkpoint is tried again in {SAVE_AGAIN_S:g} s")
