@@ -8,12 +8,16 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from configs.load import without_secrets
 from launch.slurm import Job, Resources, array_job, torchrun_job
 from launch.torchrun import resuming
+
+if TYPE_CHECKING:
+    from configs.schema import Recipe
 
 USAGE = """usage: rerankvpr submit [flags] -- VERB ... [--then [flags --] VERB ...]...
 
@@ -117,10 +121,22 @@ def _train_job(verb: list[str], want: Resources) -> Job:
         raise ValueError(
             f"{recipe.output} already holds a training (up to {found.name}); add --resume or change --output"
         )
+    if not want.dry_run:
+        _download_weights(recipe)
     verb = resuming(verb)  # a job that is requeued runs the same line
     folder = _beside(str(recipe.output))
     job = torchrun_job(f"train-{recipe.name}", folder, verb, want, python=sys.executable, cwd=Path.cwd())
     return replace(job, note=f"; curves: {open_command(recipe.tracking.uri)}" if recipe.tracking.enabled else "")
+
+
+def _download_weights(recipe: Recipe) -> None:
+    """Gets the backbone's weights into the user's cache: nodes may have no way out. A failure is only said."""
+    from model.weights import WeightsError, find_weights
+
+    try:
+        find_weights(recipe.model.backbone, recipe.model.weights)
+    except WeightsError as error:
+        print(f"rerankvpr: submit: {error}; the job will try again on its node", file=sys.stderr)
 
 
 def _shard_jobs(verb: list[str], want: Resources) -> list[Job]:

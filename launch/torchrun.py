@@ -76,12 +76,17 @@ def main(argv: list[str]) -> int:
             f"srun started {tasks[0]} launches on this node, and each would start all ranks; give srun "
             f"--ntasks-per-node=1, or leave `launch` out: srun ... rerankvpr {verb[0]} ..."
         )
+    recipe = None
     if verb[0] == "train" and not dry_run:  # a mistake is told once and at once, not by each rank after each restart
-        parse(take_dry_run(verb[1:])[1])
+        recipe, _, _ = parse(take_dry_run(verb[1:])[1])
     launch = plan([flag for flag in flags if flag != "--dry-run"], verb)
     print(without_secrets(launch.command()), flush=True)
     if dry_run:
         return 0
+    if recipe:
+        from model.weights import find_weights
+
+        find_weights(recipe.model.backbone, recipe.model.weights)  # downloads them once, not once in each rank
     return start(launch)
 
 

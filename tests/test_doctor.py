@@ -160,7 +160,8 @@ def test_facts_of_this_machine(tmp_path: Path) -> None:
 
 def test_tasks_of_plain_srun_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """srun --ntasks 8 without torchrun: eight ranks of one group, not eight groups of one."""
-    for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "GLOO_SOCKET_IFNAME"):
+    unset = ("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "GLOO_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES")
+    for name in unset:
         monkeypatch.delenv(name, raising=False)
     assert environment_of_step() == {}
     step = {"STEP_NUM_TASKS": "8", "PROCID": "5", "LOCALID": "1", "NODEID": "1", "JOB_ID": "12", "STEP_ID": "0"}
@@ -171,6 +172,8 @@ def test_tasks_of_plain_srun_are_one_group(monkeypatch: pytest.MonkeyPatch) -> N
     assert named.items() <= found.items()
     assert found["MASTER_PORT"] == "20084"
     assert "GLOO_SOCKET_IFNAME" in found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # srun --gpus-per-task 1
+    assert environment_of_step()["LOCAL_RANK"] == "0"
     monkeypatch.setenv("SLURM_STEP_NODELIST", "no-such-host[1-2].invalid")
     with pytest.raises(ValueError, match=r"no-such-host1\.invalid, is unknown here; set MASTER_ADDR"):
         environment_of_step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 import subprocess
@@ -85,6 +86,23 @@ def test_a_mistake_in_a_recipe_is_told_before_anything_is_started(capsys: pytest
         launch_main(["--nproc-per-node", "2", "--", "train", "demo", "--data.places-per-batch", "many"])
     assert stopped.value.code == 2
     assert "places-per-batch" in capsys.readouterr().err
+
+
+def test_weights_are_downloaded_once_before_ranks_start(tmp_path: Path) -> None:
+    """Without a network that is one line of launch, and not one of each rank."""
+    command = ["launch", "--nproc-per-node", "2", "--", "train", "gsv_cities_vitb", "--output", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "rerankvpr", *command],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("cannot be downloaded") == 1
+    assert "rank" not in done.stderr
 
 
 def test_routes() -> None:

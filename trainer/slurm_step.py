@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 
+from trainer.devices import HIDDEN
 from trainer.routes import has_infiniband, interface_environment, route_to
 
 
@@ -23,10 +24,12 @@ def environment_of_step() -> dict[str, str]:
         return {}
     address = step.get("MASTER_ADDR") or address_of(first_host(step["SLURM_STEP_NODELIST"]))
     job, number = int(step["SLURM_JOB_ID"]), int(step.get("SLURM_STEP_ID", "0"))
+    visible = step.get("CUDA_VISIBLE_DEVICES", "")
+    own_gpu = visible not in HIDDEN and "," not in visible  # --gpus-per-task: each task sees its own, as number 0
     found = {
         "RANK": step["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
-        "LOCAL_RANK": step["SLURM_LOCALID"],
+        "LOCAL_RANK": "0" if own_gpu else step["SLURM_LOCALID"],
         "GROUP_RANK": step["SLURM_NODEID"],
         "MASTER_ADDR": address,
         "MASTER_PORT": step.get("MASTER_PORT") or str(20000 + (7 * job + number) % 10000),

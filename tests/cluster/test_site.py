@@ -44,12 +44,12 @@ def test_a_training_with_benchmarks_is_lost_resumed_and_evaluated(site: Slurm, w
         *("--then", "eval", "--checkpoint", output, "--benchmarks", "town", "--out", "site-eval"),
     )
     training = jobs["train-noise"]
-    site.wait_for(training, lambda: max(losses(workplace / output), default=0) >= 40, 240)
+    site.wait_for(training, lambda: max(losses(workplace / output), default=0) >= 40, 600)
     site.lose_node("n2")
-    site.wait_for(training, lambda: int(site.job(training)["Restarts"]) == 1, 60)
+    site.wait_for(training, lambda: int(site.job(training)["Restarts"]) == 1, 120)
     site.return_node("n2")
     for number in jobs.values():
-        site.wait(number, "COMPLETED", 300)
+        site.wait(number, "COMPLETED", 600)
     check_curve(workplace, unbroken, output, steps)
     log = site.log(training)
     assert log.count("resumed from") == 1
@@ -72,6 +72,6 @@ def test_plain_srun_of_the_trainer_is_one_training(site: Slurm, workplace: Path,
     )
     pairs = [f"{key}={environment()[key]}" for key in ("OMP_NUM_THREADS", "PYTHONPATH")]
     number = site.run("env", *pairs, "sbatch", "--parsable", str(script)).strip()
-    site.wait(number, "COMPLETED", 240)
+    site.wait(number, "COMPLETED", 600)
     check_curve(workplace, unbroken, output, steps)
     assert "2 rank(s) on cpu" in site.log(number)
