@@ -128,7 +128,7 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
     config = command.eval
     benchmarks = load_benchmarks(config.benchmarks, config.data_root)
     check_depth(benchmarks, config)
-    rank: Rank = start_process_group(recipe.engine.timeout_s)
+    rank: Rank = start_process_group(recipe.engine.timeout_s, tf32=recipe.engine.tf32)
     if checkpoint:
         model = build_model(recipe.model.model_copy(update={"weights": "random"}), seed=recipe.seed)
         load_model_weights(model, checkpoint)

@@ -79,6 +79,9 @@ def test_a_step_costs_what_is_trained_and_what_is_computed_again() -> None:
         ("Tesla T4", "bf16", None),
         ("NVIDIA L40", "bf16", 181),
         ("NVIDIA L20", "bf16", None),
+        ("NVIDIA B300 SXM6 AC", "bf16", 2250),
+        ("NVIDIA GB200", "bf16", 2500),
+        ("NVIDIA A30", "fp16", 165),
         ("Tesla V100-PCIE-32GB", "fp16", 112),
         ("NVIDIA H200 NVL", "bf16", 835),
         ("NVIDIA RTX 6000 Ada Generation", "bf16", 364.2),
@@ -88,6 +91,11 @@ def test_a_step_costs_what_is_trained_and_what_is_computed_again() -> None:
 )
 def test_peaks_are_of_the_very_gpu(name: str, precision: str, tflops: float | None) -> None:
     assert peak_tflops(name, precision) == tflops
+
+
+def test_the_peak_of_tf32() -> None:
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "fp32", tf32=True) == 156
+    assert peak_tflops("Tesla V100-SXM2-32GB", "fp32", tf32=True) == 15.7  # has none
 
 
 @pytest.mark.parametrize(("backbone", "dtype"), [("vits14", torch.float32), ("vitg14", torch.bfloat16)])

@@ -116,6 +116,21 @@ def check_groups_that_deepspeed_makes_have_the_recipe_s_timeout() -> None:
     dist.destroy_process_group(group)
 
 
+def check_gradients_in_bf16_add_up_over_ranks_in_fp32() -> None:
+    """256 of one rank and 1 of each other: added up in bf16, 256 + 1 is 256, however many follow."""
+    from deepspeed.utils import safe_get_full_grad
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    expected = (256 + world - 1) / world
+    for stage in (1, 2, 3):
+        engine = build((stage, "none"), "sgd", "bf16")
+        out = engine(torch.ones(1, 6, dtype=torch.bfloat16))
+        engine.backward((out.float() * (1.0 if rank else 256.0)).sum())
+        gradient = safe_get_full_grad(engine.module[4].bias)
+        assert (gradient.float() - expected).abs().max() <= expected * 2.0**-8, (stage, gradient)  # of one rounding
+        engine.step()
+
+
 def check_a_gradient_that_is_not_finite_updates_nothing() -> None:
     """NaN in one rank's part of the loss: every rank skips, weights and moments stay, and the next step is a step."""
     from trainer.engine import clip_and_update

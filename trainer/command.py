@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
 
     console = Console()
     with one_line_errors(TooManyBadImagesError, TrainingError, folder=recipe.output):
-        rank = start_process_group(recipe.engine.collective_timeout_s)
+        rank = start_process_group(recipe.engine.collective_timeout_s, tf32=recipe.engine.tf32)
         try:
             summary = train(recipe, rank, console, resume=Resume(given) if resume else None)
         except Stopped as stopped:

@@ -47,7 +47,7 @@ def find_machine(flags: DryRunFlags, recipe: Recipe, ranks: int) -> Machine:
         known, peak, on_this = None, None, torch.cuda.is_available()
         if on_this:
             known = torch.cuda.mem_get_info()[1]
-            peak = peak_tflops(torch.cuda.get_device_name(), recipe.engine.precision)
+            peak = peak_tflops(torch.cuda.get_device_name(), recipe.engine.precision, tf32=recipe.engine.tf32)
             local_ranks = local_ranks or min(ranks, torch.cuda.device_count())
         peak = recipe.engine.peak_tflops or peak
         device = flags.device_gb * GB if flags.device_gb else float(known or 0)

@@ -94,7 +94,7 @@ def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_p
             "stage3_max_reuse_distance": LIVE,
             "memory_efficient_linear": False,  # would replace torch's F.linear for the whole process
         }
-    return {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(1, images_per_rank // engine.encode_chunks),
         "gradient_accumulation_steps": engine.encode_chunks,
         "gradient_clipping": gradient_clipping,
@@ -105,6 +105,9 @@ def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_p
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    if engine.precision != "fp32" and engine.reduce_precision == "fp32":
+        settings["communication_data_type"] = "fp32"
+    return settings
 
 
 def _deepspeed(timeout_s: int) -> Any:

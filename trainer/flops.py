@@ -98,8 +98,11 @@ def step_flops(recipe: Recipe) -> float:
     return model_flops(recipe) + again
 
 
-def peak_tflops(device_name: str, precision: str) -> float | None:
-    """Peak TFLOP/s of a GPU by the name that CUDA gives it, at fp32, bf16 or fp16; None where it is not known."""
+def peak_tflops(device_name: str, precision: str, *, tf32: bool = False) -> float | None:
+    """Peak TFLOP/s of a GPU by the name that CUDA gives it, at fp32, bf16 or fp16; None where it is not known.
+
+    `tf32` is half the 16-bit figure, on all GPUs that have it.
+    """
     words = re.split(r"[\s-]+", device_name.lower())
     if "laptop" in words:
         return None
@@ -107,6 +110,8 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
         if set(name.lower().split()) <= set(words):
             if precision == "bf16" and name in BF16_MISSING:
                 return None
+            if precision == "fp32" and tf32 and name not in BF16_MISSING:
+                return half / 2
             return single if precision == "fp32" else half
     return None
 
@@ -117,4 +122,4 @@ def device_peak_tflops(recipe: Recipe) -> float | None:
         return recipe.engine.peak_tflops
     if not torch.cuda.is_available():
         return None
-    return peak_tflops(torch.cuda.get_device_name(), recipe.engine.precision)
+    return peak_tflops(torch.cuda.get_device_name(), recipe.engine.precision, tf32=recipe.engine.tf32)

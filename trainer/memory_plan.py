@@ -161,6 +161,11 @@ def element_bytes(recipe: Recipe) -> tuple[int, int]:
     return trained, 2 if recipe.model.frozen_precision == "bf16" else trained
 
 
+def sends_wide(recipe: Recipe) -> bool:
+    """Whether gradients of 16 bits are sent in fp32."""
+    return recipe.engine.precision != "fp32" and recipe.engine.reduce_precision == "fp32"
+
+
 def images_at_once(recipe: Recipe, ranks: int) -> int:
     """Images whose activations a rank holds at a time."""
     images = recipe.data.places_per_batch * recipe.data.images_per_place // ranks
@@ -177,7 +182,8 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     share = 1 / ranks if stage else 1.0
     # A bucket on a GPU is taken whole; on a CPU only what is written to it takes memory.
     bucket = (min(BUCKET, trained) if on_cpu else BUCKET) * each
-    flattened = min(BUCKET, trained) * each  # the copy that is sent
+    sent = each + FP32 if sends_wide(recipe) else each  # bytes of an element of the copies that are sent
+    flattened = min(BUCKET, trained) * sent
     # torch's Adam makes its denominator of one flat group at a time: in two steps on a CPU, in one on a GPU.
     group = (sizes.largest_group * share if stage or half else sizes.largest if on_cpu else trained) * FP32
     steps_on_cpu = on_cpu or offloads
@@ -216,7 +222,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
         return [
             placed("weights", weights, False),
             placed("gradients", trained * each, False, *while_they_grow, "update", tensor=sizes.largest * each),
-            placed("gradients, as sent", min(trained, REDUCE_ALL) * each, False, "reduce"),
+            placed("gradients, as sent", min(trained, REDUCE_ALL) * sent, False, "reduce"),
             placed("optimizer", trained * (masters + FP32 * moments), False),
             placed("optimizer, while it steps", temporaries + copied, False, "update"),
         ]
@@ -366,7 +372,8 @@ def bytes_sent(recipe: Recipe, sizes: Sizes, ranks: int) -> dict[str, float]:
     each, each_frozen = element_bytes(recipe)
     stage, chunks = recipe.engine.zero_stage, recipe.engine.encode_chunks
     ring = (ranks - 1) / ranks
-    gradients = sizes.trained * each * ring
+    weights = sizes.trained * each * ring
+    gradients = sizes.trained * (FP32 if sends_wide(recipe) else each) * ring
     batch = recipe.data.places_per_batch * recipe.data.images_per_place
     channels = SIZES[recipe.model.backbone.partition("_")[0]][0]
     sent = {
@@ -375,11 +382,11 @@ def bytes_sent(recipe: Recipe, sizes: Sizes, ranks: int) -> dict[str, float]:
         "descriptors' gradients, scattered": ring * batch * FP32 * channels,
     }
     if stage in (1, 2):
-        sent["weights, after the update"] = gradients
+        sent["weights, after the update"] = weights
     if stage == 3:
         forward = (sizes.trained * each + sizes.frozen * each_frozen) * ring
         passes = 2 * chunks if chunks > 1 else 1
-        sent["weights, gathered for use"] = passes * forward + chunks * gradients
+        sent["weights, gathered for use"] = passes * forward + chunks * weights
     if recipe.memory.placement == "sharded" and recipe.memory.size:
         sent["sharded queue, anchors' sums"] = 2 * ring * batch * FP32 * (recipe.data.images_per_place + 6)
     return {name: num_bytes for name, num_bytes in sent.items() if num_bytes}

@@ -37,13 +37,15 @@ def rank_and_world_size() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def start_process_group(timeout_s: int) -> Rank:
+def start_process_group(timeout_s: int, *, tf32: bool = False) -> Rank:
     """Joins the group that torchrun or srun describes in the environment, or starts a group of one.
 
-    NCCL on CUDA, one device a local rank; gloo otherwise. A rank that is silent for `timeout_s` ends the job. Raises
-    ValueError where the rank cannot have the device that it was promised (see `rank_device`).
+    NCCL on CUDA, one device a local rank; gloo otherwise. A rank that is silent for `timeout_s` ends the job. Without
+    `tf32` products of float32, convolutions included, are float32's on a GPU too. Raises ValueError where the rank
+    cannot have the device that it was promised (see `rank_device`).
     """
     end_with_parent()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # torch's own are False and True
     _, world_size = rank_and_world_size()
     device = rank_device()
     dist.init_process_group(
