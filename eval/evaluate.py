@@ -53,6 +53,7 @@ class Result:
     num_queries: int
     num_without_positive: int
     image_size: int
+    precision: str  # of the forward pass
     recall: dict[int, float]
     recall_reranked: dict[int, float] | None
     timings: dict[str, float]
@@ -85,7 +86,8 @@ class Result:
     def line(self) -> str:
         """Recalls in one line, with their protocol."""
         ks = "/".join(str(k) for k in self.recall)
-        text = f"{self.name} ({self.protocol}) R@{ks} {' / '.join(f'{v:.1f}' for v in self.recall.values())}"
+        recalls = " / ".join(f"{value:.1f}" for value in self.recall.values())
+        text = f"{self.name} ({self.protocol}, {self.precision}) R@{ks} {recalls}"
         if self.recall_reranked:
             text += f", re-ranked {' / '.join(f'{v:.1f}' for v in self.recall_reranked.values())}"
         return text
@@ -169,7 +171,7 @@ def features_of(
     fit_s = clock.lap()
     about = {
         "weights": weights_digest(model) if config.features else "these",
-        "preprocessing": [config.image_size, config.resize, config.precision, config.batch_size],
+        "preprocessing": [config.image_size, config.resize, precision_of(model, config), config.batch_size],
         "local": config.rerank.model_dump(include=_STORED_AS) if config.rerank.enabled else None,
         "projection": basis,
     }
@@ -208,6 +210,12 @@ _STORED_AS = {
     "project",
     "project_size",
 }
+
+
+def precision_of(model: PlaceModel, config: EvalConfig) -> str:
+    """What a forward pass is computed in: the precision of the weights, or autocast over float32."""
+    held = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
+    return "bf16 autocast" if (held, config.precision) == ("fp32", "bf16") else held
 
 
 def check_depth(benchmarks: list[Benchmark], config: EvalConfig) -> None:
@@ -294,6 +302,7 @@ def evaluate(
         num_queries=num_queries,
         num_without_positive=benchmark.num_without_positive,
         image_size=config.image_size,
+        precision=precision_of(model, config),
         recall=recall_at(predictions_QK, benchmark, ks),
         recall_reranked=None if reranked_QK is None else recall_at(reranked_QK, benchmark, ks),
         timings=timings,

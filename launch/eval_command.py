@@ -122,6 +122,7 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
     from launch.eval_tracking import log_evaluation
     from model.network import build_model
     from trainer.checkpoint import load_model_weights
+    from trainer.engine import DTYPES
     from trainer.mlflow_sender import run_of
     from trainer.process_group import start_process_group, stop_process_group
 
@@ -132,6 +133,9 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
     if checkpoint:
         model = build_model(recipe.model.model_copy(update={"weights": "random"}), seed=recipe.seed)
         load_model_weights(model, checkpoint)
+        if config.precision == "same":  # as its training evaluated it
+            model.to(DTYPES[recipe.engine.precision])
+            model.cast_frozen()
     else:
         model = build_model(recipe.model, seed=recipe.seed)
     model.to(rank.device).eval()

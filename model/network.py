@@ -39,6 +39,11 @@ class PlaceModel(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters that are not frozen."""
+        return list(self.parameters())[-1].dtype
+
+    @property
     def activation_checkpointing(self) -> bool:
         """Whether trained blocks are run again in the backward pass, instead of keeping what they computed."""
         return self.backbone.activation_checkpointing

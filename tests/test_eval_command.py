@@ -106,6 +106,7 @@ def _result() -> Result:
         num_queries=2,
         num_without_positive=0,
         image_size=42,
+        precision="fp32",
         recall={1: 50.0},
         recall_reranked={1: 100.0},
         timings={"rerank_s_per_query": 0.25},

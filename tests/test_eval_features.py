@@ -20,7 +20,7 @@ from PIL import Image
 from configs.schema import EvalConfig, ModelConfig, RerankConfig
 from eval.benchmarks.benchmark import Benchmark, make_benchmark
 from eval.benchmarks.ground_truth import frames_within
-from eval.evaluate import FeatureStore, FirstStage, check_depth, evaluate
+from eval.evaluate import FeatureStore, FirstStage, check_depth, evaluate, precision_of
 from eval.extract import extract, fit_projection, input_size, load_image
 from eval.features import StoreError, open_folder, shard_bounds, shard_is_whole, shard_path
 from eval.local_features import NO_CELL, compact, min_max, pca_basis, random_basis, read_local, salient
@@ -281,6 +281,16 @@ def check_kept_features_are_used_again_and_other_weights_are_not_mistaken_for_th
         assert not np.array_equal(evaluate(other, benchmark, config).predictions_QK, first.predictions_QK)
         dist.barrier()
         assert len(sorted((folder / "kept").glob("*/*.safetensors"))) == 2 * len(shards)
+
+
+def test_the_precision_that_is_told_is_that_of_the_forward_pass() -> None:
+    """A network in bf16, as a training holds it, gives bf16 whatever `eval.precision` asks for; autocast is another."""
+    model = build_model(TINY).eval()
+    asked = {precision: EvalConfig(precision=precision) for precision in ("same", "fp32", "bf16")}
+    told = {precision: precision_of(model, config) for precision, config in asked.items()}
+    assert told == {"same": "fp32", "fp32": "fp32", "bf16": "bf16 autocast"}
+    model.to(torch.bfloat16)
+    assert {precision_of(model, config) for config in asked.values()} == {"bf16"}
 
 
 def test_k_beyond_the_database_is_one_line() -> None:

@@ -22,6 +22,7 @@ from model.network import PlaceModel
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 NO_DECAY = ("cls_token", "pos_embed", "reg_token")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by engine.precision
 BUCKET = 50_000_000  # elements reduced or gathered at a time; DeepSpeed's own 5e8 is 2 GB a buffer in fp32
 GIVEN_BACK = 1 << 20  # bytes from which ZeRO-3 has glibc return freed memory to the system
 LIVE = 100_000_000  # elements that ZeRO-3 keeps whole on a rank: the largest ViT's block has 28e6
@@ -132,7 +133,7 @@ def partitioner(engine: EngineConfig) -> Callable[[nn.Module], None] | None:
     deepspeed = _deepspeed(engine.collective_timeout_s)
     _give_back_freed_memory()
     config = deepspeed_config(engine, gradient_clipping=0.0, images_per_rank=1)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
+    dtype = DTYPES[engine.precision]
 
     def partition(module: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):

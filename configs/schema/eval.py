@@ -88,7 +88,11 @@ class EvalConfig(Section):
         "in multiples of 14.",
     )
     batch_size: Positive = Field(32, description="Images in a forward pass of a rank.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Precision of the forward pass.")
+    precision: Literal["same", "fp32", "bf16"] = Field(
+        "same",
+        description="Precision of the forward pass: same is engine.precision, in a training and of its checkpoints; in "
+        "a training the weights are in that in any case; bf16 of weights in fp32 is autocast.",
+    )
     features: Path | None = Field(
         None,
         description="Folder that keeps features for later runs and unfinished ones (all nodes must see it); None uses "

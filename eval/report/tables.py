@@ -24,7 +24,8 @@ def results_table(results: list[Result]) -> Table:
     table.add_column("cost", justify="right")
     for result in results:
         ms = {name: f"{1000 * seconds:.2f} ms" for name, seconds in result.timings.items()}
-        what = f"{result.name}\n{result.protocol}\n{result.num_queries} queries in {result.num_database}"
+        counts = f"{result.num_queries} queries in {result.num_database}"
+        what = f"{result.name}\n{result.protocol}, {result.precision}\n{counts}"
         cost = f"{ms['extraction_s_per_image']}/image\n{ms['retrieval_s_per_query']}/query"
         label = "retrieved"
         if result.index_agreement is not None:
@@ -65,11 +66,17 @@ def write_csv(path: Path, results: list[Result]) -> None:
     """`results.csv`: a row a benchmark, stage and K, with the interval; figures a table or a plot wants."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
-    table.writerow(
-        ["benchmark", "protocol", "queries", "database", "image_size", "stage", "k", "recall", "low", "high"]
-    )
+    names = ("benchmark", "protocol", "queries", "database", "image_size", "precision")
+    table.writerow([*names, "stage", "k", "recall", "low", "high"])
     for result in results:
-        about = [result.name, result.protocol, result.num_queries, result.num_database, result.image_size]
+        about = [
+            result.name,
+            result.protocol,
+            result.num_queries,
+            result.num_database,
+            result.image_size,
+            result.precision,
+        ]
         for stage, recall, interval in (
             ("retrieved", result.recall, result.recall_interval),
             ("re-ranked", result.recall_reranked or {}, result.reranked_interval),
