@@ -26,7 +26,9 @@ REDUCE_ALL = 500_000_000  # elements that DeepSpeed adds up at a time at stage 0
 BLOCK_KEEPS = 10  # activations of a block that backward needs, in channels a token, beside those of the MLP
 HEAP = 32 << 20  # bytes of the largest tensor that glibc takes from its heap (DEFAULT_MMAP_THRESHOLD_MAX)
 CPU_PROCESS = 0.74e9  # a rank on a CPU that trains a network of no size: packages, libraries, process group, threads
-GPU_PROCESS = 1.5e9  # CUDA context, cuBLAS and NCCL of a rank, on its GPU; an estimate, not measured here
+GPU_PROCESS = 2.3e9  # CUDA context, cuBLAS and NCCL of a rank, on its GPU; an estimate, not measured here
+FRAGMENTED = 1.05  # what torch's allocator takes of a GPU for a byte that is asked for; an estimate as well
+FAISS_SCRATCH = 256 << 20  # of a search on a GPU, which goes to the CPU where the index does not fit beside it
 
 # "backward" is its begin, when all activations are there and no gradient yet; "reduce" its end, the other way round.
 Phase = Literal["always", "build", "forward", "loss", "backward", "reduce", "update", "save", "evaluate"]
@@ -101,7 +103,7 @@ class MemoryPlan:
         """Bytes on device and host in each phase of a training.
 
         On a CPU small tensors come from glibc's heap, which keeps what it has held at most, and large ones go back to
-        the system as soon as they are freed.
+        the system as soon as they are freed. On a GPU the gaps between tensors of torch's allocator are added.
         """
         names: set[Phase] = {phase for part in self.parts for phase in part.phases} - {"always"}
         held = {name: [part for part in self.parts if {name, "always"} & set(part.phases)] for name in names}
@@ -112,8 +114,9 @@ class MemoryPlan:
             held = {name: [part for part in parts if not part.in_heap(self.heap)] for name, parts in held.items()}
         else:
             heap = 0.0
+        gaps = 1.0 if self.on_cpu else FRAGMENTED
         return {
-            name: (heap + sum(part.device for part in parts), sum(part.host for part in parts))
+            name: (heap + gaps * sum(part.device for part in parts), sum(part.host for part in parts))
             for name, parts in held.items()
         }
 
@@ -149,7 +152,7 @@ def plan_memory(
         *_memory_parts(recipe, ranks),
         *_data_parts(recipe, ranks, on_cpu, shard_bytes),
         _checkpoint_part(recipe, sizes, ranks, saves_between_steps),
-        *_evaluation_parts(recipe, sizes),
+        *_evaluation_parts(recipe, sizes, on_cpu),
     ]
     heap = GIVEN_BACK if recipe.engine.zero_stage == 3 else HEAP
     return MemoryPlan(tuple(part for part in parts if part.device or part.host), on_cpu, heap)
@@ -346,8 +349,8 @@ def _checkpoint_part(recipe: Recipe, sizes: Sizes, ranks: int, saves_between_ste
     return Part("checkpoint being written", 0.0, max(shares) + queue, ("always",) if saves_between_steps else ("save",))
 
 
-def _evaluation_parts(recipe: Recipe, sizes: Sizes) -> list[Part]:
-    """A forward pass of evaluation, and at ZeRO-3 the whole weights that it runs on."""
+def _evaluation_parts(recipe: Recipe, sizes: Sizes, on_cpu: bool) -> list[Part]:
+    """A forward pass of evaluation, the search, and at ZeRO-3 the whole weights that it runs on."""
     if not recipe.eval.benchmarks:
         return []
     each, each_frozen = element_bytes(recipe)
@@ -361,6 +364,8 @@ def _evaluation_parts(recipe: Recipe, sizes: Sizes) -> list[Part]:
             phases=("evaluate",),
         )
     ]
+    if not on_cpu:
+        parts.append(Part("evaluation, search", FAISS_SCRATCH, phases=("evaluate",)))
     if recipe.engine.zero_stage == 3:
         whole = sizes.trained * each + sizes.frozen * each_frozen
         parts.append(Part("evaluation, weights whole", whole, phases=("evaluate",)))
