@@ -1,4 +1,4 @@
-"""Peak memory of real trainings beside what `train --dry-run` says of them; ViT-g/14 under ZeRO-3 with offload.
+"""Peak memory of real trainings beside what `rerankvpr plan` says of them; ViT-g/14 under ZeRO-3 with offload.
 
 Measured is the greatest RssAnon of a rank's process (anonymous memory: what is mapped from files, such as libraries, is
 not in it), read every 20 ms from its start to its end, for trainings of three steps on images of noise.
@@ -27,8 +27,7 @@ from benchmarks.report import print_table, write_json
 from configs.load import load_recipe
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
-from trainer.command import DryRunFlags
-from trainer.dry_run import plan
+from trainer.plan import Assumed, plan
 
 POLL_S = 0.02
 STEPS = 3
@@ -53,14 +52,14 @@ for stage in (1, 3):
 
 @dataclass(frozen=True)
 class Options:
-    """Trains three steps of each case on gloo and holds the greatest memory of a rank against the dry run's."""
+    """Trains three steps of each case on gloo and holds the greatest memory of a rank against the planned run's."""
 
     ranks: int = 2
     """Ranks, all on this machine."""
     cases: list[str] = field(default_factory=lambda: list(CASES))
     """Cases to run, or the beginnings of their names."""
     measured: Path | None = None
-    """File of an earlier run, whose measured figures are held against the dry run's instead of training again."""
+    """File of an earlier run, whose measured figures are held against the planned run's instead of training again."""
     json: Path | None = None
     """File for the figures."""
 
@@ -144,7 +143,7 @@ def main() -> None:
             folder = Path(scratch)
             write_noise(folder)
             recipe = write_recipe(folder, case)
-            predicted = plan(load_recipe(recipe), DryRunFlags(ranks=options.ranks, tflops=1.0)).memory.device_peak
+            predicted = plan(load_recipe(recipe), Assumed(ranks=options.ranks, tflops=1.0)).memory.device_peak
             if earlier:
                 measured, seconds = earlier[f"{name}/measured_bytes"], earlier[f"{name}/step_s"]
             else:

@@ -1,4 +1,4 @@
-"""What `train --dry-run` says of S, B, L and g on many GPUs, as a table in Markdown: memory and time, by formula."""
+"""What `rerankvpr plan` says of S, B, L and g on many GPUs, as a table in Markdown: memory and time, by formula."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Literal
 import tyro
 
 from configs.schema import Recipe
-from trainer.command import DryRunFlags
-from trainer.dry_run import advice, plan, shortfall
 from trainer.memory_plan import Sizes
+from trainer.plan import Assumed, advice, plan, shortfall
 
 BACKBONES = ("vits14", "vitb14", "vitl14", "vitg14")
 
@@ -51,16 +50,16 @@ def main() -> None:
                     "engine": {"zero_stage": options.zero_stage, "precision": "bf16"},
                 }
             )
-            dry = plan(recipe, DryRunFlags(gpus, options.device_gb, options.tflops), sizes)
-            sizes = dry.sizes
+            planned = plan(recipe, Assumed(gpus, options.device_gb, options.tflops), sizes)
+            sizes = planned.sizes
             images = options.places * recipe.data.images_per_place * gpus
-            row = [backbone, str(gpus), str(images), f"{dry.memory.device_peak / 1e9:.1f}"]
-            if shortfall(dry):
-                row[-1] += f" (too much; {advice(dry)})"
-            assert dry.seconds is not None
-            epoch_s = math.floor(options.epoch_places / (options.places * gpus)) * dry.seconds
-            sent = sum(dry.sent.values()) / 1e6
-            row += [f"{dry.memory.host_peak / 1e9:.1f}", f"{dry.seconds:.3f}", f"{sent:.0f}", f"{epoch_s:.0f}"]
+            row = [backbone, str(gpus), str(images), f"{planned.memory.device_peak / 1e9:.1f}"]
+            if shortfall(planned):
+                row[-1] += f" (too much; {advice(planned)})"
+            assert planned.seconds is not None
+            epoch_s = math.floor(options.epoch_places / (options.places * gpus)) * planned.seconds
+            sent = sum(planned.sent.values()) / 1e6
+            row += [f"{planned.memory.host_peak / 1e9:.1f}", f"{planned.seconds:.3f}", f"{sent:.0f}", f"{epoch_s:.0f}"]
             print(f"| {' | '.join(row)} |")
 
 

@@ -24,8 +24,13 @@ VERBS = {
     ),
     "train": (
         "trainer.command:main",
-        "RECIPE [--section.key value] [--resume] [--dry-run]",
+        "RECIPE [--section.key value] [--resume]",
         "Trains a recipe; one process is a group of one.",
+    ),
+    "plan": (
+        "launch.plan_command:main",
+        "RECIPE [--section.key value] [--ranks N --device-gb X --tflops T]",
+        "What a training would take: memory, steps, bytes sent, time; refuses what it would refuse.",
     ),
     "launch": (
         "launch.torchrun:main",
@@ -42,7 +47,7 @@ VERBS = {
         "[--shared DIR...]",
         "Checks the nodes of a group: versions, folders, network, GPUs.",
     ),
-    "rank": ("launch.rank:main", "[--fit] VERB ...", "One process of a launch on several nodes."),
+    "rank": ("launch.rank:main", "[--fit] -- VERB ...", "One process of a launch on several nodes."),
     "eval": (
         "launch.eval_command:main",
         "--checkpoint DIR|--weights FILE --benchmarks NAME...",

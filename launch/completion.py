@@ -10,6 +10,8 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from configs.flags import REGISTRY
+
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -23,39 +25,35 @@ def completion_script(shell: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(
-            commands(), prog="rerankvpr", args=["--tyro-print-completion", shell], config=(tyro.conf.FlagConversionOff,)
+            commands(), prog="rerankvpr", args=["--tyro-print-completion", shell], registry=REGISTRY
         )
     return printed.getvalue()
 
 
 def commands() -> dict[str, Callable[..., Any]]:
     """What each verb takes, by verb: the type that it parses, or one with the same flags."""
-    from configs.schema import Recipe
     from launch.data_commands import KINDS, VerifyCommand
     from launch.demo import DemoCommand
     from launch.doctor import DoctorCommand
     from launch.eval_command import EvalCommand
     from launch.export_command import ExportCommand
     from launch.inspect_command import InspectCommand
+    from launch.plan_command import PlanCommand
     from launch.slurm import Resources
     from launch.sync_command import SyncCommand
-    from launch.torchrun import flag_parser
+    from launch.torchrun import LaunchCommand
+    from trainer.command import TrainCommand
 
-    # argparse's flags as fields; tyro alone writes scripts.
-    launch = dataclasses.make_dataclass(
-        "Launch", [(action.dest, str, action.default or "") for action in flag_parser()._actions]
-    )
     kinds = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in KINDS.items()]
     shard = dataclasses.make_dataclass("Shard", [("kind", Annotated[Union[tuple(kinds)], tyro.conf.arg(name="")])])  # noqa: UP007
-    keys = ("keys", Annotated[Recipe, tyro.conf.arg(name="")], dataclasses.field(default_factory=Recipe))
-    train = dataclasses.make_dataclass("Train", [("recipe", Annotated[str, tyro.conf.Positional]), keys])
     return {
         "demo": DemoCommand,
         "shard": shard,
         "verify": VerifyCommand,
         "inspect": InspectCommand,
-        "train": train,
-        "launch": launch,
+        "train": TrainCommand,
+        "plan": PlanCommand,
+        "launch": LaunchCommand,
         "submit": Resources,
         "doctor": DoctorCommand,
         "eval": EvalCommand,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
+from configs.flags import parse_flags
 from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help and mistakes should not wait for pyarrow
@@ -161,7 +162,7 @@ def shard(argv: list[str]) -> int:
     kind = argv[0]
     if kind not in KINDS:
         raise ValueError(f"shard: unknown kind of data set {kind!r}; known: {', '.join(KINDS)}")
-    command = tyro.cli(KINDS[kind], args=argv[1:], prog=f"rerankvpr shard {kind}")
+    command = parse_flags(KINDS[kind], argv[1:], prog=f"rerankvpr shard {kind}")
     assert isinstance(command, _Places)
     describe_shards(Console(), write_shard_set(Console(), command))
     return 0
@@ -225,7 +226,7 @@ def describe_shards(console: Console, summary: ShardSummary) -> None:
 
 def verify(argv: list[str]) -> int:
     """`rerankvpr verify OUT`; status 1 where something is damaged."""
-    command = tyro.cli(VerifyCommand, args=argv, prog="rerankvpr verify")
+    command = parse_flags(VerifyCommand, argv, prog="rerankvpr verify")
     from data_pipeline.storage import is_remote
     from data_pipeline.verify import verify_shards
 

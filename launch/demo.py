@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from configs.flags import parse_flags
 from configs.load import load_recipe, recipe_text
 from configs.schema import Recipe
 from launch.torchrun import run as run_torchrun
@@ -31,7 +32,7 @@ class DemoCommand:
 
 def main(argv: list[str]) -> int:
     """Runs the demo in the current folder."""
-    command = tyro.cli(DemoCommand, args=argv, prog="rerankvpr demo")
+    command = parse_flags(DemoCommand, argv, prog="rerankvpr demo")
     from trainer.checkpoint_folder import newest_valid
 
     console, began = Console(), time.monotonic()

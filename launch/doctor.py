@@ -17,8 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
+from configs.flags import parse_flags
 from launch.facts import Facts, gather_facts
 from launch.findings import Checked, Finding, Network, judge_facts, judge_network
 
@@ -47,7 +46,7 @@ class DoctorCommand:
 
 def main(argv: list[str]) -> int:
     """Checks the group that this process is in, alone or under torchrun; rank 0 prints."""
-    command = tyro.cli(DoctorCommand, args=argv, prog="rerankvpr doctor")
+    command = parse_flags(DoctorCommand, argv, prog="rerankvpr doctor")
     from launch.rendezvous import rendezvous_store
     from trainer.process_group import rank_and_world_size
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from configs.flags import parse_flags, parse_known_flags
 from configs.load import load_stored_recipe
 from configs.schema import Backbone, EvalConfig, ModelConfig, Recipe
 from trainer.progress import progress_bar
@@ -18,6 +19,9 @@ if TYPE_CHECKING:  # help, --list and mistakes should not wait for torch
     from eval.benchmarks.benchmark import Benchmark
     from eval.evaluate import FirstStage, OnFeatures, Result
     from trainer.process_group import Rank
+
+
+PROG = "rerankvpr eval"
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class EvalCommand:
     """Aggregator over --weights."""
     out: Path | None = None
     """Folder for results.json, results.csv and pictures."""
-    list: bool = False
+    list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Lists the benchmarks: where to get each, the layouts that are read, what lies under --data-root."""
-    sweep: bool = False
+    no_rerank: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Retrieval alone; the same as --rerank.no-enabled."""
+    sweep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also re-ranks at a grid of saliency and match thresholds; a table and, with --out, a heat map a benchmark."""
     track: str = ""
     """MLflow store or server that gets the results: under the training's run where --checkpoint knows it."""
@@ -46,23 +52,23 @@ class EvalCommand:
 def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     """The command, the checkpoint folder that it means, and the recipe that the model is built from."""
     default, checkpoint, recipe = EvalCommand(), None, Recipe()
-    argv = _spelled_out(argv)
-    given = _value_of("--checkpoint", argv)
-    if given and _value_of("--weights", argv):
+    named, _ = parse_known_flags(_Named, argv, prog=PROG)
+    if named.checkpoint and named.weights:
         raise ValueError("eval takes --checkpoint or --weights, not both")
-    if given:
+    if named.checkpoint:
         from trainer.checkpoint_folder import find_checkpoint
 
-        checkpoint = find_checkpoint(Path(given))
+        checkpoint = find_checkpoint(named.checkpoint)
         recipe = load_stored_recipe(checkpoint / "recipe.yaml")
         default = EvalCommand(eval=recipe.eval)
-    command = tyro.cli(
-        EvalCommand, args=argv, default=default, prog="rerankvpr eval", config=(tyro.conf.FlagConversionOff,)
-    )
+    command = parse_flags(EvalCommand, argv, default=default, prog=PROG)
     if command.list:
         return command, None, recipe
+    if command.no_rerank:
+        off = command.eval.rerank.model_copy(update={"enabled": False})
+        command = replace(command, eval=command.eval.model_copy(update={"rerank": off}))
     if command.sweep and not command.eval.rerank.enabled:
-        raise ValueError("eval --sweep needs --rerank.enabled True")
+        raise ValueError("eval --sweep needs re-ranking: --rerank.enabled, without --no-rerank")
     if not command.eval.benchmarks:
         raise ValueError("eval needs --benchmarks, such as town or gardens_point/day_right/night_right/100-199")
     if command.weights:
@@ -83,23 +89,12 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     return command, checkpoint, recipe
 
 
-def _spelled_out(argv: list[str]) -> list[str]:
-    """`--list` and `--sweep` alone mean True."""
-    spelled = []
-    for i, arg in enumerate(argv):
-        spelled.append(arg)
-        if arg in ("--list", "--sweep") and argv[i + 1 : i + 2] not in (["True"], ["False"]):
-            spelled.append("True")
-    return spelled
+@dataclass(frozen=True)
+class _Named:
+    """What decides the defaults of the other flags."""
 
-
-def _value_of(flag: str, argv: list[str]) -> str | None:
-    for i, arg in enumerate(argv):
-        if arg == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if arg.startswith(f"{flag}="):
-            return arg.partition("=")[2]
-    return None
+    checkpoint: Path | None = None
+    weights: Path | None = None
 
 
 def main(argv: list[str]) -> int:

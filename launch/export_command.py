@@ -9,6 +9,8 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from configs.flags import parse_flags
+
 
 @dataclass(frozen=True)
 class ExportCommand:
@@ -26,7 +28,7 @@ class ExportCommand:
 
 def main(argv: list[str]) -> int:
     """Exports and says what was written."""
-    command = tyro.cli(ExportCommand, args=argv, prog="rerankvpr export")
+    command = parse_flags(ExportCommand, argv, prog="rerankvpr export")
     if command.out.suffix != ".safetensors":
         raise ValueError(f"export writes safetensors: {command.out} should end in .safetensors")
     from trainer.checkpoint_folder import find_checkpoint

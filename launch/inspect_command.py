@@ -10,6 +10,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from configs.flags import parse_flags
+
 if TYPE_CHECKING:
     from data_pipeline.index import ShardIndex
 
@@ -44,7 +46,7 @@ class InspectCommand:
 
 def main(argv: list[str]) -> int:
     """Describes a shard set."""
-    command = tyro.cli(InspectCommand, args=argv, prog="rerankvpr inspect")
+    command = parse_flags(InspectCommand, argv, prog="rerankvpr inspect")
     # matplotlib and pyarrow take a second that help need not wait for.
     from data_pipeline.index import read_index
     from data_pipeline.overview import draw_contact_sheet, draw_map

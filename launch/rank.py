@@ -9,30 +9,39 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.flags import parse_flags
+from launch.torchrun import split_at_dashes
 from trainer.lifeline import end_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-USAGE = """usage: rerankvpr rank [--fit] VERB ...
-
-One process of a launch on several nodes; `rerankvpr launch` starts it under torchrun. It checks the nodes (the short
-form of `rerankvpr doctor`), then runs VERB. --fit: a training uses as many ranks as its batch is divisible by."""
-
 ENDED = "rerankvpr/ended"
 ACKNOWLEDGE_S = 30
 
 
+@dataclass(frozen=True)
+class RankCommand:
+    """One process of a launch on several nodes; `rerankvpr launch` starts it under torchrun as `rank -- VERB ...`.
+
+    It checks the nodes (the short form of `rerankvpr doctor`), then runs VERB.
+    """
+
+    fit: bool = False
+    """A training uses as many ranks as its batch is divisible by."""
+
+
 def main(argv: list[str]) -> int:
     """Runs a verb as one rank of a group that torchrun describes in the environment."""
-    fit, command = argv[:1] == ["--fit"], argv[1:] if argv[:1] == ["--fit"] else argv
-    if not command or command[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0
+    flags, command = split_at_dashes(argv)
+    ours = parse_flags(RankCommand, flags, prog="rerankvpr rank")
+    if not command:
+        raise ValueError("rank needs a verb after `--`: rerankvpr rank -- train RECIPE")
     if "WORLD_SIZE" not in os.environ:
         raise ValueError("rank is started by `rerankvpr launch`, not by hand")
     end_with_parent()
@@ -48,8 +57,8 @@ def main(argv: list[str]) -> int:
     if command[0] == "train" and not {"-h", "--help"} & set(command):
         from trainer.command import parse
 
-        recipe, _, _ = parse(command[1:])  # a mistake in it is told before anything starts
-        used = fitting_world(recipe.data.places_per_batch, world) if fit else world
+        recipe = parse(command[1:]).recipe  # a mistake in it is told before anything starts
+        used = fitting_world(recipe.data.places_per_batch, world) if ours.fit else world
         shared = [recipe.output, *([recipe.eval.features] if recipe.eval.features else [])]
         scratch = [recipe.data.cache] if recipe.data.cache else []
     elif command[0] == "eval" and not {"-h", "--help", "--list"} & set(command):

@@ -79,6 +79,17 @@ class Resources:
         low, _, high = self.nodes.partition("-")
         return int(low), int(high or low)
 
+    @property
+    def processes_per_node(self) -> int:
+        """Processes that each node runs."""
+        return (self.gpus_per_node or 1) if self.nproc_per_node == "auto" else int(self.nproc_per_node)
+
+    @property
+    def ranks(self) -> int | None:
+        """Processes on all nodes; None for a range of nodes."""
+        low, high = self.node_range
+        return low * self.processes_per_node if low == high else None
+
 
 @dataclass(frozen=True)
 class Job:
@@ -109,9 +120,9 @@ def torchrun_job(name: str, folder: Path, verb: list[str], want: Resources, *, p
     """
     low, high = want.node_range
     nnodes = '"$SLURM_NNODES"' if low == high else f'{low}:"$SLURM_NNODES"'
-    processes = str(want.gpus_per_node or 1) if want.nproc_per_node == "auto" else want.nproc_per_node
+    program = f"{_words([want.python or python])} -m rerankvpr"
     launch = [
-        f"{_words([want.python or python])} -m rerankvpr launch --nnodes {nnodes} --nproc-per-node {processes}",
+        f"{program} launch --nnodes {nnodes} --nproc-per-node {want.processes_per_node}",
         '--rdzv "$address:$port" --rdzv-id "$SLURM_JOB_ID.$restarts" --max-restarts 3',
         f"-- {_words(verb)}",
     ]
@@ -161,10 +172,9 @@ def array_job(
     name: str, folder: Path, verbs: list[list[str]], want: Resources, *, python: str, cwd: Path, launched: bool
 ) -> Job:
     """An array of one-node jobs, one a verb; `launched` runs each under torchrun, a process a GPU."""
-    processes = str(want.gpus_per_node or 1) if want.nproc_per_node == "auto" else want.nproc_per_node
     program = f"{_words([want.python or python])} -m rerankvpr"
     if launched:
-        program += f" launch --nproc-per-node {processes} --"
+        program += f" launch --nproc-per-node {want.processes_per_node} --"
     options = [f"array=0-{len(verbs) - 1}"] if len(verbs) > 1 else []
     options += ["nodes=1", "ntasks-per-node=1", *resource_options(want), "requeue"]
     srun = _words(["srun", *container_flags(want)])

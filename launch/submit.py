@@ -5,54 +5,54 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
+from configs.flags import is_given, parse_flags, parse_known_flags
 from configs.load import without_secrets
 from launch.slurm import Job, Resources, array_job, torchrun_job
-from launch.torchrun import resuming
+from launch.torchrun import resuming, split_at_dashes
 
 if TYPE_CHECKING:
     from configs.schema import Recipe
 
-USAGE = """usage: rerankvpr submit [flags] -- VERB ... [--then [flags --] VERB ...]...
-
-Writes a batch script for each stage (shard, train or eval), keeps it beside what the stage writes
+ABOUT = """Writes a batch script for each stage (shard, train or eval), keeps it beside what the stage writes
 (train: OUTPUT/job/), submits it, and prints job, log and MLflow store. A stage starts when the one before it has ended
 well. Flags before the first `--` hold for all stages; a stage may have further ones of its own after --then.
 
+  rerankvpr submit [flags] -- VERB ... [--then [flags --] VERB ...]...
+
   rerankvpr submit --nodes 4 --gpus-per-node 8 --time 12:00:00 -- train RECIPE
+
   rerankvpr submit --array 16 -- shard gsv-cities SRC OUT
+
   rerankvpr submit --gpus-per-node 1 -- eval --checkpoint runs/a runs/b --benchmarks town --out results
-  rerankvpr submit --nodes 4 --gpus-per-node 8 -- shard gsv-cities SRC OUT --then train RECIPE \\
+
+  rerankvpr submit --nodes 4 --gpus-per-node 8 -- shard gsv-cities SRC OUT --then train RECIPE
       --then --nodes 1 -- eval --checkpoint runs/a --benchmarks town
 
 `shard` runs on one node without GPUs: --array 16 makes sixteen tasks that write the tars, and a job that writes the
-index. `eval` of several checkpoints is an array. A training is told to save before its time limit and on preemption,
-is put back in the queue and resumes.
+index. `eval` of several checkpoints is an array. A training is checked as `rerankvpr plan` does it; it is told to save
+before its time limit and on preemption, is put back in the queue and resumes."""
 
-flags:"""
-
+PROG = "rerankvpr submit"
 STAGES = ("shard", "train", "eval")
 
 
 def main(argv: list[str]) -> int:
     """Writes and submits the jobs of all stages."""
-    if "--" not in argv:
+    flags, rest = split_at_dashes(argv)
+    if rest is None:
         if {"-h", "--help"} & set(argv):
-            print(USAGE)
-            _flags(["--help"], Resources())
+            parse_flags(Resources, ["--help"], prog=PROG, description=ABOUT)
         raise ValueError("submit needs `--` before the verb: rerankvpr submit --nodes 2 -- train RECIPE")
-    cut = argv.index("--")
-    common = _flags(argv[:cut], Resources())
+    common = parse_flags(Resources, flags, prog=PROG)
     jobs = []
-    for i, (flags, verb) in enumerate(split_stages(argv[cut + 1 :])):
-        want = _flags(flags, replace(common, dependency=common.dependency if i == 0 else ""))
-        jobs += stage_jobs(verb, want)
+    for i, (more, verb) in enumerate(split_stages(rest)):
+        default = replace(common, dependency=common.dependency if i == 0 else "")
+        jobs += stage_jobs(verb, parse_flags(Resources, more, prog=PROG, default=default))
     if common.dry_run:
         for job in jobs:
             print(f"# {job.script}\n{job.text}")
@@ -63,10 +63,6 @@ def main(argv: list[str]) -> int:
     for job in jobs:
         after = f"afterok:{_submit(job, after)}"
     return 0
-
-
-def _flags(argv: list[str], default: Resources) -> Resources:
-    return tyro.cli(Resources, args=argv, default=default, prog="rerankvpr submit")
 
 
 def split_stages(argv: list[str]) -> list[tuple[list[str], list[str]]]:
@@ -104,23 +100,24 @@ def stage_jobs(verb: list[str], want: Resources) -> list[Job]:
     if verb[0] == "shard":
         return _shard_jobs(verb, want)
     verbs = eval_verbs(verb)
-    folder = _beside(_value("--out", verb) or _value("--checkpoint", verb) or "eval")
+    stage, _ = parse_known_flags(EvalStage, verb[1:], prog="rerankvpr eval")
+    folder = _beside(stage.out or next(iter(stage.checkpoint), "eval"))
     if len(verbs) == 1 and want.node_range[1] > 1:
         return [torchrun_job("eval", folder, verb, want, python=sys.executable, cwd=Path.cwd())]
     return [array_job("eval", folder, verbs, want, python=sys.executable, cwd=Path.cwd(), launched=True)]
 
 
 def _train_job(verb: list[str], want: Resources) -> Job:
-    from trainer.checkpoint_folder import newest_valid
     from trainer.command import parse
+
+    command = parse(verb[1:])  # a mistake in it is told before torch is loaded
+    from trainer.preflight import check_training
     from trainer.tracking import open_command
 
-    recipe, _, resume = parse(verb[1:])
-    found, _ = newest_valid(recipe.output / "checkpoints")
-    if found and not resume:
-        raise ValueError(
-            f"{recipe.output} already holds a training (up to {found.name}); add --resume or change --output"
-        )
+    recipe = command.recipe
+    absent = check_training(recipe, want.ranks, resume=command.resume is not None, checkpoint=command.checkpoint)
+    for line in absent:
+        print(f"rerankvpr: not here when it was submitted: {line}", file=sys.stderr)
     if not want.dry_run:
         _download_weights(recipe)
     verb = resuming(verb)  # a job that is requeued runs the same line
@@ -140,15 +137,11 @@ def _download_weights(recipe: Recipe) -> None:
 
 
 def _shard_jobs(verb: list[str], want: Resources) -> list[Job]:
-    import contextlib
-    import io
-
     from launch.data_commands import KINDS
 
     if len(verb) < 2 or verb[1] not in KINDS:
         raise ValueError(f"submit: shard needs a kind of data set: {', '.join(KINDS)}")
-    with contextlib.redirect_stdout(io.StringIO()):
-        command = tyro.cli(KINDS[verb[1]], args=verb[2:], prog=f"rerankvpr shard {verb[1]}")
+    command = parse_flags(KINDS[verb[1]], verb[2:], prog=f"rerankvpr shard {verb[1]}")
     if want.array and command.part:
         raise ValueError(f"submit: --array {want.array} deals out the parts; leave --part {command.part} out")
     folder, want = _beside(str(command.out)), _plain(want)  # type: ignore[attr-defined]
@@ -166,29 +159,26 @@ def _plain(want: Resources) -> Resources:
     return replace(want, nodes="1", gpus_per_node=0, nproc_per_node="auto")
 
 
+@dataclass(frozen=True)
+class EvalStage:
+    """What `submit` reads of an `eval` verb."""
+
+    checkpoint: tuple[str, ...] = ()
+    out: str = ""
+
+
 def eval_verbs(verb: list[str]) -> list[list[str]]:
-    """One evaluation a checkpoint: `--checkpoint A B` becomes two verbs with a subfolder of --out each."""
-    if "--checkpoint" not in verb:
-        return [verb]
-    at = verb.index("--checkpoint") + 1
-    end = next((i for i in range(at, len(verb)) if verb[i].startswith("--")), len(verb))
-    checkpoints = verb[at:end]
-    if not checkpoints:
+    """One evaluation per checkpoint: `--checkpoint A B` becomes two verbs with a subfolder of --out each."""
+    stage, others = parse_known_flags(EvalStage, verb[1:], prog="rerankvpr eval")
+    if is_given(verb, "checkpoint") and not stage.checkpoint:
         raise ValueError("submit: eval --checkpoint names no folder")
-    if len(checkpoints) == 1:
-        return [verb]
     verbs = []
-    for i, checkpoint in enumerate(checkpoints):
-        one = [*verb[:at], checkpoint, *verb[end:]]
-        if "--out" in one:
-            out = one.index("--out") + 1
-            one[out] = str(Path(one[out]) / f"{i:03d}-{Path(checkpoint).name}")
-        verbs.append(one)
-    return verbs
-
-
-def _value(flag: str, argv: list[str]) -> str:
-    return argv[argv.index(flag) + 1] if flag in argv[:-1] else ""
+    for i, checkpoint in enumerate(stage.checkpoint):
+        out = stage.out
+        if out and len(stage.checkpoint) > 1:
+            out = str(Path(out) / f"{i:03d}-{Path(checkpoint).name}")
+        verbs.append(["eval", "--checkpoint", checkpoint, *(["--out", out] if out else []), *others])
+    return verbs or [verb]
 
 
 def _beside(folder: str) -> Path:

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from configs.flags import parse_flags
 from configs.load import load_stored_recipe, without_secrets
 from trainer import metrics_log
 from trainer.metrics_log import is_open, read_records
@@ -35,7 +36,7 @@ class SyncCommand:
 
 def main(argv: list[str]) -> int:
     """Sends each folder's lines and says what was sent."""
-    command = tyro.cli(SyncCommand, args=argv, prog="rerankvpr sync")
+    command = parse_flags(SyncCommand, argv, prog="rerankvpr sync")
     if not command.outputs:
         raise ValueError("sync needs the output folder of a training: rerankvpr sync runs/demo")
     for folder in command.outputs:

@@ -2,47 +2,68 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
+import tyro
+
+from configs.flags import parse_flags, parse_known_flags
 from configs.load import without_secrets
+from configs.recipe_flags import parse_over_recipe
 from launch.rendezvous import end_when_cut_off
-from trainer.command import parse, take_dry_run
+from trainer.command import TrainCommand
 from trainer.routes import has_infiniband, interface_environment, loopback, route_to
 from trainer.stop_signal import REQUEUE_STATUS
 
-USAGE = """usage: rerankvpr launch [--nproc-per-node N] [--nnodes N --rdzv HOST[:PORT]] [flags] -- VERB ...
-
-Runs `rerankvpr VERB ...` in N processes a node, by torchrun, and prints the torchrun command that it is.
-
-  --nproc-per-node auto|N       processes on this node; auto is one a GPU, or one where there is no GPU
-  --nnodes N | MIN:MAX          nodes; run the same command on each. With a range, training goes on with the nodes that
-                                are left when one is lost, and takes it back when it returns
-  --rdzv HOST[:PORT]            where nodes meet: the first node, by an address that all can reach (port 29400); a node
-                                that does not reach it for 120 s ends
-  --rdzv-id NAME                name of the rendezvous, for two jobs on one port (rerankvpr)
-  --max-restarts N              restarts after a failed process (0 on one node, 3 with a range of nodes); train resumes
-  --rdzv-conf KEY=VALUE,...     torchrun's; last_call_timeout=10 here: seconds to wait for further nodes of a range
-  --shutdown-timeout S          seconds that processes have to save after SIGTERM or SIGUSR1 (120)
-  --dry-run                     prints the torchrun command alone
-
-Other flags go to torchrun as they are. Where they are not set already: OMP_NUM_THREADS becomes cores / processes,
-GLOO_SOCKET_IFNAME the interface that leads to HOST, or loopback on one node, and NCCL_SOCKET_IFNAME the same where
-there is no InfiniBand. SIGTERM and SIGUSR1 are passed on: train saves, and the status is 75 (run me again).
-
-  rerankvpr launch --nproc-per-node 2 -- train demo --output runs/two
-  rerankvpr launch --nnodes 2 --rdzv node1 -- train RECIPE          # on both nodes
-  rerankvpr launch --nnodes 2:4 --rdzv node1 -- train RECIPE        # on up to four nodes"""
-
+PROG = "rerankvpr launch"
 PORT = 29400
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 CUT_OFF_S = 120
 STOPPING = (15, 10)  # SIGTERM, SIGUSR1
+
+
+@dataclass(frozen=True)
+class LaunchCommand:
+    """Runs `rerankvpr VERB ...` (after `--`) in N processes per node, by torchrun, and prints the torchrun command.
+
+    Other flags go to torchrun as they are. Unless they are set already, OMP_NUM_THREADS becomes cores / processes,
+    GLOO_SOCKET_IFNAME the interface that leads to HOST, or loopback on one node, and NCCL_SOCKET_IFNAME the same if
+    there is no InfiniBand. SIGTERM and SIGUSR1 are passed on: train saves, and the status is 75 (run me again).
+
+      rerankvpr launch --nproc-per-node 2 -- train demo --output runs/two
+
+      rerankvpr launch --nnodes 2 --rdzv node1 -- train RECIPE          (on both nodes)
+
+      rerankvpr launch --nnodes 2:4 --rdzv node1 -- train RECIPE        (on up to four nodes)
+    """
+
+    nproc_per_node: str = "auto"
+    """Processes on this node, auto or a number; auto is one per GPU, or one if there is no GPU."""
+    nnodes: str = "1"
+    """Nodes, N or MIN:MAX; run the same command on each. With a range, training continues with the nodes that are left
+    when one is lost, and takes it back when it returns."""
+    rdzv: Annotated[str, tyro.conf.arg(aliases=("--rdzv-endpoint",), metavar="HOST[:PORT]")] = ""
+    """The first node, by an address that all can reach (port 29400); a node that does not reach it for 120 s ends."""
+    rdzv_id: str = "rerankvpr"
+    """Name of the rendezvous, for two jobs on one port."""
+    max_restarts: int | None = None
+    """Restarts after a failed process; without it 0 on one node, 3 with a range of nodes. train resumes."""
+    rdzv_conf: str = ""
+    """torchrun's, KEY=VALUE,...; last_call_timeout is 10 here: seconds to wait for further nodes of a range."""
+    shutdown_timeout: int = 120
+    """Seconds that processes have to save after SIGTERM or SIGUSR1."""
+    dry_run: bool = False
+    """Prints the torchrun command alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_restarts", "shutdown_timeout"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a number, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -60,34 +81,40 @@ class Launch:
 
 def main(argv: list[str]) -> int:
     """Splits the arguments at `--` and runs torchrun in this process."""
-    if "--" not in argv:
-        if {"-h", "--help"} & set(argv):
-            print(USAGE)
-            return 0
+    flags, verb = split_at_dashes(argv)
+    if verb is None:
+        if {"-h", "--help"} & set(flags):
+            parse_flags(LaunchCommand, ["--help"], prog=PROG)
         raise ValueError("launch needs `--` before the verb: rerankvpr launch --nproc-per-node 2 -- train RECIPE")
-    cut = argv.index("--")
-    flags, verb = argv[:cut], argv[cut + 1 :]
     if not verb:
         raise ValueError("launch needs a verb after `--`, such as train or eval")
-    dry_run = "--dry-run" in flags
     tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     if tasks and int(tasks[0]) > 1:
         raise ValueError(
             f"srun started {tasks[0]} launches on this node, and each would start all ranks; give srun "
             f"--ntasks-per-node=1, or leave `launch` out: srun ... rerankvpr {verb[0]} ..."
         )
+    ours, others = parse_known_flags(LaunchCommand, flags, prog=PROG)
     recipe = None
-    if verb[0] == "train" and not dry_run:  # a mistake is told once and at once, not by each rank after each restart
-        recipe, _, _ = parse(take_dry_run(verb[1:])[1])
-    launch = plan([flag for flag in flags if flag != "--dry-run"], verb)
+    if verb[0] == "train" and not ours.dry_run:  # a mistake is told once, not by each rank after each restart
+        recipe = parse_over_recipe(TrainCommand, verb[1:], verb="train")[0].recipe
+    launch = plan_launch(ours, others, verb)
     print(without_secrets(launch.command()), flush=True)
-    if dry_run:
+    if ours.dry_run:
         return 0
     if recipe:
         from model.weights import find_weights
 
         find_weights(recipe.model.backbone, recipe.model.weights)  # downloads them once, not once in each rank
     return start(launch)
+
+
+def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """The words before the first `--` and those after it, None if there is none."""
+    if "--" not in argv:
+        return list(argv), None
+    cut = list(argv).index("--")
+    return list(argv[:cut]), list(argv[cut + 1 :])
 
 
 def run(flags: list[str], verb: list[str]) -> int:
@@ -97,10 +124,14 @@ def run(flags: list[str], verb: list[str]) -> int:
 
 def plan(flags: list[str], verb: list[str]) -> Launch:
     """What torchrun is asked for, from launch's flags and a verb. Raises ValueError naming the flag that is wrong."""
-    ours, others = flag_parser().parse_known_args(flags)
+    return plan_launch(*parse_known_flags(LaunchCommand, flags, prog=PROG), verb)
+
+
+def plan_launch(ours: LaunchCommand, others: list[str], verb: list[str]) -> Launch:
+    """What torchrun is asked for; `others` are its own flags. Raises ValueError naming the flag that is wrong."""
     low, high = _nodes(ours.nnodes)
     processes = _processes(ours.nproc_per_node)
-    restarts = _count("--max-restarts", ours.max_restarts, default=3 if low < high else 0)
+    restarts = ours.max_restarts if ours.max_restarts is not None else 3 if low < high else 0
     arguments = [f"--nnodes={ours.nnodes}", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     arguments += [f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={ours.shutdown_timeout}"]
     # A store that torchrun keeps over restarts gives ranks the addresses of dead ones.
@@ -120,7 +151,7 @@ def plan(flags: list[str], verb: list[str]) -> Launch:
     if verb[0] == "train" and (restarts or high > 1):
         verb = resuming(verb)
     if high > 1 and verb[0] != "doctor":
-        verb = ["rank", *(["--fit"] if low < high else []), *verb]
+        verb = ["rank", *(["--fit"] if low < high else []), "--", *verb]
     return Launch([*arguments, *others, "-m", "rerankvpr", *verb], environment, rendezvous)
 
 
@@ -138,18 +169,6 @@ def resuming(verb: list[str]) -> list[str]:
             f"start it once by `rerankvpr train` with --resume {named[0]}, or leave the folder out"
         )
     return verb
-
-
-def flag_parser() -> argparse.ArgumentParser:
-    """The flags of launch itself; others are torchrun's."""
-    parser = argparse.ArgumentParser(prog="rerankvpr launch", allow_abbrev=False, add_help=False)
-    for flag, default in (("--nnodes", "1"), ("--nproc-per-node", "auto"), ("--max-restarts", None)):
-        parser.add_argument(flag, flag.replace("per-node", "per_node"), default=default)
-    parser.add_argument("--rdzv", "--rdzv-endpoint", dest="rdzv", default="")
-    parser.add_argument("--rdzv-id", default="rerankvpr")
-    parser.add_argument("--rdzv-conf", default="")
-    parser.add_argument("--shutdown-timeout", default="120")
-    return parser
 
 
 def _nodes(text: str) -> tuple[int, int]:
@@ -173,25 +192,23 @@ def _processes(text: str) -> int:
         if text == "gpu" and not found:
             raise ValueError("--nproc-per-node gpu: this node shows no GPU; use auto or a number")
         return found or 1
-    return _count("--nproc-per-node", text, least=1)
+    return _count("--nproc-per-node", text)
 
 
-def _count(flag: str, text: str | None, *, default: int = 0, least: int = 0) -> int:
-    if text is None:
-        return default
-    if not text.isdigit() or int(text) < least:
-        raise ValueError(f"{flag} {text}: expected a number, {least} or more")
+def _count(flag: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{flag} {text}: expected a number, 1 or more")
     return int(text)
 
 
-def _rendezvous(ours: argparse.Namespace, elastic: bool) -> tuple[list[str], str, tuple[str, int] | None]:
+def _rendezvous(ours: LaunchCommand, elastic: bool) -> tuple[list[str], str, tuple[str, int] | None]:
     """torchrun's flags for a rendezvous of nodes, the interface that leads there, and its place if elsewhere."""
     if not ours.rdzv:
         raise ValueError(
             f"--nnodes {ours.nnodes} needs --rdzv HOST[:PORT]: the first node, by an address that all nodes can reach"
         )
     host, _, port = ours.rdzv.partition(":")
-    number = _count("--rdzv, port", port or str(PORT), least=1)
+    number = _count("--rdzv, port", port or str(PORT))
     route = route_to(host)
     conf = dict(pair.split("=", 1) for pair in ours.rdzv_conf.split(",") if "=" in pair)
     if elastic:

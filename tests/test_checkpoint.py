@@ -193,3 +193,19 @@ def test_a_full_disk_voids_the_checkpoint_and_keeps_the_one_before(small_disk: P
     writer.begin(3, contents(3, 2_000_000))  # what was begun is out of the way again
     assert writer.finish()
     assert find_checkpoint(folder) == folder / step_name(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("last.ckpt", "a checkpoint of Lightning is not read"),
+        ("step-00000002/model.bin", "is one file of a checkpoint"),
+    ],
+)
+def test_a_file_given_for_a_checkpoint_is_told_in_one_line(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000002" / "manifest.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"PK\x03\x04\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match=words) as caught:
+        find_checkpoint(tmp_path / name)
+    assert len(str(caught.value).splitlines()) == 1

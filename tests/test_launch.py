@@ -47,7 +47,7 @@ def test_several_nodes_meet_on_the_interface_that_leads_there(monkeypatch: pytes
     launch = plan(["--nnodes", "2:4", "--nproc-per-node", "1", "--rdzv", "127.0.0.1:29999"], ["train", "demo"])
     assert {"--rdzv-endpoint=127.0.0.1:29999", "--nnodes=2:4", "--max-restarts=3"} <= set(launch.arguments)
     assert "--rdzv-conf=last_call_timeout=10" in launch.arguments
-    assert launch.arguments[-6:] == ["rerankvpr", "rank", "--fit", "train", "demo", "--resume"]
+    assert launch.arguments[-6:] == ["rank", "--fit", "--", "train", "demo", "--resume"]
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     assert plan(["--nproc-per-node", "1"], ["eval"]).environment["GLOO_SOCKET_IFNAME"] == "ib0"
 
@@ -79,13 +79,11 @@ def test_a_launch_that_restarts_does_not_go_back_to_a_named_checkpoint() -> None
         plan(["--max-restarts", "1", "--nproc-per-node", "1"], ["train", "demo", "--resume", "runs/a"])
 
 
-def test_a_mistake_in_a_recipe_is_told_before_anything_is_started(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="shipped"):
+def test_a_mistake_in_a_recipe_is_told_before_anything_is_started() -> None:
+    with pytest.raises(ValueError, match="Shipped recipes"):
         launch_main(["--max-restarts", "3", "--nproc-per-node", "2", "--", "train"])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ValueError, match=r"--data\.places-per-batch: 'many' is not a whole number"):
         launch_main(["--nproc-per-node", "2", "--", "train", "demo", "--data.places-per-batch", "many"])
-    assert stopped.value.code == 2
-    assert "places-per-batch" in capsys.readouterr().err
 
 
 def test_weights_are_downloaded_once_before_ranks_start(tmp_path: Path) -> None:

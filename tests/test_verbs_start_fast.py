@@ -51,7 +51,7 @@ def test_help_and_mistakes_import_nothing_slow(tmp_path: Path) -> None:
     good = [["--help"], ["--version"], ["--completion", "bash"], ["eval", "--list"], ["train", "demo", "--help"]]
     good += [[verb, "--help"] for verb in VERBS]
     good += [["shard", "utm", "--help"], ["launch", "--dry-run", "--nproc-per-node", "2", "--", "train", "demo"]]
-    good += [["submit", "--dry-run", "--", "train", "demo"]]
+    good += [["submit", "--dry-run", "--", "shard", "utm", "a", "b"]]
     mistakes = [["trian"], ["train", "nowhere"], ["train", str(bad)], ["train", "demo", "--memory.sise", "3"]]
     mistakes += [["launch", "--", "train", str(bad)], ["submit", "--", "train", str(bad)], ["launch", "train"]]
     parsed = ("eval", "demo", "export", "sync", "doctor", "inspect", "verify")

@@ -60,22 +60,35 @@ def choose_checkpoint(folder: Path, given: Path | None) -> tuple[Path | None, li
     return from_rank_0(lambda: (find_checkpoint(given), []) if given else newest_valid(folder))
 
 
+def _stored_progress(checkpoint: Path) -> Progress:
+    with reading(checkpoint / "state.json", "the state of a training", CheckpointError):
+        return Progress(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def check_resumable(checkpoint: Path, recipe: Recipe, dataset: str | None) -> None:
+    """Raises CheckpointError if a training by this recipe cannot resume from a checkpoint.
+
+    `dataset` is the digest of the shard sets, None if they are not here.
+    """
+    trained_on = _stored_progress(checkpoint).dataset
+    if dataset is not None and trained_on != dataset:
+        raise CheckpointError(
+            f"{checkpoint} was trained on shards with digest {trained_on}, data.shards and data.mix now have "
+            f"{dataset}: the order of data would be another; resume with the same shards, or export the network and "
+            "start from it with model.weights"
+        )
+    for key, ours, theirs in _differences(recipe, checkpoint):
+        raise CheckpointError(f"{checkpoint} was trained with {key} {theirs}, this recipe has {ours}; they must agree")
+
+
 def load_checkpoint(checkpoint: Path, state: TrainingState, recipe: Recipe, dataset: str) -> None:
     """Restores engine, queue, progress and random state on every rank, at any world size and ZeRO stage.
 
     `dataset` is the digest of the shard sets. Raises CheckpointError if recipe or shards are not the checkpoint's.
     """
     engine, queue, drift = state.engine, state.queue, state.drift
-    with reading(checkpoint / "state.json", "the state of a training", CheckpointError):
-        progress = Progress(**json.loads((checkpoint / "state.json").read_text()))
-    if progress.dataset != dataset:
-        raise CheckpointError(
-            f"{checkpoint} was trained on shards with digest {progress.dataset}, data.shards and data.mix now have "
-            f"{dataset}: the order of data would be another; resume with the same shards, or export the network and "
-            "start from it with model.weights"
-        )
-    for key, ours, theirs in _differences(recipe, checkpoint):
-        raise CheckpointError(f"{checkpoint} was trained with {key} {theirs}, this recipe has {ours}; they must agree")
+    check_resumable(checkpoint, recipe, dataset)
+    progress = _stored_progress(checkpoint)
     side = recipe.data.image_size
     blank = torch.zeros(1, 3, side, side, device=engine.device)
     weights, optimizer = (

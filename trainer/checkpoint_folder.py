@@ -18,6 +18,7 @@ from configs.reading import reading, shown
 _STEP = re.compile(r"step-\d{8,18}", re.ASCII)
 MANIFEST = "manifest.json"
 FORMAT = 3
+LINKS = ("latest", "best")
 
 
 class CheckpointError(ValueError):
@@ -110,6 +111,8 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises CheckpointError if there is none or it is damaged.
     """
+    if path.is_file() and path.name not in LINKS:
+        raise CheckpointError(_what_file(path))
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     target = pointed(path) or pointed(folder / "best") or pointed(folder / "latest") or folder
     if target.parent == folder and not target.is_dir():
@@ -119,6 +122,16 @@ def find_checkpoint(path: Path) -> Path:
     if damage:
         raise CheckpointError(damage[0])
     return target
+
+
+def _what_file(path: Path) -> str:
+    """What is wrong with a file that is given for a checkpoint."""
+    if (path.parent / MANIFEST).is_file():
+        return f"{path} is one file of a checkpoint; give its folder, {path.parent}"
+    return (
+        f"{path} is a file; a checkpoint is a folder of a training's output, such as runs/demo. A backbone's weights "
+        "(.pth, .safetensors) are read by model.weights and eval --weights; a checkpoint of Lightning is not read"
+    )
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:

@@ -1,4 +1,4 @@
-"""Memory of a rank by part, from the recipe alone: what `train --dry-run` prints and refuses by.
+"""Memory of a rank by part, from the recipe alone: what `rerankvpr plan` prints and refuses by.
 
 docs/training.md explains each formula. Sizes follow what DeepSpeed 0.19, torch's optimizers and the network's blocks
 really allocate; `benchmarks/giant.py` holds them against measured peaks.

@@ -73,17 +73,22 @@ class Entry:
     fault: str = ""
     custom: Callable[[Path, list[str]], list[Benchmark]] | None = None
 
+    def check(self, name: str, options: list[str]) -> None:
+        """Raises ValueError for options that name no variant, whatever is on the disk."""
+        known = [variant for variant in self.variants if variant]
+        if self.custom or not options or (len(options) == 1 and options[0] in known):
+            return
+        given = "/".join(options)
+        if not known:
+            raise ValueError(f"benchmark {name} takes no options, got {given!r}")
+        raise ValueError(f"benchmark {name}: unknown variant {given!r}; {nearest(given, known)}")
+
     def load(self, folder: Path, options: list[str]) -> list[Benchmark]:
         """The benchmarks that a spec's options name."""
         if self.custom:
             return self.custom(folder, options)
         name = folder.name
-        known = [variant for variant in self.variants if variant]
-        if options and (len(options) > 1 or options[0] not in known):
-            if not known:
-                raise ValueError(f"benchmark {name} takes no options, got {'/'.join(options)!r}")
-            given = "/".join(options)
-            raise ValueError(f"benchmark {name}: unknown variant {given!r}; {nearest(given, known)}")
+        self.check(name, options)
         chosen = options or list(self.every)
         return [self.variants[key].read(f"{name}/{key}" if key else name, folder) for key in chosen]
 

@@ -32,6 +32,7 @@ def load_benchmarks(specs: list[str], data_root: Path) -> list[Benchmark]:
         if name not in CATALOGUE:
             known = [*CATALOGUE, "folder:PATH", "manifest:FILE"]
             raise ValueError(f"unknown benchmark {name!r}; {nearest(name, known)}")
+        CATALOGUE[name].check(name, options)
         folder = data_root / name
         if not folder.is_dir():
             raise FileNotFoundError(f"benchmark {name}: no folder {name} in the data root {data_root}")

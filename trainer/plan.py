@@ -1,8 +1,7 @@
-"""`train --dry-run`: what a recipe would take, from its numbers alone; refuses what cannot fit."""
+"""What a training would take, from its recipe's numbers alone: memory, steps, bytes sent, time."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from configs.schema import Recipe
 from data_pipeline.mixture import EpochPlans, read_mixture
-from trainer.command import DryRunFlags
+from trainer.batches import images_per_rank
 from trainer.flops import model_flops, peak_tflops, step_flops
 from trainer.memory_plan import GB, MemoryPlan, Sizes, bytes_sent, parameter_sizes, plan_memory
 
@@ -26,6 +25,15 @@ MEASURE_S = 0.5
 
 class CannotFitError(ValueError):
     """A recipe that needs more memory than a rank has; the text says what would fit."""
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is known of the ranks beforehand; what is None is found out on this machine."""
+
+    ranks: int | None = None  # WORLD_SIZE, else 1
+    device_gb: float | None = None  # memory of a rank's GPU
+    tflops: float | None = None  # sustained by a rank
 
 
 @dataclass(frozen=True)
@@ -39,23 +47,23 @@ class Machine:
     tflops_from: str
 
 
-def find_machine(flags: DryRunFlags, recipe: Recipe, ranks: int) -> Machine:
-    """The device of a rank: this process's, or one as the flags describe it."""
+def find_machine(assumed: Assumed, recipe: Recipe, ranks: int) -> Machine:
+    """The device of a rank: this process's, or one as it is assumed."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if torch.cuda.is_available() or flags.device_gb:
+    if torch.cuda.is_available() or assumed.device_gb:
         known, peak, on_this = None, None, torch.cuda.is_available()
         if on_this:
             known = torch.cuda.mem_get_info()[1]
             peak = peak_tflops(torch.cuda.get_device_name(), recipe.engine.precision, tf32=recipe.engine.tf32)
             local_ranks = local_ranks or min(ranks, torch.cuda.device_count())
         peak = recipe.engine.peak_tflops or peak
-        device = flags.device_gb * GB if flags.device_gb else float(known or 0)
-        tflops = flags.tflops or (SUSTAINED * peak if peak else None)
-        source = "--tflops" if flags.tflops else f"{SUSTAINED:.0%} of a peak of {peak:g} TFLOP/s" if peak else ""
+        device = assumed.device_gb * GB if assumed.device_gb else float(known or 0)
+        tflops = assumed.tflops or (SUSTAINED * peak if peak else None)
+        source = "--tflops" if assumed.tflops else f"{SUSTAINED:.0%} of a peak of {peak:g} TFLOP/s" if peak else ""
         return Machine(False, device, host / local_ranks if on_this else None, tflops, source)
-    tflops = flags.tflops or measured_tflops()
-    source = "--tflops" if flags.tflops else f"a matrix product measured for {MEASURE_S:g} s on this machine"
+    tflops = assumed.tflops or measured_tflops()
+    source = "--tflops" if assumed.tflops else f"a matrix product measured for {MEASURE_S:g} s on this machine"
     return Machine(True, host / (local_ranks or ranks), None, tflops, source)
 
 
@@ -87,7 +95,7 @@ def count_steps(recipe: Recipe) -> tuple[int | None, int | None, float, str]:
 
 
 @dataclass(frozen=True)
-class DryRun:
+class TrainingPlan:
     """The plan of a training."""
 
     recipe: Recipe
@@ -127,16 +135,14 @@ class DryRun:
         return out | {name: float(value) for name, value in known.items() if value is not None}
 
 
-def plan(recipe: Recipe, flags: DryRunFlags, sizes: Sizes | None = None) -> DryRun:
-    """Everything that a dry run prints; neither weights nor a process group are made."""
-    ranks = flags.ranks or int(os.environ.get("WORLD_SIZE", "1"))
-    if recipe.data.places_per_batch % ranks:
-        low = max(ranks, recipe.data.places_per_batch // ranks * ranks)
-        raise ValueError(
-            f"data.places_per_batch {recipe.data.places_per_batch} is not divisible by {ranks} ranks; nearest: {low} "
-            f"or {low + ranks}"
-        )
-    machine = find_machine(flags, recipe, ranks)
+def plan(recipe: Recipe, assumed: Assumed, sizes: Sizes | None = None) -> TrainingPlan:
+    """Everything that `rerankvpr plan` prints; neither weights nor a process group are made.
+
+    Raises ValueError for a batch that the ranks cannot share, and what `read_mixture` raises for a damaged index.
+    """
+    ranks = assumed.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    images = images_per_rank(recipe, ranks)
+    machine = find_machine(assumed, recipe, ranks)
     sizes = sizes or parameter_sizes(recipe)
     per_epoch, total, shard_bytes, source = count_steps(recipe)
     every = recipe.trainer.checkpoint_every_steps or per_epoch
@@ -152,18 +158,17 @@ def plan(recipe: Recipe, flags: DryRunFlags, sizes: Sizes | None = None) -> DryR
             shard_bytes=shard_bytes,
         )
 
-    images = recipe.data.places_per_batch * recipe.data.images_per_place // ranks
     flops = images * step_flops(recipe)
     seconds = flops / (machine.tflops * 1e12) if machine.tflops else None
     sent = bytes_sent(recipe, sizes, ranks)
-    return DryRun(
+    return TrainingPlan(
         recipe, ranks, machine, sizes, memory_of(recipe), per_epoch, total, source, sent, flops, seconds, memory_of
     )
 
 
-def shortfall(dry: DryRun, memory: MemoryPlan | None = None) -> str:
+def shortfall(planned: TrainingPlan, memory: MemoryPlan | None = None) -> str:
     """What of a rank's memory a plan exceeds; empty where it fits."""
-    memory, machine = memory or dry.memory, dry.machine
+    memory, machine = memory or planned.memory, planned.machine
     if memory.device_peak > machine.device_bytes:
         where = "of this machine's memory" if machine.on_cpu else "on its GPU"
         return f"{memory.device_peak / GB:.1f} GB {where}, and has {machine.device_bytes / GB:.1f}"
@@ -198,40 +203,46 @@ def with_engine(recipe: Recipe, changed: dict[str, Any]) -> Recipe | None:
     return recipe.model_copy(update={"engine": engine})
 
 
-def advice(dry: DryRun) -> str:
+def advice(planned: TrainingPlan) -> str:
     """The first change of the engine's settings with which the recipe fits, as flags."""
-    for changed in changes(dry.recipe, dry.ranks):
-        other = with_engine(dry.recipe, changed)
+    for changed in changes(planned.recipe, planned.ranks):
+        other = with_engine(planned.recipe, changed)
         if other is None:
             continue
-        memory = dry.memory_of(other)
-        if not shortfall(dry, memory):
-            before = dry.recipe.engine.model_dump()
-            flags = " ".join(f"--engine.{key} {value}" for key, value in changed.items() if before[key] != value)
+        memory = planned.memory_of(other)
+        if not shortfall(planned, memory):
+            before = planned.recipe.engine.model_dump()
+            flags = " ".join(_flag(f"engine.{key}", value) for key, value in changed.items() if before[key] != value)
             return f"{flags} needs {memory.device_peak / GB:.1f} GB"
     return "no zero_stage, offload, activation_checkpointing or encode_chunks is enough: use more ranks"
 
 
-def alternatives(dry: DryRun) -> Iterator[tuple[str, MemoryPlan]]:
+def _flag(key: str, value: Any) -> str:
+    """A key and its value as a person types them; a switch is only ever turned on here."""
+    flag = f"--{key.replace('_', '-')}"
+    return flag if value is True else f"{flag} {value}"
+
+
+def alternatives(planned: TrainingPlan) -> Iterator[tuple[str, MemoryPlan]]:
     """The recipe at other stages, offloads and with or without activation checkpointing."""
     for stage in (0, 1, 2, 3):
         for offload in ("none", "optimizer", "all"):
             for checkpointing in (False, True):
                 changed = {"zero_stage": stage, "offload": offload, "activation_checkpointing": checkpointing}
-                other = with_engine(dry.recipe, {**changed, "compile": False})
+                other = with_engine(planned.recipe, {**changed, "compile": False})
                 if other:
                     name = f"ZeRO {stage}, offload {offload}" + (", activation checkpointing" if checkpointing else "")
-                    yield name, dry.memory_of(other)
+                    yield name, planned.memory_of(other)
 
 
-def print_plan(dry: DryRun, console: Console) -> None:
+def print_plan(planned: TrainingPlan, console: Console) -> None:
     """The tables."""
-    recipe, memory, machine = dry.recipe, dry.memory, dry.machine
+    recipe, memory, machine = planned.recipe, planned.memory, planned.machine
     where = "CPU" if machine.on_cpu else "GPU"
     console.print(
-        f"{recipe.name}: {recipe.model.backbone}, {dry.sizes.trained / 1e6:.1f} M parameters trained, "
-        f"{dry.sizes.frozen / 1e6:.1f} M frozen; {dry.ranks} rank(s) on {where}, ZeRO {recipe.engine.zero_stage}, "
-        f"offload {recipe.engine.offload}, {recipe.engine.precision}",
+        f"{recipe.name}: {recipe.model.backbone}, {planned.sizes.trained / 1e6:.1f} M parameters trained, "
+        f"{planned.sizes.frozen / 1e6:.1f} M frozen; {planned.ranks} rank(s) on {where}, "
+        f"ZeRO {recipe.engine.zero_stage}, offload {recipe.engine.offload}, {recipe.engine.precision}",
         highlight=False,
         soft_wrap=True,
     )
@@ -249,48 +260,45 @@ def print_plan(dry: DryRun, console: Console) -> None:
     others = Table(title="the same at other settings, GB", title_justify="left")
     for column in ("setting", "process" if machine.on_cpu else "device", "host"):
         others.add_column(column, justify="left" if column == "setting" else "right")
-    for name, other in alternatives(dry):
+    for name, other in alternatives(planned):
         others.add_row(
             name,
             f"{other.device_peak / GB:.2f}",
             "" if machine.on_cpu else f"{other.host_peak / GB:.2f}",
-            style="" if not shortfall(dry, other) else "dim",
+            style="" if not shortfall(planned, other) else "dim",
         )
     console.print(others)
-    for line in summary_lines(dry):
+    for line in summary_lines(planned):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def summary_lines(dry: DryRun) -> Iterator[str]:
+def summary_lines(planned: TrainingPlan) -> Iterator[str]:
     """Steps, bytes sent and time, a line each."""
-    per_epoch = "?" if dry.steps_per_epoch is None else str(dry.steps_per_epoch)
-    total = "?" if dry.total_steps is None else str(dry.total_steps)
-    yield f"steps: {per_epoch} an epoch, {total} in all ({dry.steps_from})"
-    sent = ", ".join(f"{name} {num_bytes / 1e6:.1f}" for name, num_bytes in dry.sent.items())
-    yield f"each rank sends {sum(dry.sent.values()) / 1e6:.1f} MB a step" + (f": {sent}" if sent else "")
-    if dry.seconds is None:
-        yield f"a rank computes {dry.flops / 1e12:.2f} TFLOP a step; give --tflops for an estimate of time"
+    per_epoch = "?" if planned.steps_per_epoch is None else str(planned.steps_per_epoch)
+    total = "?" if planned.total_steps is None else str(planned.total_steps)
+    yield f"steps: {per_epoch} an epoch, {total} in all ({planned.steps_from})"
+    sent = ", ".join(f"{name} {num_bytes / 1e6:.1f}" for name, num_bytes in planned.sent.items())
+    yield f"each rank sends {sum(planned.sent.values()) / 1e6:.1f} MB a step" + (f": {sent}" if sent else "")
+    if planned.seconds is None:
+        yield f"a rank computes {planned.flops / 1e12:.2f} TFLOP a step; give --tflops for an estimate of time"
         return
-    hours = "" if dry.total_steps is None else f", {dry.total_steps * dry.seconds / 3600:.2f} h in all"
-    assert dry.machine.tflops is not None
-    useful = dry.recipe.data.places_per_batch * dry.recipe.data.images_per_place // dry.ranks * model_flops(dry.recipe)
-    again = dry.flops / useful - 1
+    hours = "" if planned.total_steps is None else f", {planned.total_steps * planned.seconds / 3600:.2f} h in all"
+    assert planned.machine.tflops is not None
+    useful = (
+        planned.recipe.data.places_per_batch
+        * planned.recipe.data.images_per_place
+        // planned.ranks
+        * model_flops(planned.recipe)
+    )
+    again = planned.flops / useful - 1
     yield (
-        f"time: {dry.seconds:.3f} s a step{hours}, if a rank sustains {dry.machine.tflops:.3g} TFLOP/s "
-        f"({dry.machine.tflops_from}) and waits neither for data nor for other ranks; evaluation not counted"
+        f"time: {planned.seconds:.3f} s a step{hours}, if a rank sustains {planned.machine.tflops:.3g} TFLOP/s "
+        f"({planned.machine.tflops_from}) and waits neither for data nor for other ranks; evaluation not counted"
         + (f"; {again:.0%} of it is computed again to save memory" if again > 0.005 else "")
     )
 
 
-def dry_run(recipe: Recipe, flags: DryRunFlags) -> int:
-    """Prints the plan of a recipe; raises CannotFitError where a rank has too little memory for it."""
-    dry = plan(recipe, flags)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    print_plan(dry, console)
-    if flags.json:
-        flags.json.write_text(json.dumps(dry.figures(), indent=1) + "\n")
-    if short := shortfall(dry):
-        raise CannotFitError(f"a rank needs {short}; {advice(dry)}")
-    return 0
+def check_fit(planned: TrainingPlan) -> None:
+    """Raises CannotFitError, with settings that would fit, if a rank has too little memory."""
+    if short := shortfall(planned):
+        raise CannotFitError(f"a rank needs {short}; {advice(planned)}")

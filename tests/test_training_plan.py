@@ -1,4 +1,4 @@
-"""FLOPs, memory by part and the dry run's command line; what blocks really keep and what engines really hold."""
+"""FLOPs, memory by part and the planned run's command line; what blocks really keep and what engines really hold."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.flags import parse_flags
 from configs.schema import Recipe
+from launch.plan_command import main
 from model.network import build_model, meta_model
-from trainer.command import take_dry_run
-from trainer.dry_run import advice, plan, shortfall
 from trainer.engine_state import keepers
 from trainer.flops import forward_flops, model_flops, num_tokens, peak_tflops, step_flops
 from trainer.memory_plan import (
@@ -23,6 +23,7 @@ from trainer.memory_plan import (
     parameter_sizes,
     plan_memory,
 )
+from trainer.plan import Assumed, advice, plan, shortfall
 
 
 def recipe(**sections: dict[str, Any]) -> Recipe:
@@ -213,22 +214,15 @@ def test_bytes_sent_are_those_of_rings() -> None:
     assert not bytes_sent(recipe(), sizes, 1)
 
 
-def test_flags_of_a_dry_run_are_taken_out() -> None:
-    flags, rest = take_dry_run(["demo", "--dry-run", "--ranks", "8", "--seed", "3", "--device-gb", "80"])
-    assert rest == ["demo", "--seed", "3"]
-    assert flags
-    assert (flags.ranks, flags.device_gb, flags.tflops, flags.json) == (8, 80.0, None, None)
-    assert take_dry_run(["demo", "--seed", "3"]) == (None, ["demo", "--seed", "3"])
-    for wrong in (["--ranks", "8"], ["--dry-run", "--ranks", "0"], ["--dry-run", "--tflops"]):
-        with pytest.raises(ValueError, match=r"is for --dry-run|takes a"):
-            take_dry_run(["demo", *wrong])
+@pytest.mark.parametrize(("flag", "value"), [("--ranks", "0"), ("--device-gb", "-1"), ("--tflops", "inf")])
+def test_assumptions_are_above_zero(flag: str, value: str) -> None:
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        main(["demo", flag, value])
 
 
 def test_the_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from trainer.command import main
-
     file = tmp_path / "plan.json"
-    flags = ["--dry-run", "--ranks", "8", "--device-gb", "80", "--tflops", "400", "--json", str(file)]
+    flags = ["--ranks", "8", "--device-gb", "80", "--tflops", "400", "--json", str(file)]
     shards = str(tmp_path / "none")
     assert main(["gsv_cities_vitb", "--data.shards", shards, "--trainer.max-steps", "1000", *flags]) == 0
     text = capsys.readouterr().out
@@ -241,31 +235,21 @@ def test_the_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureF
     assert not torch.distributed.is_initialized()
 
 
-def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    from trainer.command import main
-
-    flags = ["--dry-run", "--ranks", "8", "--device-gb", "16", "--model.backbone", "vitg14", "--model.finetune", "all"]
-    with pytest.raises(SystemExit) as ended:
+def test_what_cannot_fit_is_refused_with_what_would() -> None:
+    flags = ["--ranks", "8", "--device-gb", "16", "--model.backbone", "vitg14", "--model.finetune", "all"]
+    with pytest.raises(ValueError, match=r"a rank needs .* --engine\.") as refused:
         main(["gsv_cities_vitb", *flags])
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("rerankvpr: a rank needs ")
-    assert "--engine." in line
+    assert len(str(refused.value).splitlines()) == 1
     # What it advises fits, in truth: with these settings nothing is refused.
     config = recipe(model={"backbone": "vitg14", "finetune": "all"}, engine={"precision": "bf16"})
-    argv = ["--dry-run", "--ranks", "8", "--device-gb", "16", "--tflops", "1"]
-    told, _ = take_dry_run(argv)
-    assert told
-    dry = plan(config, told)
-    assert shortfall(dry)
-    words = advice(dry).split(" needs ")[0].split()
-    changed = {key.removeprefix("--engine."): value for key, value in zip(words[::2], words[1::2], strict=True)}
-    engine = type(config.engine).model_validate({**config.engine.model_dump(), **changed})
-    assert not shortfall(plan(config.model_copy(update={"engine": engine}), told))
+    assumed = Assumed(ranks=8, device_gb=16, tflops=1)
+    planned = plan(config, assumed)
+    assert shortfall(planned)
+    words = advice(planned).split(" needs ")[0].split()
+    assert not shortfall(plan(parse_flags(Recipe, words, prog="plan", default=config), assumed))
 
 
 def test_places_that_ranks_cannot_share_are_refused() -> None:
-    told, _ = take_dry_run(["--dry-run", "--ranks", "7", "--device-gb", "80"])
-    assert told
+    assumed = Assumed(ranks=7, device_gb=80)
     with pytest.raises(ValueError, match="64 is not divisible by 7 ranks; nearest: 63 or 70"):
-        plan(recipe(), told)
+        plan(recipe(), assumed)

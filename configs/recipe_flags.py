@@ -1,0 +1,65 @@
+"""A recipe with flags over it: what `train`, `plan` and others take after their verb."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from configs.flags import FlagError, is_given, parse_flags
+from configs.load import RECIPES, load_recipe
+from configs.schema import Recipe
+
+
+@dataclass(frozen=True)
+class RecipeCommand:
+    """Base of a verb whose first word is a recipe, and whose flags are the recipe's keys and some of its own."""
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+    """A YAML file, or the name of a shipped recipe."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    """What the file says, with the flags over it."""
+
+
+Command = TypeVar("Command", bound=RecipeCommand)
+
+
+def parse_over_recipe(kind: type[Command], argv: Sequence[str], *, verb: str) -> tuple[Command, list[str]]:
+    """The verb's command, flags applied over the recipe that the first word names, and what was left out of it.
+
+    A mapping that a flag gives replaces the recipe's; another loss or miner drops the arguments of the recipe's own.
+    Raises FlagError or RecipeError.
+    """
+    prog = f"rerankvpr {verb}"
+    shipped = f"Shipped recipes: {', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}."
+    about = inspect.cleandoc(kind.__doc__ or "")
+    description = f"{about}\n\nEvery key of a recipe is a flag; the defaults below are the recipe's. {shipped}"
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            parse_flags(kind, ["--help"], prog=prog, description=description)
+        raise FlagError(f"{verb} needs a recipe first: {prog} RECIPE [--section.key value]. {shipped.rstrip('.')}")
+    read = load_recipe(Path(argv[0]))
+    default = kind(file=Path(argv[0]), recipe=read)
+    command = parse_flags(kind, argv, prog=prog, default=default, description=description)
+    recipe, notes = _without_foreign_arguments(command.recipe, read, argv)
+    return dataclasses.replace(command, recipe=recipe), notes
+
+
+def _without_foreign_arguments(recipe: Recipe, read: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """`recipe` without the arguments that `read` has for another loss or miner, and a line on each mapping dropped."""
+    changes: dict[str, dict[str, object]] = {}
+    notes = []
+    for name, mapping in (("name", "args"), ("miner", "miner_args")):
+        before, now, kept = getattr(read.loss, name), getattr(recipe.loss, name), getattr(recipe.loss, mapping)
+        if now != before and kept and not is_given(argv, f"loss.{mapping}"):
+            changes[mapping] = {}
+            said = ", ".join(f"{key} {value}" for key, value in kept.items())
+            notes.append(f"loss.{mapping} of the recipe ({said}) are for {before}; {now} is used without them")
+    if not changes:
+        return recipe, notes
+    return recipe.model_copy(update={"loss": recipe.loss.model_copy(update=changes)}), notes
