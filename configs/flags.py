@@ -12,7 +12,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from pydantic import BaseModel, ValidationError
@@ -176,26 +176,6 @@ def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int | float] | 
     )
 
 
-@REGISTRY.primitive_rule
-def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    if get_origin(info.type) is not Literal:
-        return None
-    known = {str(value): value for value in get_args(info.type)}
-
-    def read(words: list[str]) -> Any:
-        if words[0] not in known:
-            raise ValueError(f"{words[0]!r} is not one of {', '.join(known)}; {nearest(words[0], list(known))}")
-        return known[words[0]]
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{" + ",".join(known) + "}",
-        instance_from_str=read,
-        is_instance=lambda value: value in known.values(),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
 def _scalar(text: str) -> bool | int | float | str:
     if text in ("True", "False", "true", "false"):
         return text.lower() == "true"
@@ -239,6 +219,9 @@ def _one_line(box: str) -> str:
     paragraphs = " ".join("\n" if re.fullmatch("[─╭╮╰╯].*", line) else line for line in lines).split("\n")
     texts = [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
     what = texts[0].removeprefix("Error parsing ") if texts else "these flags cannot be used"
+    if wrong := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\)\.", what):
+        value, flag, known = wrong[1], wrong[2], re.findall(r"'(.*?)'", wrong[3])
+        return f"{flag}: {value!r} is not one of {', '.join(known)}; {nearest(value, known)}"
     if not (unknown := re.match(r"Unrecognized options: ([^, ]+)", what)):
         return what
     flag = unknown[1]
