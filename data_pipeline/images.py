@@ -75,9 +75,9 @@ def _decode_by_pillow(data: bytes) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(io.BytesIO(data), formats=PILLOW_READS)
-            if getattr(image, "n_frames", 1) > 1:
-                raise ValueError(f"an animation of {image.n_frames} pictures, not a photograph")
+            image: Image.Image = Image.open(io.BytesIO(data), formats=PILLOW_READS)
+            if (pictures := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"an animation of {pictures} pictures, not a photograph")
             image.load()
         except Exception as error:
             raise ValueError(reason(error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import faiss
 import numpy as np
@@ -186,10 +187,11 @@ def _check_strings(factory: str, params: str) -> None:
 
 def _quiet(index: faiss.Index) -> None:
     """Keeps FAISS from a warning for each clustering of few points: hundreds; `index_agreement` says what it costs."""
-    parts = [index, faiss.try_extract_index_ivf(index)]
+    parts: list[Any] = [index, faiss.try_extract_index_ivf(index)]
     if isinstance(index, faiss.IndexPreTransform):
-        for number in range(index.chain.size()):
-            transform = faiss.downcast_VectorTransform(index.chain.at(number))
+        chain: Any = index.chain  # a C++ vector, whatever its annotation says
+        for number in range(chain.size()):
+            transform = faiss.downcast_VectorTransform(chain.at(number))
             if isinstance(transform, faiss.OPQMatrix):
                 transform.pq = faiss.ProductQuantizer(transform.d_out, transform.M, 8)
                 parts.append(transform)

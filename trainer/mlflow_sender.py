@@ -282,7 +282,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    kinds = {"uri": str, "run_id": (str, type(None)), "offset": int}
+    kinds: dict[str, Any] = {"uri": str, "run_id": (str, type(None)), "offset": int}
     whole = isinstance(state, dict) and all(isinstance(state.get(key, kinds), kind) for key, kind in kinds.items())
     return state if whole and state["offset"] >= 0 else {}
 
