@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test check lint quick-half quick-tests slow-tests test-faults test-cluster gpu wheelhouse env lock licences audit wheel clean
+.PHONY: demo test check lint quick-half quick-tests slow-tests test-faults fuzz test-cluster gpu wheelhouse env lock licences audit wheel clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
@@ -35,6 +35,11 @@ quick-half: $(READY)
 # Trainings killed at random moments, in full counts. Not part of `make test`.
 test-faults: $(READY)
 	$(BIN)/python -m pytest tests/faults
+
+# Ten thousand mutations of the files that each reader reads, and a table of what they ended in.
+MUTATIONS := 10000
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzzing --mutations $(MUTATIONS)
 
 # A real SLURM with virtual nodes, hosts in network namespaces, an MLflow server: root on Debian. Not part of `make test`.
 test-cluster: $(READY)

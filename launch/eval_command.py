@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Table
 from configs.flags import parse_flags, parse_known_flags
 from configs.load import load_stored_recipe
 from configs.schema import Backbone, EvalConfig, ModelConfig, Recipe
-from trainer.progress import progress_bar
+from trainer.progress import Update, progress_bar
 
 if TYPE_CHECKING:  # help, --list and mistakes should not wait for torch
     from eval.benchmarks.benchmark import Benchmark
@@ -46,6 +47,8 @@ class EvalCommand:
     """Also re-ranks at a grid of saliency and match thresholds; a table and, with --out, a heat map a benchmark."""
     track: str = ""
     """MLflow store or server that gets the results: under the training's run where --checkpoint knows it."""
+    stall_s: float = 900
+    """Seconds without progress of any rank after which the job ends and the rank that stalled is named; 0 is never."""
     eval: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)
 
 
@@ -120,6 +123,7 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
     from trainer.engine import DTYPES
     from trainer.mlflow_sender import run_of
     from trainer.process_group import start_process_group, stop_process_group
+    from trainer.watchdog import Watchdog
 
     config = command.eval
     benchmarks = load_benchmarks(config.benchmarks, config.data_root)
@@ -136,16 +140,30 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
     model.to(rank.device).eval()
     results: list[Result] = []
     store = FeatureStore(benchmarks, beside=command.out)
-    for benchmark in benchmarks:
-        with progress_bar(console, benchmark.name, active=rank.is_main) as update:
-            on_features = _sweep(console, command, benchmark, rank) if command.sweep else None
-            result = evaluate(model, benchmark, config, on_progress=update, store=store, on_features=on_features)
-        results.append(result)
-        if rank.is_main:
-            for note in result.notes:
-                console.print(f"[yellow]{benchmark.name}: {note}", highlight=False, soft_wrap=True)
-            if command.out and config.pictures:
-                draw_pictures(command.out / "pictures" / benchmark.name, benchmark, result, model, config)
+    watchdog = Watchdog(
+        limit_s=command.stall_s if rank.world_size > 1 else 0,
+        first_limit_s=command.stall_s,
+        folder=command.out or Path(tempfile.gettempdir()),
+        setting="--stall-s",
+        remedy="with --features, features that are whole stay and the same command goes on from there",
+    )
+    with watchdog:
+        for number, benchmark in enumerate(benchmarks):
+            watchdog.enter("evaluation", number)
+            with progress_bar(console, benchmark.name, active=rank.is_main) as update:
+
+                def report(*args: Any, update: Update = update, **kwargs: Any) -> None:
+                    watchdog.alive()
+                    update(*args, **kwargs)
+
+                on_features = _sweep(console, command, benchmark, rank) if command.sweep else None
+                result = evaluate(model, benchmark, config, on_progress=report, store=store, on_features=on_features)
+            results.append(result)
+            if rank.is_main:
+                for note in result.notes:
+                    console.print(f"[yellow]{benchmark.name}: {note}", highlight=False, soft_wrap=True)
+                if command.out and config.pictures:
+                    draw_pictures(command.out / "pictures" / benchmark.name, benchmark, result, model, config)
     if rank.is_main:
         console.print(results_table(results))
         if command.out:

@@ -81,12 +81,20 @@ class Watchdog:
     """Watches this rank's training thread, which says where it is by `enter` and `alive`; a context manager."""
 
     def __init__(
-        self, *, limit_s: float, first_limit_s: float, folder: Path, asked_to_stop: Callable[[], str] = str
+        self,
+        *,
+        limit_s: float,
+        first_limit_s: float,
+        folder: Path,
+        asked_to_stop: Callable[[], str] = str,
+        setting: str = "engine.stall_s",
+        remedy: str = "--resume goes on from the last checkpoint",
     ) -> None:
         """`limit_s` is how long a section may last without a sign of progress (0: for ever); `first_limit_s`, if more,
         holds for evaluations and until a second step. Stack traces go to `folder`. `asked_to_stop` names the signal
-        that asked for it, if one has, and is called in a thread. Every rank must call this."""
-        self._asked_to_stop = asked_to_stop
+        that asked for it, if one has, and is called in a thread. `setting` is what `limit_s` is called where it is set,
+        `remedy` what to do after the end, for its line. Every rank must call this."""
+        self._asked_to_stop, self._setting, self._remedy = asked_to_stop, setting, remedy
         self.limit_s, self.first_limit_s, self.folder = limit_s, max(limit_s, first_limit_s), folder
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.beat_s = min(5.0, limit_s / 10)
@@ -197,10 +205,10 @@ class Watchdog:
         except OSError:
             pass
         if self.rank == (1 if rank == 0 and self.world_size > 1 else 0):
-            why = f"{asked} came, and nothing can be saved" if asked else f"engine.stall_s {self.limit_s:g}"
+            why = f"{asked} came, and nothing can be saved" if asked else f"{self._setting} {self.limit_s:g}"
             print(
-                f"rerankvpr: {text}; the job ends ({why}); stack traces are in {self.folder}/stalled-rank-*.txt, "
-                "--resume goes on from the last checkpoint",
+                f"rerankvpr: {text}; the job ends ({why}); stack traces are in {self.folder}/stalled-rank-*.txt; "
+                f"{self._remedy}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from configs.reading import reason, shown
 from data_pipeline.listing import CITY, CITY_BYTES, PlaceListing, build_listing
 
 COLUMNS = ("place_id", "year", "month", "northdeg", "city_id", "lat", "lon", "panoid")
@@ -62,7 +63,9 @@ def _read_csv(path: Path, name: str) -> pa.Table:
     header = next(csv.reader([lines[0].decode("utf-8-sig", errors="replace")]), [])
     for column in COLUMNS:
         if column not in header:
-            raise ValueError(f"{path}: no column {column}; expected {', '.join(COLUMNS)}; found {', '.join(header)}")
+            raise ValueError(
+                f"{path}: no column {column}; expected {', '.join(COLUMNS)}; found {shown(', '.join(header))}"
+            )
     try:
         table = pa.csv.read_csv(
             io.BytesIO(data),
@@ -72,7 +75,7 @@ def _read_csv(path: Path, name: str) -> pa.Table:
             ),
         )
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable CSV ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: not a readable CSV ({reason(error)})") from error
     # Blank lines are no rows, and are counted so that a row's number is its line in the file.
     rows = [number for number, line in enumerate(lines, 1) if line][1:]
     if not rows:
@@ -117,4 +120,4 @@ def _check(
     """Raises ValueError for the first value that is not valid."""
     wrong = pc.index(valid, pa.scalar(False)).as_py()
     if wrong >= 0:
-        raise ValueError(f"{path} row {rows[wrong]}: {column} is {values[wrong].as_py()!r}; expected {expected}")
+        raise ValueError(f"{path} row {rows[wrong]}: {column} is {shown(values[wrong].as_py())!r}; expected {expected}")
