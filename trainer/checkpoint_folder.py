@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from configs.files import file_sha256, write_whole
 from configs.reading import reading, shown
@@ -86,12 +87,16 @@ def drop_lost_best(folder: Path) -> str:
 
 def faults(checkpoint: Path) -> list[str]:
     """What differs between a checkpoint and its manifest; empty if it is whole."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except FileNotFoundError:
+    if not (checkpoint / MANIFEST).is_file():
         return [f"{checkpoint} has no {MANIFEST}: it is no checkpoint, or was cut off while it was written"]
-    except ValueError:
-        return [f"{checkpoint / MANIFEST} is not valid JSON"]
+    try:
+        with reading(checkpoint / MANIFEST, "the manifest of a checkpoint", CheckpointError):
+            return _differences(checkpoint, json.loads((checkpoint / MANIFEST).read_text()))
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def _differences(checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
     if manifest.get("format") != FORMAT:
         return [f"{checkpoint} has format {manifest.get('format')}; this version reads {FORMAT}"]
     found = []
