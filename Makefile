@@ -13,7 +13,7 @@ demo: $(READY)
 test: $(READY)
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going quick-half slow-tests
 
-# The inner loop: lint and types beside the tests that need one rank, no training and no server.
+# The inner loop: lint and types beside the tests that take moments: one rank, no training, no server.
 check: $(READY)
 	@$(MAKE) --no-print-directory --jobs 2 lint quick-tests
 

@@ -108,6 +108,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert all(not faults(p) for p in (made[1], made[4], made[5]))
 
 
+@pytest.mark.slow
 def test_a_crash_at_any_write_point_leaves_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
     done = forked.run(forked.ROOT, "tests.checkpoint_crashes", str(tmp_path), timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -343,6 +343,7 @@ def _shard(native: Path, out: Path, started: object) -> None:
     write_shards(listing, out, shard_bytes=SMALL, threads=1)
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments_and_finished_the_bytes_are_the_same(
     native: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -381,6 +382,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_killed_parent(native: Path, tmp_path: Path) -> None:
     script, out = tmp_path / "parent.py", tmp_path / "set"
     script.write_text(PARENT)

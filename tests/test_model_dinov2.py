@@ -54,6 +54,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", [(224, 224), (322, 322), (518, 518), (224, 322)])
 @pytest.mark.parametrize("name", ["vits14", "vits14_reg"])
 def test_features_are_those_of_facebookresearch(name: str, sides: tuple[int, int], published: dict) -> None:

@@ -125,6 +125,7 @@ def test_activation_checkpointing_changes_memory_alone() -> None:
     assert all(torch.equal(again[1][name], gradient) for name, gradient in plain[1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
 def test_compiled_blocks_change_no_number_and_swallow_no_hook() -> None:
     model = tiny(finetune_last_n_blocks=3).eval()

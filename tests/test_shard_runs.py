@@ -37,6 +37,7 @@ write_shards(read_gsv_cities(Path(sys.argv[1])), Path(sys.argv[2]), shard_bytes=
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_where_it_stopped(native, shard_set, tmp_path):
     out = tmp_path / "set"
     killed = subprocess.run([sys.executable, "-c", KILLED, native[0], out, str(SMALL_SHARD)], check=False)

@@ -45,6 +45,7 @@ def imported(*command_lines: list[str], folder: Path = ROOT) -> dict[str, tuple[
     return {" ".join(argv): (status, set(packages)) for argv, status, packages in said}
 
 
+@pytest.mark.slow
 def test_help_and_mistakes_import_nothing_slow(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("memory: {sise: 3}\n")
@@ -64,6 +65,7 @@ def test_help_and_mistakes_import_nothing_slow(tmp_path: Path) -> None:
         assert status == (0 if line.split() in good else 2), line
 
 
+@pytest.mark.slow
 def test_verbs_of_data_import_no_trackers_and_no_networks(tmp_path: Path) -> None:
     write_gsv_cities(tmp_path / "native", {"Aachen": dict.fromkeys(range(5), 4)})
     said = imported(

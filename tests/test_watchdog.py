@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,6 +98,7 @@ def standing_still(folder: Path, limit_s: float) -> list[subprocess.Popen[str]]:
     return ranks
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_asked_to_stop_while_it_waits_for_one_that_is_gone_ends(tmp_path: Path) -> None:
     """The other is stopped, so its sockets stay open, as a dead node's do: nothing but the watchdog ends the wait."""
     waits, gone = standing_still(tmp_path, 10)
@@ -113,6 +115,7 @@ def test_a_rank_that_is_asked_to_stop_while_it_waits_for_one_that_is_gone_ends(t
     assert "is silent" in errors + stack
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_asked_to_stop_and_waits_for_one_that_is_there_goes_on(tmp_path: Path) -> None:
     waits, slow = standing_still(tmp_path, 2)
     for one in (waits, slow):
@@ -133,6 +136,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_an_agent_that_is_killed(tmp_path: Path) -> None:
     """kill -9 of torchrun: its ranks are gone, and with them what they held."""
     program = tmp_path / "rank.py"
