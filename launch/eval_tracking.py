@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from eval.evaluate import Result
 from eval.report.tables import write_csv, write_results
-from trainer.mlflow_store import DeletedError, active_experiment, check_active, metric_name, quiet_mlflow
+from trainer.mlflow_store import DeletedError, active_experiment, check_active, metric_name, open_client
 
 
 def log_evaluation(
@@ -52,11 +52,9 @@ def _log(
     parent: str | None,
     console: Console,
 ) -> str:
-    quiet_mlflow(retries=2)
-    from mlflow import MlflowClient
+    client = open_client(uri, retries=2)
     from mlflow.entities import Metric, Param
 
-    client = MlflowClient(tracking_uri=uri)
     tags = {"mlflow.source.name": "rerankvpr eval"}
     experiment_id = _experiment_of(client, parent) if parent else None
     if experiment_id:

@@ -1,11 +1,13 @@
 """Imports point down only, and every room is guessable."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "architecture.md"
 
 BELOW = {
     "configs": set(),
@@ -34,6 +36,45 @@ def test_imports_point_down(room: str) -> None:
     assert files
     for file in files:
         assert imported_rooms(file) <= BELOW[room] | {room}, f"{file.relative_to(ROOT)} imports upwards"
+
+
+def imported_modules(file: Path, known: set[str]) -> set[str]:
+    """Modules of ours that a file imports, at its top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & known
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for room in BELOW
+        for file in (ROOT / room).glob("**/*.py")
+    }
+    below = {name: imported_modules(file, set(files)) - {name} for name, file in files.items()}
+    done: set[str] = set()
+    while leaves := [name for name in below if name not in done and below[name] <= done]:
+        done.update(leaves)
+    assert not set(files) - done, "in a circle, or above one"
+
+
+@pytest.mark.parametrize("room", ["configs", "trainer", "launch"])
+def test_no_module_is_too_long(room: str) -> None:
+    lines = {file: len(file.read_text().splitlines()) for file in (ROOT / room).glob("**/*.py")}
+    assert {str(file): count for file, count in lines.items() if count > 400} == {}
+    assert lines.get(ROOT / "trainer" / "loop.py", 0) < 250
+
+
+def test_the_page_on_architecture_names_files_that_exist() -> None:
+    named = re.findall(
+        r"`((?:configs|data_pipeline|model|memory|eval|trainer|launch)/[\w/]+(?:\.py)?)`", PAGE.read_text()
+    )
+    assert len(named) > 40
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_no_drawers() -> None:

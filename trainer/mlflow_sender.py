@@ -20,7 +20,7 @@ from configs.load import without_secrets
 from configs.reading import reading
 from trainer import metrics_log
 from trainer.metrics_log import read_records
-from trainer.mlflow_store import active_experiment, check_active, metric_name, quiet_mlflow
+from trainer.mlflow_store import active_experiment, check_active, metric_name, open_client
 
 STATE = "metrics.sent"
 METRICS_A_CALL = 1000
@@ -76,10 +76,7 @@ class Sender:
 
     def _connect(self) -> None:
         # It looks for a run before it asks again for one; the client would ask twice and might get two.
-        quiet_mlflow(retries=0)
-        from mlflow import MlflowClient
-
-        self._client = MlflowClient(tracking_uri=self.uri)
+        self._client = open_client(self.uri, retries=0)
         if self.offset > (self.log.stat().st_size if self.log.is_file() else 0):
             self.offset = 0  # another file than the one that was sent
         if self.run_id is not None and not self._exists(self.run_id):

@@ -15,6 +15,14 @@ class DeletedError(Exception):
     """An experiment or run that is deleted in the store, which only its user can undo; the text says how."""
 
 
+def open_client(uri: str, *, retries: int) -> Any:
+    """A client of the store at `uri`, quiet and bounded in time; `retries` are its own, of each request."""
+    quiet_mlflow(retries=retries)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
 def quiet_mlflow(*, retries: int) -> None:
     """Bounds how long MLflow's client waits, keeps its logs to errors and its links and emoji out of our output."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(retries))
