@@ -118,7 +118,7 @@ def _train_job(verb: list[str], want: Resources) -> Job:
     absent = check_training(recipe, want.ranks, resume=command.resume is not None, checkpoint=command.checkpoint)
     for line in absent:
         print(f"rerankvpr: not here when it was submitted: {line}", file=sys.stderr)
-    if not want.dry_run:
+    if recipe.model.weights == "timm" and not want.dry_run:
         _download_weights(recipe)
     verb = resuming(verb)  # a job that is requeued runs the same line
     folder = _beside(str(recipe.output))

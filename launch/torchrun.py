@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     print(without_secrets(launch.command()), flush=True)
     if ours.dry_run:
         return 0
-    if recipe:
+    if recipe and recipe.model.weights == "timm":
         from model.weights import find_weights
 
         find_weights(recipe.model.backbone, recipe.model.weights)  # downloads them once, not once in each rank

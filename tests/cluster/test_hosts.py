@@ -85,19 +85,19 @@ def test_hosts_with_folders_of_their_own_evaluate(workplace: Path, unbroken: Pat
     benchmarks = ("--eval.benchmarks", "town")
     with hosts(2) as net:
         agents = [train(net, i, workplace, output, "2", steps, *benchmarks) for i in (1, 2)]
-        until(lambda: step(workplace, output) > 2 * EVERY, 180, agents)
+        until(lambda: step(workplace, output) > 2 * EVERY, 600, agents)
         for agent in agents:
             agent.kill()
         agents = [train(net, i, workplace, output, "2", steps, *benchmarks) for i in (1, 2)]
-        assert [agent.wait(240) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
+        assert [agent.wait(600) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
         assert "untrained: town" in agents[0].text()
         assert "resumed from" in agents[0].text()
         verb = ("--nnodes", "2", "--", "eval", "--checkpoint", output, "--benchmarks", "town")
         logs = [workplace / f"eval.h{i}.log" for i in (1, 2)]
         agents = [net.launch(i, workplace, logs[i - 1], *verb, "--out", "own-eval") for i in (1, 2)]
-        assert [agent.wait(120) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
+        assert [agent.wait(600) for agent in agents] == [0, 0], "\n".join(agent.text() for agent in agents)
         agents = [net.launch(i, workplace, workplace / f"homeless.h{i}.log", *verb) for i in (1, 2)]
-        assert 0 not in [agent.wait(120) for agent in agents]
+        assert 0 not in [agent.wait(600) for agent in agents]
         said = "".join(agent.text() for agent in agents)
         assert "rank 1 on h2 does not see rank 0's temporary folder" in said
         assert "name one with --features" in said
