@@ -15,16 +15,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch.distributed as dist
+
 LOCK = ".rerankvpr.lock"
 BEAT_S = 5.0
 DEAD_S = 45.0  # without a beat, the holder on another machine is taken for dead
 _SIZE = 1024
+_RESTARTED_S = 150.0  # in which ranks of an earlier start, cut off from the others, have ended
 _PROBED_S = 0.5  # others look at a lock for an instant, see `holder`
 
 
@@ -100,9 +103,8 @@ class FolderLock:
             raise
         except OSError as error:
             self._remove_folders()
-            raise OSError(
-                error.errno, f"{self.folder}: cannot be written to ({os.strerror(error.errno or 0)})"
-            ) from error
+            reason = error.strerror or error
+            raise type(error)(f"{self.folder}: cannot be written to ({reason})") from error
         self._released.clear()
         self._beating = threading.Thread(target=self._beat, args=(self._file,), name="folder lock", daemon=True)
         self._beating.start()
@@ -201,6 +203,43 @@ class FolderLock:
         while not self._released.wait(BEAT_S):
             beat += 1
             self._write(file, beat)
+
+
+@contextlib.contextmanager
+def held_by_rank_0(folder: Path, what: str) -> Iterator[None]:
+    """Holds a folder for all ranks of the process group, by rank 0; every rank must call this.
+
+    Every rank raises what rank 0 met: LockedError if another process holds the folder, OSError if it cannot be written
+    to. A job that was started again waits for what may be left of its earlier start on another machine.
+    """
+    lock, fault = FolderLock(folder, what), [None]
+    if dist.get_rank() == 0:
+        restarts = (os.environ.get(key, "0") for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+        patience_s = _RESTARTED_S if any(count not in ("", "0") for count in restarts) else 0.0
+        fault = [_acquire(lock, patience_s)]
+    dist.broadcast_object_list(fault)
+    if fault[0] is not None:
+        raise fault[0]
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FolderLock, patience_s: float) -> Exception | None:
+    """Takes a lock, again and again for so long; what was in the way at last."""
+    began = time.monotonic()
+    while True:
+        try:
+            lock.acquire()
+        except LockedError as error:
+            if time.monotonic() - began > patience_s:
+                return error
+            time.sleep(1.0)
+        except OSError as error:
+            return error
+        else:
+            return None
 
 
 def holder(folder: Path, *, name: str = LOCK, dead_s: float = DEAD_S) -> Holder | None:

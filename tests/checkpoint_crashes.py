@@ -30,6 +30,10 @@ def contents(step: int) -> Contents:
     return {
         "model-00000-of-00001.safetensors": {"w": torch.full((50, 30), float(step))},
         "optimizer-00000-of-00001.safetensors": {"w:exp_avg": torch.full((50, 30), -float(step))},
+        "random-00000-of-00001.safetensors": {"cpu": torch.zeros(8)},
+        "queue-00000-of-00001.safetensors": {"steps": torch.full((4,), step)},
+        "optimizer.json": "{}",
+        "recipe.yaml": "{}",
         "state.json": json.dumps({"step": step}),
     }
 

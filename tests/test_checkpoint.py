@@ -6,20 +6,19 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from tests import forked
 from tests.ranks import on_ranks, shared_folder
 from trainer import checkpoint_writer
 from trainer.checkpoint import Contents, checkpoint_weights
 from trainer.checkpoint_folder import (
-    FORMAT,
-    CheckpointError,
     best_recall,
-    faults,
     find_checkpoint,
     newest_valid,
     point,
@@ -28,12 +27,14 @@ from trainer.checkpoint_folder import (
     step_name,
 )
 from trainer.checkpoint_writer import CheckpointWriter
+from trainer.manifest import FORMAT, NEEDED, PARTED, CheckpointError, faults
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
     path = folder / step_name(step)
     path.mkdir(parents=True)
-    files = {"model-00000-of-00001.safetensors": b"m" * 100, "optimizer.json": b"e" * 50}
+    files = {f"{kind}-00000-of-00001.safetensors": b"m" * 100 for kind in PARTED}
+    files |= {"optimizer.json": b"e" * 50, "state.json": b"{}", "recipe.yaml": b"{}"}
     for name, content in files.items():
         (path / name).write_bytes(content)
     digests = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
@@ -123,12 +124,98 @@ def test_a_crash_at_any_write_point_leaves_a_checkpoint_to_resume_from(tmp_path:
         assert any(crash["point"].startswith("half of") for crash in points)
 
 
+def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Edits the manifest."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    edit(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def add(path: Path, name: str, *, listed: bool) -> None:
+    """One more file, with its size and digest in the manifest or not."""
+    (path / name).write_bytes(b"other")
+    if listed:
+        about = {"bytes": 5, "sha256": hashlib.sha256(b"other").hexdigest()}
+        change(path, lambda manifest: manifest["files"].update({name: about}))
+
+
+def unlist(path: Path, name: str) -> None:
+    (path / name).unlink()
+    change(path, lambda manifest: manifest["files"].pop(name))
+
+
+MODEL = "model-00000-of-00001.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("attack", "words"),
+    [
+        (
+            lambda path: add(path, "model-00001-of-00001.safetensors", listed=False),
+            "is not in manifest.json: remove",
+        ),
+        (lambda path: add(path, "model-99999-of-99999.safetensors", listed=True), "model files of more than 1 ranks"),
+        (lambda path: add(path, "model-00000-of-00001.007.safetensors", listed=True), "does not list all of model"),
+        (lambda path: add(path, "drift.safetensors", listed=False), "drift.safetensors is not in manifest.json"),
+        (lambda path: add(path, "hook.py", listed=True), "lists hook.py, which is no part of a checkpoint"),
+        (lambda path: change(path, lambda m: m.update(files={})), "lists no files"),
+        (lambda path: change(path, lambda m: m.update(files=[])), "lists no files"),
+        (
+            lambda path: change(path, lambda m: m["files"].update({"../latest": {"bytes": 1, "sha256": ""}})),
+            "names '../la",
+        ),
+        (lambda path: change(path, lambda m: m["files"].update({MODEL: {}})), f"{MODEL} has no size or digest"),
+        (lambda path: change(path, lambda m: m.update(world_size=2)), "does not list all of model of rank 0 of 2"),
+        (lambda path: change(path, lambda m: m.update(world_size=None)), "world_size is None"),
+        (lambda path: change(path, lambda m: m.pop("format")), "has format None"),
+        (lambda path: (path / "manifest.json").write_text("[]"), "is no manifest"),
+        (lambda path: (path / "manifest.json").write_text("null"), "is no manifest"),
+        (lambda path: (path / "manifest.json").write_bytes(b"\xff"), "is not valid JSON"),
+        (lambda path: unlist(path, MODEL), "does not list all of model of rank 0"),
+        (lambda path: unlist(path, "queue-00000-of-00001.safetensors"), "lists no queue files"),
+        (lambda path: unlist(path, "recipe.yaml"), "does not list recipe.yaml"),
+    ],
+)
+def test_a_checkpoint_is_what_its_manifest_lists_and_all_that_is_needed(
+    tmp_path: Path, attack: Callable[[Path], None], words: str
+) -> None:
+    older, path = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    attack(path)
+    with pytest.raises(CheckpointError) as error:
+        find_checkpoint(path)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert newest_valid(tmp_path)[0] == older
+
+
+@pytest.mark.usefixtures("single_process")
+def test_a_file_that_is_not_listed_is_not_loaded(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, keep_last=1, say=print)
+    writer.begin(1, contents(1, 3))
+    assert writer.finish()
+    found = find_checkpoint(tmp_path / "latest")
+    save_file({"w": torch.zeros(3)}, found / "model-00000-of-00001.zzz.safetensors")
+    save_file({"w": torch.zeros(3)}, found / "model-00001-of-00001.safetensors")
+    assert checkpoint_weights(found)["w"].tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.usefixtures("single_process")
+def test_two_writers_have_partial_folders_of_their_own(tmp_path: Path) -> None:
+    writers = [CheckpointWriter(tmp_path, keep_last=1, say=print) for _ in range(2)]
+    for writer in writers:
+        writer.begin(1, contents(1, 3))
+    assert writers[0]._part
+    assert writers[1]._part
+    assert writers[0]._part.folder != writers[1]._part.folder
+    assert writers[0].finish()
+
+
 @pytest.mark.usefixtures("single_process")
 def test_large_tensors_go_to_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_writer, "FILE_BYTES", 400)
     tensors = {f"w{i}": torch.arange(float(size)) for i, size in enumerate((30, 250, 1, 0, 99, 100, 101))}
     writer = CheckpointWriter(tmp_path, keep_last=1, say=print)
-    writer.begin(7, {"model-00000-of-00001.safetensors": dict(tensors), "state.json": "{}"})
+    writer.begin(7, contents(7, 1) | {"model-00000-of-00001.safetensors": dict(tensors)})
     assert writer.finish()
     found = find_checkpoint(tmp_path / "latest")
     assert len(list(found.glob("model-*.safetensors"))) > 3
@@ -139,7 +226,9 @@ def test_large_tensors_go_to_several_files(tmp_path: Path, monkeypatch: pytest.M
 
 def contents(step: int, size: int) -> Contents:
     part = f"{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
-    return {f"model-{part}": {"w": torch.full((size,), float(step))}, f"note-{dist.get_rank()}.json": "{}"}
+    written: Contents = {f"{kind}-{part}": {"w": torch.full((1,), float(step))} for kind in PARTED}
+    written[f"model-{part}"] = {"w": torch.full((size,), float(step))}
+    return written | (dict.fromkeys(NEEDED, "{}") if dist.get_rank() == 0 else {})
 
 
 def check_ranks_write_a_checkpoint_together_while_they_go_on() -> None:
@@ -173,7 +262,7 @@ def check_ranks_write_a_checkpoint_together_while_they_go_on() -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["latest", step_name(6)]
     manifest = json.loads((folder / step_name(6) / "manifest.json").read_text())
     assert manifest["world_size"] == world
-    assert len(manifest["files"]) == 2 * world
+    assert len(manifest["files"]) == len(PARTED) * world + len(NEEDED)
     dist.barrier()
 
 

@@ -176,7 +176,7 @@ def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
     for out in (read_only, read_only / "new"):
         command = [sys.executable, "-c", code, str(out)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.stdout.splitlines() == [f"[Errno 13] {out}: cannot be written to (Permission denied)"], done.stderr
+        assert done.stdout.splitlines() == [f"{out}: cannot be written to (Permission denied)"], done.stderr
 
 
 def test_a_damaged_or_foreign_lock_file_hinders_nobody(tmp_path: Path) -> None:

@@ -7,18 +7,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from configs.load import load_stored_recipe, recipe_text
+from configs.load import recipe_text
 from configs.ranks import from_rank_0
 from configs.reading import reading
 from configs.schema import Recipe
-from trainer.checkpoint_folder import CheckpointError, find_checkpoint, newest_valid
+from trainer.checkpoint_folder import find_checkpoint, newest_valid
 from trainer.engine_state import StoredTensors, put_state, take_state
+from trainer.manifest import CheckpointError, is_listed, part_files
+from trainer.recipe_changes import recipe_changes
 from trainer.state import Progress, TrainingState
 
 Contents = dict[str, dict[str, torch.Tensor] | str]  # what one rank writes: tensors or text by file name
@@ -77,29 +78,26 @@ def check_resumable(checkpoint: Path, recipe: Recipe, dataset: str | None) -> No
             f"{dataset}: the order of data would be another; resume with the same shards, or export the network and "
             "start from it with model.weights"
         )
-    for key, ours, theirs in _differences(recipe, checkpoint):
-        raise CheckpointError(f"{checkpoint} was trained with {key} {theirs}, this recipe has {ours}; they must agree")
+    recipe_changes(recipe, checkpoint)
 
 
 def load_checkpoint(checkpoint: Path, state: TrainingState, recipe: Recipe, dataset: str) -> None:
     """Restores engine, queue, progress and random state on every rank, at any world size and ZeRO stage.
 
-    `dataset` is the digest of the shard sets. Raises CheckpointError if recipe or shards are not the checkpoint's.
+    `dataset` is the digest of the shard sets. Raises CheckpointError if they are not the checkpoint's.
     """
     engine, queue, drift = state.engine, state.queue, state.drift
     check_resumable(checkpoint, recipe, dataset)
     progress = _stored_progress(checkpoint)
     side = recipe.data.image_size
     blank = torch.zeros(1, 3, side, side, device=engine.device)
-    weights, optimizer = (
-        StoredTensors(sorted(checkpoint.glob(f"{kind}-*.safetensors"))) for kind in ("model", "optimizer")
-    )
+    weights, optimizer = (StoredTensors(part_files(checkpoint, kind)) for kind in ("model", "optimizer"))
     put_state(engine, weights, optimizer, (checkpoint / "optimizer.json").read_text(), lambda: engine(blank))
-    queue.load_shards(load_file(file) for file in sorted(checkpoint.glob("queue-*.safetensors")))
-    if drift and (checkpoint / "drift.safetensors").exists():
+    queue.load_shards(load_file(file) for file in part_files(checkpoint, "queue"))
+    if drift and is_listed(checkpoint, "drift.safetensors"):
         drift.load_state_dict(load_file(checkpoint / "drift.safetensors"))
     random = checkpoint / f"random-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
-    if random.exists():  # at another world size nothing is the same to go on with
+    if is_listed(checkpoint, random.name):  # at another world size nothing is the same to go on with
         states = load_file(random)
         torch.set_rng_state(states["cpu"])
         if torch.cuda.is_available() and "cuda" in states:
@@ -107,31 +105,9 @@ def load_checkpoint(checkpoint: Path, state: TrainingState, recipe: Recipe, data
     state.progress = progress
 
 
-def _differences(recipe: Recipe, checkpoint: Path) -> list[tuple[str, Any, Any]]:
-    """Keys that decide what the stored state means, where recipe and checkpoint differ."""
-    stored = load_stored_recipe(checkpoint / "recipe.yaml").as_flat()
-    fixed = (
-        "seed",
-        "data.places_per_batch",
-        "data.images_per_place",
-        "data.composition",
-        "data.repeat",
-        "model.backbone",
-        "model.aggregator",
-        "model.finetune",
-        "model.finetune_last_n_blocks",
-        "memory.size",
-        "engine.precision",
-        "optim.name",
-    )
-    return [
-        (key, value, stored[key]) for key, value in recipe.as_flat().items() if key in fixed and value != stored[key]
-    ]
-
-
 def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The network's state dict in float32, all ranks' parts together."""
-    return dict(StoredTensors(sorted(checkpoint.glob("model-*.safetensors"))))
+    return dict(StoredTensors(part_files(checkpoint, "model")))
 
 
 def load_model_weights(model: torch.nn.Module, checkpoint: Path) -> None:

@@ -6,24 +6,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from configs.files import file_sha256, write_whole
+from configs.files import write_whole
 from configs.reading import reading, shown
+from trainer.manifest import CheckpointError, faults
 
 _STEP = re.compile(r"step-\d{8,18}", re.ASCII)
-MANIFEST = "manifest.json"
-FORMAT = 3
 LINKS = ("latest", "best")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the text says which and why."""
 
 
 def step_name(step: int) -> str:
@@ -83,32 +76,6 @@ def drop_lost_best(folder: Path) -> str:
         why = f"{link} names {best.name}, which is gone"
     link.unlink()
     return f"{why}; it is removed, the next validation makes another"
-
-
-def faults(checkpoint: Path) -> list[str]:
-    """What differs between a checkpoint and its manifest; empty if it is whole."""
-    if not (checkpoint / MANIFEST).is_file():
-        return [f"{checkpoint} has no {MANIFEST}: it is no checkpoint, or was cut off while it was written"]
-    try:
-        with reading(checkpoint / MANIFEST, "the manifest of a checkpoint", CheckpointError):
-            return _differences(checkpoint, json.loads((checkpoint / MANIFEST).read_text()))
-    except CheckpointError as error:
-        return [str(error)]
-
-
-def _differences(checkpoint: Path, manifest: dict[str, Any]) -> list[str]:
-    if manifest.get("format") != FORMAT:
-        return [f"{checkpoint} has format {manifest.get('format')}; this version reads {FORMAT}"]
-    found = []
-    for name, expected in manifest["files"].items():
-        file = checkpoint / name
-        if not file.is_file():
-            found.append(f"{file} is missing")
-        elif file.stat().st_size != expected["bytes"]:
-            found.append(f"{file} has {file.stat().st_size} bytes, expected {expected['bytes']}")
-        elif file_sha256(file) != expected["sha256"]:
-            found.append(f"{file} differs from its digest")
-    return found
 
 
 def find_checkpoint(path: Path) -> Path:

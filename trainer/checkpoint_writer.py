@@ -8,6 +8,7 @@ that could not be written makes the checkpoint void on all ranks and ends nothin
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from safetensors.torch import save_file
 from configs.files import file_sha256, sync, write_whole
 from configs.ranks import from_rank_0
 from trainer.checkpoint import Contents
-from trainer.checkpoint_folder import FORMAT, MANIFEST, point, prune, step_name
+from trainer.checkpoint_folder import point, prune, step_name
+from trainer.manifest import FORMAT, MANIFEST
 
 FILE_BYTES = 1 << 28
 
@@ -47,19 +49,19 @@ class CheckpointWriter:
     """Writes one checkpoint at a time into `folder`; every rank has one and calls its methods at the same steps."""
 
     def __init__(self, folder: Path, *, keep_last: int, say: Callable[[str], None]) -> None:
-        """`say` prints on rank 0. Leftovers of an earlier writing in `folder` are removed."""
+        """`say` prints on rank 0. Leftovers of an earlier writing in `folder` are removed: its lock must be held."""
         self.folder, self.keep_last, self.say = folder, keep_last, say
         self.device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
         self._part: _Part | None = None
         if dist.get_rank() == 0 and folder.is_dir():
             for partial in folder.glob(".step-*.partial"):
                 shutil.rmtree(partial)
-        dist.barrier()
+        self._own = from_rank_0(lambda: secrets.token_hex(4))  # no other writer has it in its partial names
 
     def begin(self, step: int, contents: Contents) -> None:
         """Starts to write the checkpoint of `step`; one that is still being written is finished first."""
         self.finish()
-        part = _Part(step, self.folder / f".{step_name(step)}.partial")
+        part = _Part(step, self.folder / f".{step_name(step)}.{self._own}.partial")
         part.thread = threading.Thread(target=_write, args=(part, contents), name="checkpoint", daemon=True)
         self._part = part
         part.thread.start()

@@ -39,10 +39,18 @@ def main_rank_says(rank: Rank, console: Console) -> Callable[[str], None]:
     return say
 
 
-def open_context(recipe: Recipe, rank: Rank, console: Console, progress: Progress, stop_signal: StopSignal) -> Context:
+def open_context(
+    recipe: Recipe,
+    rank: Rank,
+    console: Console,
+    progress: Progress,
+    stop_signal: StopSignal,
+    *,
+    changes: dict[str, str],
+) -> Context:
     """Opens the training's record, in which a resumed one continues its MLflow run; every rank must call this.
 
-    Writes `recipe.yaml` to the output folder.
+    Writes `recipe.yaml` to the output folder. `changes` are those of the recipe since the checkpoint.
     """
     facts = provenance(world_size=rank.world_size, device=rank.device, data_digest=progress.dataset)
     tracker = Tracker(
@@ -53,6 +61,7 @@ def open_context(recipe: Recipe, rank: Rank, console: Console, progress: Progres
         run_id=progress.mlflow_run_id,
         active=rank.is_main,
         facts=facts,
+        changes=changes,
     )
     if rank.is_main:
         (recipe.output / "recipe.yaml").write_text(recipe_text(recipe))

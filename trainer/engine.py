@@ -233,3 +233,11 @@ def whole_weights(engine: Any) -> Iterator[None]:
             yield
         finally:
             offload.setup_zero_stage3_hooks()
+
+
+def weights_are_finite(engine: Any) -> bool:
+    """Whether the trained weights of all ranks are finite numbers; every rank must call this."""
+    mine = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters() if p.requires_grad]
+    spoilt = torch.tensor(float(not all(bool(torch.isfinite(part).all()) for part in mine)), device=engine.device)
+    dist.all_reduce(spoilt)
+    return spoilt.item() == 0

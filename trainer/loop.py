@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from configs.schema import Recipe
+from data_pipeline.folder_lock import held_by_rank_0
 from eval.benchmarks.load import load_benchmarks
 from eval.evaluate import Result
 from eval.report.tables import write_results
@@ -55,10 +57,12 @@ class Training:
         self.recipe, self.rank = recipe, rank
         self.batches = Batches(recipe, rank)
         self.state = build_state(recipe, rank, images_per_rank=num_images)
-        restore(self.state, recipe, rank, checkpoint, dataset=self.batches.places.digest)
+        changes = restore(self.state, recipe, rank, checkpoint, dataset=self.batches.places.digest)
+        if changes:
+            say(f"[yellow]resumed with another recipe: {escape(', '.join(f'{k} {v}' for k, v in changes.items()))}")
         self.bad_images_before = self.progress.bad_images
         self.stop_signal = StopSignal()
-        self.context = open_context(recipe, rank, console, self.progress, self.stop_signal)
+        self.context = open_context(recipe, rank, console, self.progress, self.stop_signal, changes=changes)
         self.step = TrainingStep(self.context, loss, self.state, steps_per_epoch=self.batches.steps_per_epoch)
         self.skipped = SkippedSteps(self.context)
         self.metrics = StepMetrics(recipe, images_per_rank=num_images)
@@ -165,14 +169,18 @@ class Training:
 
 
 def train(recipe: Recipe, rank: Rank, console: Console, *, resume: Resume | None) -> Summary:
-    """Trains a recipe on all ranks, from a checkpoint if `resume`, and evaluates it before and after."""
-    training = Training(recipe, rank, console, resume=resume)
-    tracker = training.context.tracker
-    try:
-        with training.stop_signal, training.context.watchdog:
-            summary = training.run()
-    except BaseException as error:
-        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
-        raise
-    tracker.close("FINISHED")  # may wait for MLflow
+    """Trains a recipe on all ranks, from a checkpoint if `resume`, and evaluates it before and after.
+
+    Raises LockedError if another process writes to the recipe's output.
+    """
+    with held_by_rank_0(recipe.output, "rerankvpr train"):
+        training = Training(recipe, rank, console, resume=resume)
+        tracker = training.context.tracker
+        try:
+            with training.stop_signal, training.context.watchdog:
+                summary = training.run()
+        except BaseException as error:
+            tracker.close("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
+            raise
+        tracker.close("FINISHED")  # may wait for MLflow
     return summary

@@ -186,6 +186,7 @@ class Sender:
         had, tags = run.data.params, dict(record["facts"])
         # A parameter cannot change in MLflow; a training that goes on with another value says so in a tag.
         tags |= {f"changed.{key}": value for key, value in record["params"].items() if had.get(key, value) != value}
+        tags |= {f"changed.{key}": change for key, change in record.get("changes", {}).items()}
         if "git.commit" in tags:
             tags["mlflow.source.git.commit"] = tags["git.commit"]
         params = [Param(key, value) for key, value in record["params"].items() if key not in had]

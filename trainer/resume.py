@@ -12,6 +12,7 @@ from eval.scratch import remove_leftovers
 from trainer.checkpoint import choose_checkpoint, load_checkpoint
 from trainer.checkpoint_folder import drop_lost_best, set_aside_newer
 from trainer.process_group import Rank
+from trainer.recipe_changes import recipe_changes
 from trainer.state import TrainingState
 
 
@@ -40,15 +41,21 @@ def checkpoint_to_resume(recipe: Recipe, resume: Resume | None, say: Callable[[s
     return found
 
 
-def restore(state: TrainingState, recipe: Recipe, rank: Rank, checkpoint: Path | None, *, dataset: str) -> None:
+def restore(
+    state: TrainingState, recipe: Recipe, rank: Rank, checkpoint: Path | None, *, dataset: str
+) -> dict[str, str]:
     """Puts a checkpoint into a new state, if there is one, and sets newer ones of the output folder aside.
 
-    What a killed evaluation left there is removed. `dataset` is the digest of the shard sets. Every rank must call
-    this. Raises what `load_checkpoint` raises.
+    What a killed evaluation left there is removed. Returns what of the recipe has changed since, see `recipe_changes`.
+    `dataset` is the digest of the shard sets. Every rank must call this. Raises what `load_checkpoint` and
+    `recipe_changes` raise.
     """
+    changes: dict[str, str] = {}
     if checkpoint:
+        changes = recipe_changes(recipe, checkpoint)
         load_checkpoint(checkpoint, state, recipe, dataset)
     state.progress.dataset = dataset
     if rank.is_main:
         set_aside_newer(recipe.output / "checkpoints", checkpoint)
         remove_leftovers(recipe.output)
+    return changes

@@ -11,6 +11,7 @@ from trainer.checkpoint import checkpoint_contents
 from trainer.checkpoint_folder import best_recall, drop_lost_best, point, step_name
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.context import Context
+from trainer.engine import weights_are_finite
 from trainer.errors import TrainingError
 from trainer.state import TrainingState
 from trainer.stop_signal import Stopped, how_to_resume
@@ -30,8 +31,14 @@ class Saving:
         self.writer = CheckpointWriter(self.folder, keep_last=self.recipe.trainer.keep_last, say=self.say)
 
     def save(self) -> None:
-        """Starts to write a checkpoint of the present step, which is valid some steps later."""
+        """Starts to write a checkpoint of the present step, which is valid some steps later.
+
+        A network that holds infinities or NaN is not written: it would push the good checkpoints out.
+        """
         progress = self.state.progress
+        if not weights_are_finite(self.state.engine):
+            self.say(f"[yellow]step {progress.step}: the network holds numbers that are not finite; not saved")
+            return
         self.watchdog.enter("save", progress.step)
         self.tracker.flush()  # a killed run resumes from here, and its curves with it
         progress.training, progress.mlflow_run_id = self.tracker.training, self.tracker.run_id
@@ -59,8 +66,13 @@ class Saving:
     def save_at_the_end(self) -> None:
         """The last checkpoint, tried again for trainer.save_retry_s while the disk is full or gone.
 
-        Raises TrainingError if it could not be written.
+        Raises TrainingError if it could not be written, or if the network holds infinities or NaN.
         """
+        if not weights_are_finite(self.state.engine):
+            raise TrainingError(
+                f"step {self.state.progress.step}: the network holds numbers that are not finite: the training has "
+                "diverged; go on from the last checkpoint with --resume and a lower optim.lr"
+            )
         retry_s = self.recipe.trainer.save_retry_s
         for tries_left in range(math.ceil(retry_s / SAVE_AGAIN_S), -1, -1):
             if self.save_whole():

@@ -36,7 +36,8 @@ class Tracker:
 
     `training` and `run_id` are the training's id and its MLflow run, from the checkpoint that it resumes. Without them
     the folder's `metrics.jsonl` names the training, and its run is the one that carries this id as a tag: MLflow may be
-    away whenever a checkpoint is written. `facts` (`trainer.provenance`) become tags and `environment.json`.
+    away whenever a checkpoint is written. `facts` (`trainer.provenance`) become tags and `environment.json`;
+    `changes` (`old -> new` by key of the recipe) become tags `changed.<key>`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Tracker:
         run_id: str | None,
         active: bool,
         facts: dict[str, str] | None = None,
+        changes: dict[str, str] | None = None,
     ) -> None:
         self._recipe, self._folder, self._console = recipe, folder, console
         self.training, self._given_run_id, self._active = training, run_id, active
@@ -68,6 +70,7 @@ class Tracker:
             experiment=tracking.experiment,
             params=_params(recipe),
             facts=facts or {},
+            changes=changes or {},
         )
         if facts:
             self._write_environment(facts)

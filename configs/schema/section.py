@@ -17,7 +17,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """Base of every section: unknown keys are refused and instances cannot be changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="after")
     @classmethod
