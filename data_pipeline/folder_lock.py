@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
+from configs.ranks import from_rank_0
 
 LOCK = ".rerankvpr.lock"
 BEAT_S = 5.0
@@ -212,34 +212,26 @@ def held_by_rank_0(folder: Path, what: str) -> Iterator[None]:
     Every rank raises what rank 0 met: LockedError if another process holds the folder, OSError if it cannot be written
     to. A job that was started again waits for what may be left of its earlier start on another machine.
     """
-    lock, fault = FolderLock(folder, what), [None]
-    if dist.get_rank() == 0:
-        restarts = (os.environ.get(key, "0") for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-        patience_s = _RESTARTED_S if any(count not in ("", "0") for count in restarts) else 0.0
-        fault = [_acquire(lock, patience_s)]
-    dist.broadcast_object_list(fault)
-    if fault[0] is not None:
-        raise fault[0]
+    lock = FolderLock(folder, what)
+    restarts = (os.environ.get(key, "0") for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    patience_s = _RESTARTED_S if any(count not in ("", "0") for count in restarts) else 0.0
+    from_rank_0(lambda: _acquire(lock, patience_s))
     try:
         yield
     finally:
         lock.release()
 
 
-def _acquire(lock: FolderLock, patience_s: float) -> Exception | None:
-    """Takes a lock, again and again for so long; what was in the way at last."""
+def _acquire(lock: FolderLock, patience_s: float) -> None:
+    """Takes a lock, again and again for so long."""
     began = time.monotonic()
     while True:
         try:
-            lock.acquire()
-        except LockedError as error:
+            return lock.acquire()
+        except LockedError:
             if time.monotonic() - began > patience_s:
-                return error
+                raise
             time.sleep(1.0)
-        except OSError as error:
-            return error
-        else:
-            return None
 
 
 def holder(folder: Path, *, name: str = LOCK, dead_s: float = DEAD_S) -> Holder | None:

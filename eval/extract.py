@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from configs.ranks import on_all_ranks
 from configs.reading import read_regular
 from configs.schema import PATCH, EvalConfig
+from data_pipeline.folder_lock import FolderLock
 from data_pipeline.images import check_pixels, decode_rgb, normalise, read_image
 from eval.features import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
 from eval.local_features import NO_CELL, compact, grid_of, pca_basis, random_basis, read_local
@@ -77,28 +78,37 @@ def extract(
     rank's number (see `on_all_ranks`).
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    with on_all_ranks():
-        if rank == 0:
-            open_folder(folder, {"key": key, "images": len(paths)})
-    if missing := hosts_that_miss(folder / "index.json"):
-        raise ValueError(f"{missing[0]} does not see rank 0's {folder}; --features is a folder that all nodes mount")
     bounds = shard_bounds(len(paths), config.batch_size)
     report, done = on_progress or (lambda _: None), 0
-    for turn in range(0, len(bounds), world):
+    lock = FolderLock(folder, "writing features")
+    try:
         with on_all_ranks():
-            if turn + rank < len(bounds):
-                first, stop = bounds[turn + rank]
-                path = shard_path(folder, turn + rank)
+            if rank == 0:
+                if not all(shard_path(folder, number).is_file() for number in range(len(bounds))):
+                    lock.acquire()  # what is complete may be read by any number, in a folder of somebody else's
+                open_folder(folder, {"key": key, "images": len(paths)})
+        if missing := hosts_that_miss(folder / "index.json"):
+            raise ValueError(
+                f"{missing[0]} does not see rank 0's {folder}; --features is a folder that all nodes mount"
+            )
+        for turn in range(0, len(bounds), world):
+            with on_all_ranks():
+                if turn + rank < len(bounds):
+                    first, stop = bounds[turn + rank]
+                    path = shard_path(folder, turn + rank)
 
-                def batch_done(images: int, before: int = done) -> None:
-                    report(before + images)
+                    def batch_done(images: int, before: int = done) -> None:
+                        report(before + images)
 
-                if not shard_is_whole(path, key, stop - first):
-                    write_shard(path, _extract_shard(model, paths[first:stop], config, projection_CK, batch_done), key)
-                done += stop - first
-        report(done)
-    with on_all_ranks():
-        return StoredFeatures(folder, bounds)
+                    if not shard_is_whole(path, key, stop - first):
+                        shard = _extract_shard(model, paths[first:stop], config, projection_CK, batch_done)
+                        write_shard(path, shard, key)
+                    done += stop - first
+            report(done)
+        with on_all_ranks():
+            return StoredFeatures(folder, bounds)
+    finally:
+        lock.release()
 
 
 def _extract_shard(

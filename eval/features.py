@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from configs.files import replacing, write_whole
 from configs.reading import reading
+from eval.feature_digest import LOCAL, SUMS, image_sum, image_sums, shard_digest
 from eval.scratch import is_seen
 
 MAX_SHARD_IMAGES = 1024  # at 400 kB an image, half a gigabyte in memory while it is made
@@ -98,32 +99,51 @@ def open_folder(folder: Path, about: dict[str, Any]) -> None:
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
-    """A shard of features; it appears whole or not at all."""
+    """A shard of features with its digests; it appears whole or not at all."""
+    arrays = {name: t.contiguous().cpu() for name, t in tensors.items()}
+    if "codes" in arrays:
+        arrays[SUMS] = torch.from_numpy(image_sums({name: t.numpy() for name, t in arrays.items()}))
+    metadata = {"key": key, "digest": shard_digest({name: t.numpy() for name, t in arrays.items()})}
     with replacing(path) as partial:
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, metadata={"key": key})
+        save_file(arrays, partial, metadata=metadata)
 
 
 def shard_is_whole(path: Path, key: str, num_images: int) -> bool:
-    """Whether a shard of this extraction is there. Raises StoreError where another one's, or a damaged one, is."""
+    """Whether a shard of this extraction is there. Raises StoreError where another one's, or a damaged one, is.
+
+    All that a search reads is held against its digest; local features are when they are read, see `StoredFeatures`.
+    """
     if not path.is_file():
         return False
-    with (
-        reading(f"feature shard {path}", f"{_WHOLE}; remove it and it is made again", StoreError),
-        safe_open(path, framework="numpy") as file,
-    ):
-        found, rows = (file.metadata() or {}).get("key"), file.get_slice("descriptors").get_shape()[0]
-    if found != key or rows != num_images:
+    arrays, metadata = map_shard(path)
+    if metadata.get("key") != key or len(arrays["descriptors"]) != num_images:
         raise StoreError(f"feature shard {path} is of other weights, preprocessing or images; remove it")
+    check_shard(path, arrays, metadata)
     return True
 
 
+def check_shard(path: Path, arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
+    """Raises StoreError if a shard's descriptors, patch counts or checksums differ from its digest."""
+    if metadata.get("digest") != shard_digest(arrays):
+        what = "its descriptors differ from their digest" if "digest" in metadata else "it has no digest"
+        raise StoreError(f"feature shard {path} is damaged ({what}); remove it and it is made again")
+
+
 class StoredFeatures:
-    """Features of a list of images, read from their shards as they are needed."""
+    """Features of a list of images, read from their shards as they are needed.
+
+    What is read first is held against its digest then: a shard's descriptors, an image's local features. Raises
+    StoreError naming file and image.
+    """
 
     def __init__(self, folder: Path, bounds: list[tuple[int, int]]) -> None:
         self.folder, self.bounds = folder, bounds
         self.starts = np.array([first for first, _ in bounds], dtype=np.int64)
-        self.shards = [_map_shard(shard_path(folder, n), stop - first) for n, (first, stop) in enumerate(bounds)]
+        mapped = [map_shard(shard_path(folder, n), stop - first) for n, (first, stop) in enumerate(bounds)]
+        self.shards = [arrays for arrays, _ in mapped]
+        self._metadata = [metadata for _, metadata in mapped]
+        self._checked_shards: set[int] = set()
+        self._checked = np.zeros(len(self), dtype=bool)
 
     def __len__(self) -> int:
         return self.bounds[-1][1] if self.bounds else 0
@@ -136,6 +156,8 @@ class StoredFeatures:
     @cached_property
     def offsets(self) -> list[NDArray[np.int64]]:
         """First patch of each image in its shard."""
+        for number in range(len(self.shards)):
+            self._check_shard(number)
         return [np.concatenate([[0], np.cumsum(shard["count"])]).astype(np.int64) for shard in self.shards]
 
     @cached_property
@@ -156,17 +178,33 @@ class StoredFeatures:
     @property
     def local_bytes_per_image(self) -> float:
         """Mean bytes of an image's local features."""
-        total = sum(a.nbytes for shard in self.shards for name, a in shard.items() if name != "descriptors")
+        total = sum(a.nbytes for shard in self.shards for name, a in shard.items() if name in LOCAL)
         return total / max(1, len(self))
+
+    def _check_shard(self, number: int) -> None:
+        if number not in self._checked_shards:
+            check_shard(shard_path(self.folder, number), self.shards[number], self._metadata[number])
+            self._checked_shards.add(number)
+
+    def _check_image(self, image: int, number: int) -> None:
+        if self._checked[image]:
+            return
+        shard, row, offsets = self.shards[number], image - int(self.starts[number]), self.offsets[number]
+        if image_sum(shard, int(offsets[row]), int(offsets[row + 1])) != shard[SUMS][row]:
+            path = shard_path(self.folder, number)
+            raise StoreError(
+                f"feature shard {path} is damaged (local features of its image {row}); remove it and it is made again"
+            )
+        self._checked[image] = True
 
     def descriptors(self, first: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Global descriptors [stop - first, D] of a run of images."""
         stop = len(self) if stop is None else stop
-        parts = [
-            np.asarray(shard["descriptors"][max(first - low, 0) : stop - low])
-            for shard, (low, high) in zip(self.shards, self.bounds, strict=True)
-            if low < stop and first < high
-        ]
+        parts = []
+        for number, (low, high) in enumerate(self.bounds):
+            if low < stop and first < high:
+                self._check_shard(number)
+                parts.append(np.asarray(self.shards[number]["descriptors"][max(first - low, 0) : stop - low]))
         return np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
 
     def blocks(self, rank: int, world_size: int, block_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -194,6 +232,7 @@ class StoredFeatures:
         cell_BM2 = np.zeros((len(images), width, 2), dtype=np.int64)
         saliency_BM = np.full((len(images), width), -1.0, dtype=np.float32)
         for i, (s, (first, stop), count) in enumerate(zip(shard_B, spans, counts, strict=True)):
+            self._check_image(int(images[i]), int(s))
             shard = self.shards[s]
             codes_BMC[i, :count] = shard["codes"][first:stop]
             scale_BM[i, :count] = shard["scale"][first:stop]
@@ -210,24 +249,27 @@ class StoredFeatures:
         )
 
 
-def _map_shard(path: Path, num_images: int) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors file as read-only memory maps; their shapes agree with each other and the images."""
+def map_shard(path: Path, num_images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The tensors of a feature shard as read-only memory maps, and its metadata.
+
+    Raises StoreError if it is damaged: its header, or shapes that do not agree with each other and the images.
+    """
     if not is_seen(path):
         raise StoreError(f"feature shard {path} is not there; do all nodes see the folder of --features?")
     with reading(f"feature shard {path}", f"{_WHOLE}; remove it and it is made again", StoreError):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
+        with safe_open(path, framework="numpy") as file:  # checks the form of the header
+            metadata = dict(file.metadata() or {})
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
         file_X = np.asarray(np.memmap(path, np.uint8, "r"))  # one map a file: a process may hold some 65,000
         arrays = {}
         for name, entry in header.items():
             if name != "__metadata__":
                 start, stop = (8 + length + offset for offset in entry["data_offsets"])
                 arrays[name] = file_X[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        _check_shapes(arrays, num_images)
-    return arrays
+        _check_shapes(arrays, len(arrays["descriptors"]) if num_images is None else num_images)
+    return arrays, metadata
 
 
 def _check_shapes(arrays: dict[str, NDArray[Any]], num_images: int) -> None:
@@ -240,7 +282,13 @@ def _check_shapes(arrays: dict[str, NDArray[Any]], num_images: int) -> None:
     if count.shape != (num_images,) or count.dtype != np.int64 or (count < 0).any():
         raise ValueError(f"patch counts of shape {count.shape} for {num_images} images, or below 0")
     patches, channels = int(count.sum()), arrays["codes"].shape[-1]
-    expected = {"codes": (patches, channels), "scale": (patches,), "cell": (patches, 2), "saliency": (patches,)}
+    expected = {
+        SUMS: (num_images,),
+        "codes": (patches, channels),
+        "scale": (patches,),
+        "cell": (patches, 2),
+        "saliency": (patches,),
+    }
     for name, shape in expected.items():
         if arrays[name].shape != shape:
             raise ValueError(f"{name} of shape {arrays[name].shape}, expected {shape}")

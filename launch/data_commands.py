@@ -146,10 +146,10 @@ KINDS: dict[str, type[_Writing]] = {
 
 @dataclass(frozen=True)
 class VerifyCommand:
-    """Checks every byte of a shard set and names what is damaged."""
+    """Checks every byte of a shard set, or of stored features, and names what is damaged."""
 
     folder: Annotated[str, tyro.conf.Positional]
-    """Folder of this machine with shards/ and index.parquet."""
+    """Folder of this machine with shards/ and index.parquet, or one that eval.features names."""
 
 
 def shard(argv: list[str]) -> int:
@@ -229,18 +229,23 @@ def verify(argv: list[str]) -> int:
     command = parse_flags(VerifyCommand, argv, prog="rerankvpr verify")
     from data_pipeline.storage import is_remote
     from data_pipeline.verify import verify_shards
+    from eval.verify_features import holds_features, verify_features
 
     if is_remote(command.folder):
         raise ValueError(f"{command.folder}: verify reads sets of this machine; run it where the set lies")
     console = Console()
+    folder = Path(command.folder)
+    of_features = holds_features(folder)
+    check = verify_features if of_features else verify_shards
     with progress_bar(console, "verify") as update:
-        faults = verify_shards(Path(command.folder), on_progress=lambda done, total: update(done, total))
+        faults = check(folder, on_progress=lambda done, total: update(done, total))
     for fault in faults[:SHOWN]:
         print(f"rerankvpr: {fault}", file=sys.stderr)
     if len(faults) > SHOWN:
         print(f"rerankvpr: and {len(faults) - SHOWN} more", file=sys.stderr)
     if faults:
-        print(f"rerankvpr: {command.folder} is damaged; delete the named shards and shard again", file=sys.stderr)
+        again = "evaluate" if of_features else "shard"
+        print(f"rerankvpr: {command.folder} is damaged; delete the named shards and {again} again", file=sys.stderr)
         return 1
     console.print(f"{command.folder}: every byte is as it was written", highlight=False)
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configs.files import write_whole
 from configs.reading import reading, shown
-from trainer.manifest import CheckpointError, faults
+from trainer.manifest import MANIFEST, CheckpointError, faults
 
 _STEP = re.compile(r"step-\d{8,18}", re.ASCII)
 LINKS = ("latest", "best")

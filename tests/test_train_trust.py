@@ -1,0 +1,124 @@
+"""Trainings against a second one, a changed recipe, a rate that diverges: real processes, one line each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from data_pipeline.folder_lock import LOCK
+from tests.training import last_checkpoint, logged, make_workplace, one_rank, start
+from trainer.manifest import faults
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trust")
+    make_workplace(folder)
+    return folder
+
+
+def train(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
+    recipe = str(workplace / "recipe.yaml")
+    return start(workplace, "rerankvpr", "train", recipe, "--output", str(workplace / output), *flags)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=300)
+    return process.returncode, said
+
+
+def our_lines(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("rerankvpr: ")]
+
+
+def events(folder: Path, kind: str) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("event") == kind]
+
+
+@pytest.fixture(scope="module")
+def trained(workplace: Path) -> Path:
+    """A training beside which a second one, and a sync, were started in the same output."""
+    first = train(workplace, "run")
+    deadline = time.monotonic() + 200
+    while not (workplace / "run" / "checkpoints").is_dir():
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.1)
+    second = train(workplace, "run", "--resume", "--tracking.enabled", "False")
+    sync = start(workplace, "rerankvpr", "sync", "run", "--uri", "sqlite:///mlflow.db")
+    before = sorted((workplace / "run" / "checkpoints").iterdir())
+    status, said = ended(second)
+    assert status == 2
+    (line,) = our_lines(said)
+    assert f"run: another process (rerankvpr train, pid {first.pid} on " in line
+    assert "left alone" in ended(sync)[1]
+    assert before
+    status, said = ended(first)
+    assert status == 0, said
+    return workplace / "run"
+
+
+def test_two_trainings_in_one_output_do_not_mix(trained: Path) -> None:
+    assert sorted(logged(trained)) == list(range(1, 13))
+    assert len(events(trained, "start")) == 1
+    assert not faults(last_checkpoint(trained))
+    assert not (trained / LOCK).exists()
+    assert [event["status"] for event in events(trained, "end")] == ["FINISHED"]
+
+
+def test_a_resume_says_what_of_the_recipe_has_changed(workplace: Path, trained: Path) -> None:
+    changed = ("--optim.lr", "5e-4", "--trainer.epochs", "4", "--data.augmentation", "none")
+    status, said = ended(train(workplace, "run", "--resume", *changed))
+    assert status == 0, said
+    line = next(line for line in said.splitlines() if line.startswith("resumed with another recipe: "))
+    changes = {"optim.lr": "0.001 -> 0.0005", "trainer.epochs": "3 -> 4", "data.augmentation": "randaugment -> none"}
+    assert all(f"{key} {change}" in line for key, change in changes.items())
+    assert line.count(" -> ") == len(changes)
+    assert events(trained, "start")[-1]["changes"] == changes
+    client = mlflow.MlflowClient(f"sqlite:///{workplace}/mlflow.db")
+    (run,) = (
+        run
+        for run in client.search_runs([client.get_experiment_by_name("rerankvpr").experiment_id])
+        if "mlflow.parentRunId" not in run.data.tags
+    )
+    assert {key: run.data.tags[f"changed.{key}"] for key in changes} == changes
+
+
+def test_a_resume_that_makes_no_sense_is_refused_in_one_line(workplace: Path, trained: Path) -> None:
+    status, said = ended(train(workplace, "run", "--resume", "--data.image-size", "42"))
+    assert status == 2
+    (line,) = our_lines(said)
+    assert "was trained with data.image_size 28, this recipe has 42; they must agree" in line
+
+
+def test_a_training_that_diverges_has_failed_and_keeps_its_good_checkpoints(workplace: Path, trained: Path) -> None:
+    good = last_checkpoint(trained).name
+    flags = ("--optim.lr", "1e38", "--trainer.epochs", "5", "--trainer.max-skipped-steps", "100")
+    status, said = ended(train(workplace, "run", "--resume", *flags, "--optim.weight-decay", "0"))
+    assert status == 2, said
+    (line,) = our_lines(said)
+    assert "the network holds numbers that are not finite: the training has diverged" in line
+    assert last_checkpoint(trained).name == good
+    assert not faults(last_checkpoint(trained))
+    assert events(trained, "end")[-1]["status"] == "FAILED"
+
+
+def test_a_training_that_skips_too_much_has_failed(workplace: Path, trained: Path) -> None:
+    flags = ("--optim.lr", "1e38", "--trainer.epochs", "8", "--trainer.max-skipped-steps", "3")
+    status, said = ended(train(workplace, "run", "--resume", *flags, "--optim.weight-decay", "0"))
+    assert status == 2
+    assert "more than trainer.max_skipped_steps" in our_lines(said)[0]
+    assert events(trained, "end")[-1]["status"] == "FAILED"
+
+
+def test_an_output_that_cannot_be_written_to_is_one_line(workplace: Path) -> None:
+    (workplace / "file").write_text("")
+    status, said = ended(one_rank(workplace, "file/run"))
+    assert status == 1  # torchrun's
+    assert any("file/run: cannot be written to (Not a directory)" in line for line in our_lines(said)), said
