@@ -59,16 +59,25 @@ def prepare_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
+def prepare_arguments() -> list[str]:
+    """This program's arguments; what of them is secret is neither in `ps` nor in anything that is printed."""
+    from configs.secrets import clean_streams, hide_arguments
+
+    clean_streams()
+    return hide_arguments()
+
+
 def main() -> None:
     """Entry point of the console script."""
     prepare_streams()
     check_packages()
     prepare_libraries()
+    argv = prepare_arguments()
 
     def run() -> int:
         from launch.cli import main as run_verb
 
-        return run_verb(sys.argv[1:])
+        return run_verb(argv)
 
     end_with(run)
 

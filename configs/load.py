@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from configs.explain import explain
 from configs.reading import reading, shown
 from configs.renamed import with_present_names
 from configs.schema import Recipe
+from configs.secrets import without_secrets
 
 RECIPES = Path(__file__).resolve().parent
 MOST_BYTES, MOST_VALUES, MOST_BRACKETS, DEEPEST = 1 << 20, 10_000, 1000, 20
@@ -89,17 +89,13 @@ def find_recipe(path: Path) -> Path:
 
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as YAML, every key written out; without the secrets of its addresses, for it goes with the results."""
-    return yaml.safe_dump(_shareable(recipe.model_dump(mode="json")), sort_keys=False)
+    return yaml.safe_dump(shareable(recipe.model_dump(mode="json")), sort_keys=False)
 
 
-def _shareable(value: Any) -> Any:
+def shareable(value: Any) -> Any:
+    """A value of a recipe, or of a part of one, without the secrets of its addresses."""
     if isinstance(value, dict):
-        return {_shareable(key): _shareable(part) for key, part in value.items()}
+        return {shareable(key): shareable(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_shareable(part) for part in value]
-    return without_secrets(value) if isinstance(value, str) else value
-
-
-def without_secrets(text: str) -> str:
-    """A text whose addresses have lost user name, password and query: `http://ann:pw@host/x?key=1` is `http://host/x`."""
-    return re.sub(r"(\w://)(?:[^\s/'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
+        return [shareable(part) for part in value]
+    return without_secrets(value, is_address=True, remembered=False) if isinstance(value, str) else value

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from configs.secrets import without_secrets
+
 LONGEST = 300  # characters of a reason, and of a value that a message shows
 
 
@@ -53,7 +55,7 @@ def read_regular(path: str | Path) -> bytes:
 
 def reason(error: BaseException) -> str:
     """An error in one bounded line: its first line, or its kind where it says nothing; a key is named as one."""
-    text = shown(next(iter(str(error).splitlines()), ""))
+    text = shown(without_secrets(next(iter(str(error).splitlines()), "")))
     if isinstance(error, KeyError):
         return f"no {text}"
     return text or {"EOFError": "cut off", "RecursionError": "nested too deeply"}.get(

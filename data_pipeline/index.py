@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from configs.files import file_sha256, replacing, write_whole
 from configs.reading import reading, reason, shown
+from configs.secrets import without_secrets
 from data_pipeline.storage import RangeReader, is_remote, join
 
 FORMAT_VERSION = 1
@@ -195,7 +196,7 @@ def read_index(folder: str | Path, reader: RangeReader | None = None, *, check_d
     `check_digest` holds it against its sha256.
     """
     location, reader = str(folder), reader or RangeReader()
-    name = join(location, INDEX)
+    name = without_secrets(join(location, INDEX), is_address=True)
     source = _source(location, reader)
     with _open_parquet(source, name) as file:
         raw = _table_metadata(file, name)
@@ -333,7 +334,10 @@ def _check_digest(location: str, source: Path | pa.Buffer, reader: RangeReader) 
         return
     digest = file_sha256(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
     if said != digest_line(digest):
-        raise ValueError(f"{join(location, INDEX)}: damaged: its sha256 is not the one in {INDEX_DIGEST}")
+        raise ValueError(
+            f"{without_secrets(join(location, INDEX), is_address=True)}: damaged: its sha256 is not the one in "
+            f"{INDEX_DIGEST}"
+        )
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int32]]:

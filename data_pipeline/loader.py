@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from configs.schema import DataConfig
+from configs.secrets import without_secrets
 from data_pipeline.cache import RangeCache
 from data_pipeline.images import decode_into, empty_batch
 from data_pipeline.index import PlaceRange
@@ -228,7 +229,8 @@ class PlaceLoader:
             else:
                 return
         raise TooManyBadImagesError(
-            f"{planned.location}: place {place} has no readable image left; run `rerankvpr verify`"
+            f"{without_secrets(planned.location, is_address=True)}: place {place} has no readable image left; run "
+            "`rerankvpr verify`"
         )
 
     def _note(self, place: int, planned: PlaceRange, view: int, reason: str) -> None:
@@ -237,7 +239,7 @@ class PlaceLoader:
                 return
             self.bad_images[place, view] = reason
             count = len(self.bad_images)
-        where = f"{planned.location}: place {place} view {view}"
+        where = f"{without_secrets(planned.location, is_address=True)}: place {place} view {view}"
         print(f"rerankvpr: rank {self.rank}: {where}: {reason}; another view takes its place", file=sys.stderr)
         if count > self.config.max_bad_images:
             raise TooManyBadImagesError(

@@ -16,6 +16,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
 from configs.reading import open_regular
+from configs.secrets import without_secrets
 from data_pipeline.cache import RangeCache
 
 TRY_S, WHOLE_FILE_S = 60.0, 900.0  # after which a server that sends nothing more counts as failed
@@ -105,21 +106,21 @@ class RangeReader:
     def _remote(
         self, url: str, start: int | None = None, length: int | None = None, stop: threading.Event | None = None
     ) -> bytes:
-        failed_at, pause = None, _FIRST_PAUSE_S
+        failed_at, pause, shown = None, _FIRST_PAUSE_S, without_secrets(url, is_address=True)
         while True:
             try:
                 data = self._try(url, start, length)
             except Exception as error:  # every backend has its own errors; what is not mended by time is raised
                 now = time.monotonic()
                 failed_at = failed_at or now
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = without_secrets(str(error).splitlines()[0]) if str(error) else type(error).__name__
                 if isinstance(error, FileNotFoundError):
-                    raise FileNotFoundError(f"{url}: not found") from error
+                    raise FileNotFoundError(f"{shown}: not found") from error
                 left = failed_at + self.retry_s - now
                 if _is_final(error) or left <= 0 or (stop and stop.is_set()):
                     tried = f" (tried for {now - failed_at:.0f} s)" if now - failed_at > 1 else ""
-                    raise StorageError(f"{url}: cannot be read{tried}: {reason}") from error
-                self._note(f"{url}: {reason}; trying again for up to {self.retry_s:g} s")
+                    raise StorageError(f"{shown}: cannot be read{tried}: {reason}") from error
+                self._note(f"{shown}: {reason}; trying again for up to {self.retry_s:g} s")
                 wait = min(left, pause * self._jitter.uniform(0.5, 1.0))
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
                 stop.wait(wait) if stop else time.sleep(wait)

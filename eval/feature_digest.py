@@ -24,7 +24,7 @@ def image_sum(arrays: Arrays, first: int, stop: int) -> int:
     """CRC-32 of the local features of one image, the patches [first, stop) of its shard."""
     value = 0
     for name in LOCAL:
-        value = zlib.crc32(np.ascontiguousarray(arrays[name][first:stop]).reshape(-1).view(np.uint8), value)
+        value = zlib.crc32(np.ascontiguousarray(arrays[name][first:stop]).reshape(-1).view(np.uint8).data, value)
     return value
 
 
@@ -42,5 +42,5 @@ def shard_digest(arrays: Arrays) -> str:
         if name in arrays:
             array = np.ascontiguousarray(arrays[name])
             sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
-            sha.update(array.reshape(-1).view(np.uint8))
+            sha.update(array.reshape(-1).view(np.uint8).data)
     return sha.hexdigest()

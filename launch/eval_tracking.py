@@ -10,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from configs.load import shareable
+from configs.secrets import without_secrets
 from eval.evaluate import Result
 from eval.report.tables import write_csv, write_results
 from trainer.mlflow_store import DeletedError, active_experiment, check_active, metric_name, open_client
@@ -37,7 +39,7 @@ def log_evaluation(
         console.print(f"[yellow]{escape(str(error))}; this evaluation is not in it", soft_wrap=True)
         return None
     except Exception as error:  # noqa: BLE001 - whatever the store raises, an evaluation must not end of it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = without_secrets(str(error).splitlines()[0]) if str(error) else type(error).__name__
         console.print(f"[yellow]MLflow does not answer ({reason}); this evaluation is not in it", soft_wrap=True)
         return None
 
@@ -64,7 +66,7 @@ def _log(
             console.print("MLflow: the training's run is not in this store; the evaluation gets a run of its own")
         experiment_id = active_experiment(client, experiment)
     run: str = client.create_run(experiment_id, run_name=f"eval {model}", tags=tags).info.run_id
-    texts = {"model": model} | {name: json.dumps(value, default=str) for name, value in params.items()}
+    texts = {"model": model} | {name: json.dumps(shareable(value), default=str) for name, value in params.items()}
     now = int(time.time() * 1000)
     metrics = [
         Metric(metric_name(f"eval/{result.name}/{name}"), value, now, 0)

@@ -13,6 +13,7 @@ from rich.table import Table
 from configs.flags import parse_flags
 
 if TYPE_CHECKING:
+    from configs.secrets import without_secrets
     from data_pipeline.index import ShardIndex
 
 SHOWN = 20
@@ -93,7 +94,7 @@ def _describe(console: Console, index: ShardIndex) -> None:
 
     seen, said = overview(index), index.metadata
     counts = f"{seen.places:,} places, {seen.images:,} images, {seen.shards:,} tars, {seen.shard_bytes / 2**20:,.1f} MB"
-    table = Table(title=f"{index.location}: {counts}", title_justify="left")
+    table = Table(title=f"{without_secrets(index.location, is_address=True)}: {counts}", title_justify="left")
     table.add_column("city")
     for column in ("places", "images", "years"):
         table.add_column(column, justify="right")

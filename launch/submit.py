@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.flags import is_given, parse_flags, parse_known_flags
-from configs.load import without_secrets
+from configs.secrets import has_secret, without_secrets
 from launch.slurm import Job, Resources, array_job, torchrun_job
 from launch.torchrun import resuming, split_at_dashes
 
@@ -90,10 +90,10 @@ def stage_jobs(verb: list[str], want: Resources) -> list[Job]:
     Raises ValueError for a verb that would fail at once on the cluster.
     """
     for word in verb:
-        if without_secrets(word) != word:
+        if has_secret(word):
             raise ValueError(
-                f"submit: {without_secrets(word)} holds a password, and the script would keep it; set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where you submit"
+                f"submit: {without_secrets(word, is_address=True)} holds a password or a query, which the script would "
+                "keep; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where you submit"
             )
     if verb[0] == "train":
         return [_train_job(verb, want)]

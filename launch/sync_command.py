@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs.flags import parse_flags
-from configs.load import load_stored_recipe, without_secrets
+from configs.load import load_stored_recipe
+from configs.secrets import without_secrets
 from trainer import metrics_log
 from trainer.metrics_log import is_open, read_records
 from trainer.progress import progress_bar

@@ -13,8 +13,8 @@ from typing import Annotated
 import tyro
 
 from configs.flags import parse_flags, parse_known_flags
-from configs.load import without_secrets
 from configs.recipe_flags import parse_over_recipe
+from configs.secrets import hidden, without_secrets
 from launch.rendezvous import end_when_cut_off
 from trainer.command import TrainCommand
 from trainer.routes import has_infiniband, interface_environment, loopback, route_to
@@ -75,8 +75,9 @@ class Launch:
     rendezvous: tuple[str, int] | None = None  # another host's, which this node must reach
 
     def command(self) -> str:
-        """The command that a person can paste."""
-        return shlex.join([*(f"{k}={v}" for k, v in self.environment.items()), "torchrun", *self.arguments])
+        """The command that a person can paste, without secrets."""
+        words = [*(f"{k}={v}" for k, v in self.environment.items()), "torchrun", *self.arguments]
+        return shlex.join(without_secrets(word, is_address=True) for word in words)
 
 
 def main(argv: list[str]) -> int:
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
     if verb[0] == "train" and not ours.dry_run:  # a mistake is told once, not by each rank after each restart
         recipe = parse_over_recipe(TrainCommand, verb[1:], verb="train")[0].recipe
     launch = plan_launch(ours, others, verb)
-    print(without_secrets(launch.command()), flush=True)
+    print(launch.command(), flush=True)
     if ours.dry_run:
         return 0
     if recipe and recipe.model.weights == "timm":
@@ -236,7 +237,7 @@ def start(launch: Launch) -> int:
     parser = get_args_parser()
     parser.allow_abbrev = False  # a verb's flag may begin as one of torchrun's
     try:
-        torchrun(parser.parse_args(launch.arguments))
+        torchrun(parser.parse_args(hidden(launch.arguments)))  # a rank's command line is for all to see
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"rerankvpr: rank {rank} ended the job with status {failure.exitcode}", file=sys.stderr)

@@ -21,8 +21,9 @@ from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import save_file
 
-from configs.load import recipe_text, without_secrets
+from configs.load import recipe_text
 from configs.schema import Recipe
+from configs.secrets import without_secrets
 from data_pipeline.images import normalise
 from launch.sync_command import main as sync
 from model.network import build_model

@@ -1,13 +1,12 @@
 """`torchrun ... -m trainer RECIPE`."""
 
-import sys
-
-from rerankvpr import check_packages, end_with, prepare_libraries, prepare_streams
+from rerankvpr import check_packages, end_with, prepare_arguments, prepare_libraries, prepare_streams
 
 if __name__ == "__main__":
     prepare_streams()
     check_packages()
     prepare_libraries()
+    argv = prepare_arguments()
     from trainer.command import main
 
-    end_with(lambda: main(sys.argv[1:]))
+    end_with(lambda: main(argv))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.reading import reason, shown
+from configs.secrets import without_secrets
 
 USER_ERRORS = (ValueError, OSError)
 OTHERS_WAIT_S = 3.0
@@ -49,9 +50,9 @@ def one_line_errors(*extra: type[Exception], folder: Path | None = None) -> Iter
         prefix = f"rerankvpr: rank {rank}: " if rank and world > 1 else "rerankvpr: "
         expected = isinstance(error, (*USER_ERRORS, *extra))
         for line in lines_of(error) if expected else [_unexpected(error, folder, rank)]:
-            print(prefix + line, file=sys.stderr, flush=True)
+            print(prefix + without_secrets(line), file=sys.stderr, flush=True)
         if os.environ.get("RERANKVPR_TRACEBACK"):
-            traceback.print_exc()
+            print(without_secrets(traceback.format_exc()), file=sys.stderr)
         leave(2 if expected else 1)
 
 
@@ -70,7 +71,7 @@ def lines_of(error: Exception) -> list[str]:
     """What a user reads of an error: bounded lines, one a fault."""
     if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
         return [f"{error.strerror}: stdout, or a file that was being written, is not whole"]
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = without_secrets(str(error)).splitlines() or [type(error).__name__]
     more = [f"and {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else []
     return [_middle_out(line) for line in lines[:MOST_LINES]] + more
 
@@ -111,7 +112,7 @@ def _keep_traceback(folder: Path | None, rank: int) -> str:
             continue
         file = place / f"rerankvpr-error-rank-{rank:05d}-{os.getpid()}.txt"
         try:
-            file.write_text(traceback.format_exc())
+            file.write_text(without_secrets(traceback.format_exc()))
         except OSError:
             continue
         return str(file)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import write_whole
-from configs.load import without_secrets
 from configs.reading import reading
+from configs.secrets import without_secrets
 from trainer import metrics_log
 from trainer.metrics_log import read_records
 from trainer.mlflow_store import active_experiment, check_active, metric_name, open_client

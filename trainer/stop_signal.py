@@ -9,7 +9,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from configs.load import without_secrets
+from configs.secrets import without_secrets
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REQUEUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run me again
@@ -79,4 +79,4 @@ def how_to_resume() -> str:
         at = words.index("--resume")
         named = words[at + 1 : at + 2]
         del words[at : at + 1 + (bool(named) and not named[0].startswith("-"))]
-    return f"to go on: {without_secrets(shlex.join([*words, '--resume']))}"
+    return f"to go on: {shlex.join(without_secrets(word, is_address=True) for word in [*words, '--resume'])}"

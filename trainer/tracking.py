@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.markup import escape
 
-from configs.load import without_secrets
+from configs.load import shareable
 from configs.schema import Recipe
+from configs.secrets import without_secrets
 from trainer import metrics_log
 from trainer.metrics_log import MetricsLog, read_records
 from trainer.mlflow_sender import Sender, first_line
@@ -213,7 +214,7 @@ def _training_id(log: Path) -> str:
 
 def _params(recipe: Recipe) -> dict[str, str]:
     """All keys of a recipe as MLflow takes them; no secrets."""
-    return {key: without_secrets(str(value))[:500] for key, value in recipe.as_flat().items() if key != "tracking.uri"}
+    return {key: str(shareable(value))[:500] for key, value in recipe.as_flat().items() if key != "tracking.uri"}
 
 
 def open_command(uri: str) -> str:
@@ -221,4 +222,4 @@ def open_command(uri: str) -> str:
     if uri.startswith(("http://", "https://")):
         parts = urlsplit(uri)
         return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-    return f"mlflow ui --backend-store-uri {without_secrets(uri)}"
+    return f"mlflow ui --backend-store-uri {without_secrets(uri, is_address=True)}"
