@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.flags import parse_flags
+from configs.secrets import without_secrets
 
 if TYPE_CHECKING:
-    from configs.secrets import without_secrets
     from data_pipeline.index import ShardIndex
 
 SHOWN = 20
