@@ -13,6 +13,7 @@ from rich.markup import escape
 from configs.flags import parse_flags
 from configs.load import load_stored_recipe
 from configs.secrets import without_secrets
+from data_pipeline.folder_lock import LockedError, holder
 from trainer import metrics_log
 from trainer.metrics_log import is_open, read_records
 from trainer.progress import progress_bar
@@ -25,14 +26,15 @@ if TYPE_CHECKING:
 class SyncCommand:
     """Sends what MLflow has not got of trainings. Sent twice, it changes nothing.
 
-    A training that was killed ends as KILLED, at its last line; one that still runs is left to itself.
+    A training that was killed ends as KILLED, at its last line; one that still runs is left to itself. Files are sent
+    from inside the folder alone.
     """
 
     outputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Output folders of trainings (they hold metrics.jsonl)."""
     uri: str = ""
-    """MLflow store or server; left out: the recipe's, with user and password from MLFLOW_TRACKING_USERNAME and
-    MLFLOW_TRACKING_PASSWORD, for a recipe that is kept holds neither."""
+    """MLflow store or server; left out: the recipe's, where that is MLFLOW_TRACKING_URI or the default. User and
+    password are those of MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: a recipe that is kept holds neither."""
 
 
 def main(argv: list[str]) -> int:
@@ -54,29 +56,52 @@ def _sync(folder: Path, uri: str, console: Console) -> None:
     from trainer.mlflow_store import DeletedError
 
     log = folder / metrics_log.NAME
-    if is_open(log):
+    if holder(folder) or is_open(log):
         _print(console, f"{folder}: its training runs and sends by itself; left alone")
         return
-    if not uri:
-        if not (folder / "recipe.yaml").is_file():
-            raise ValueError(f"{folder} holds no recipe.yaml; name the store with --uri")
-        uri = load_stored_recipe(folder / "recipe.yaml").tracking.uri
+    uri = uri or _own_store(folder)
+    store = without_secrets(uri, is_address=True)
+    _print(console, f"{folder}: sending to {store}")
     sender = Sender(folder, uri, lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True))
     try:
         with progress_bar(console, f"{folder}, bytes", log.stat().st_size) as update:
             while sender.send():
                 update(sender.offset, note=", ".join(f"{n:,} {what}" for what, n in sender.sent.items()))
         status = _status(sender, log)
+    except LockedError:
+        raise
     except DeletedError as error:
         raise ValueError(f"{folder}: {error}") from error
     except Exception as error:
         raise ValueError(
-            f"{folder}: MLflow at {without_secrets(uri)} does not answer ({first_line(error)}); {sender.offset} of "
+            f"{folder}: MLflow at {store} does not answer ({first_line(error)}); {sender.offset} of "
             f"{log.stat().st_size} bytes are sent, the same command goes on from there"
         ) from error
+    finally:
+        sender.close()
     counts = ", ".join(f"{n:,} {what}" for what, n in sorted(sender.sent.items()) if n) or "nothing was left to send"
-    where = f"run {sender.run_id} at {without_secrets(uri)}, {status}" if sender.run_id else "no training was begun"
+    where = f"run {sender.run_id} at {store}, {status}" if sender.run_id else "no training was begun"
     _print(console, f"{folder}: {counts}; {where}")
+    if sender.left:
+        raise ValueError(f"{folder}: {len(sender.left)} files could not be sent; the same command tries them again")
+
+
+def _own_store(folder: Path) -> str:
+    """The store that the folder's recipe names, if it is this user's.
+
+    Raises ValueError if it is not: the folder may come from somebody else, who would be sent what it holds.
+    """
+    from trainer.tracking import is_own_store
+
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder} holds no recipe.yaml; name the store with --uri")
+    uri = load_stored_recipe(folder / "recipe.yaml").tracking.uri
+    if not is_own_store(uri):
+        raise ValueError(
+            f"{folder}: its recipe names the store {uri}, which is neither MLFLOW_TRACKING_URI nor the default; if you "
+            f"trust it: rerankvpr sync {folder} --uri {uri}"
+        )
+    return uri
 
 
 def _status(sender: Sender, log: Path) -> str:

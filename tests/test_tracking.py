@@ -176,8 +176,11 @@ def test_what_a_dead_server_missed_is_synced_once(
     assert "secret" not in said.getvalue()
     assert tracker.run_id is None
 
-    with pytest.raises(ValueError, match="does not answer"):
+    assert f"rerankvpr sync {folder} --uri http://127.0.0.1:9\n" in said.getvalue()
+    with pytest.raises(ValueError, match="which is neither MLFLOW_TRACKING_URI nor the default"):
         sync([str(folder)])
+    with pytest.raises(ValueError, match="does not answer"):
+        sync([str(folder), "--uri", "http://127.0.0.1:9"])
     assert sync([str(folder), "--uri", server.uri]) == 0
     text = capsys.readouterr().out
     assert "2 artifacts, 1 evaluations, 2,501 metrics" in text
@@ -210,7 +213,7 @@ def training_that_never_ends(recipe: Recipe) -> None:
 
 
 def test_a_killed_training_goes_on_in_its_run(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -228,6 +231,7 @@ def test_a_killed_training_goes_on_in_its_run(
     client = MlflowClient(server.uri)
     (run,) = runs_of(client, recipe)
     assert run.info.status == "RUNNING"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     assert sync([str(folder)]) == 0
     assert "KILLED: no end was written" in capsys.readouterr().out
     assert client.get_run(run.info.run_id).info.status == "KILLED"

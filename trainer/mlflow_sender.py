@@ -18,6 +18,7 @@ from typing import Any
 from configs.files import write_whole
 from configs.reading import reading
 from configs.secrets import without_secrets
+from data_pipeline.folder_lock import LOCK, FolderLock
 from trainer import metrics_log
 from trainer.metrics_log import read_records
 from trainer.mlflow_store import active_experiment, check_active, metric_name, open_client
@@ -46,6 +47,8 @@ class Sender:
 
     `run_id` is the run, once there is one; `sent` counts metrics, artifacts, evaluations and models. `say` gets a line
     about what a store refused for good, which is passed over; all else that a store raises is the caller's to retry.
+    Files are sent from inside the folder alone: its `metrics.jsonl` may be somebody else's. `left` are the lines (by
+    their first byte) whose files could not be sent; each new sender tries them once more. One process sends at a time.
     """
 
     def __init__(self, folder: Path, uri: str, say: Callable[[str], None]) -> None:
@@ -57,9 +60,11 @@ class Sender:
         self._client: Any = None
         self._experiment_id = ""
         self._refused_said = False
+        self._lock = FolderLock(folder, "sending to MLflow", name=f"{LOCK}.sending")
+        self.left: list[int] = []
         state = read_state(folder)
-        if state.get("uri") == without_secrets(uri):
-            self.run_id, self.offset = state["run_id"], state["offset"]
+        if state.get("uri") == without_secrets(uri, is_address=True):
+            self.run_id, self.offset, self.left = state["run_id"], state["offset"], state["left"]
 
     def send(self) -> bool:
         """Sends the next lines, a thousand metrics or one event, and returns whether there were any.
@@ -67,12 +72,30 @@ class Sender:
         Raises whatever MLflow raises where the store does not answer; the next call tries the same lines again.
         """
         try:
+            with contextlib.suppress(OSError):  # a full disk, a folder that is only read: alone in all likelihood
+                self._lock.acquire()
             if self._client is None:
                 self._connect()
+                self._send_left()
             return self._send_next()
         except Exception:
             self._client = None  # the next call looks at the store anew, which may have lost the run
             raise
+
+    def close(self) -> None:
+        """Lets others send from this folder."""
+        self._lock.release()
+
+    def _send_left(self) -> None:
+        """Tries again, once, what an earlier sender could not send."""
+        tried, self.left = self.left, []
+        for offset in tried:
+            for _, _, record in read_records(self.log, offset):
+                if record and record.get("event") in ("artifact", "model") and self.run_id:
+                    self._send_event(record, offset)
+                break
+        if tried:
+            self._keep_state()
 
     def _connect(self) -> None:
         # It looks for a run before it asks again for one; the client would ask twice and might get two.
@@ -155,13 +178,12 @@ class Sender:
         elif self.run_id is None:
             return  # before any start: not a run's
         elif kind == "artifact":
-            self._artifact(self.folder / record["path"], record.get("folder"))
+            self._send_files(record["path"], offset, lambda path: self._artifact(path, record.get("folder")))
         elif kind == "evaluation":
             if self._accepted(lambda: self._evaluation(record, offset)):
                 self.sent["evaluations"] += 1
         elif kind == "model":
-            if self._accepted(lambda: self._model(record, offset)):
-                self.sent["models"] += 1
+            self._send_files(record["checkpoint"], offset, lambda path: self._model(path, record, offset))
         elif kind == "end":
             self.end(record["status"], record["time_ms"])
 
@@ -214,6 +236,25 @@ class Sender:
             if not token:
                 return None
 
+    def _send_files(self, name: str, offset: int, send: Callable[[Path], None]) -> None:
+        """Sends a file or folder that a line names, unless it is outside; what fails alone is left for another time."""
+        path = self.folder / name
+        try:
+            inside = path.resolve().is_relative_to(self.folder.resolve())
+        except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL
+            inside = False
+        if not inside:
+            self._say(
+                f"{name!r:.200} of {self.log} is outside {self.folder}, or a link that leads out: not sent to MLflow"
+            )
+            return
+        try:
+            send(path)
+        except Exception as error:  # noqa: BLE001 - each kind of artifact store has its own; told, and tried again
+            self._client.get_run(self.run_id)  # raises where the whole store does not answer
+            self.left.append(offset)
+            self._say(f"{path} could not be sent ({first_line(error)}); the rest goes on")
+
     def _artifact(self, path: Path, folder: str | None) -> None:
         if not path.is_file():
             self._say(f"artifact {path} is gone: not sent to MLflow")
@@ -232,25 +273,29 @@ class Sender:
         self._client.log_batch(run, metrics=metrics, params=params)
         self._client.set_terminated(run, "FINISHED", end_time=time_ms)
 
-    def _model(self, record: Record, offset: int) -> None:
+    def _model(self, checkpoint: Path, record: Record, offset: int) -> None:
         from trainer.logged_model import log_model
 
-        checkpoint = self.folder / record["checkpoint"]
-        log_model(
-            self._client,
-            str(self.run_id),
-            checkpoint,
-            register_as=record["register_as"],
-            tags={EVENT_TAG: f"{self.run_id}:{offset}", "checkpoint": checkpoint.name},
-            say=self._say,
-        )
+        def log() -> None:
+            log_model(
+                self._client,
+                str(self.run_id),
+                checkpoint,
+                register_as=record["register_as"],
+                tags={EVENT_TAG: f"{self.run_id}:{offset}", "checkpoint": checkpoint.name},
+                say=self._say,
+            )
+
+        if self._accepted(log):
+            self.sent["models"] += 1
 
     def end(self, status: str, time_ms: int) -> None:
         """Ends the run as FINISHED, FAILED or KILLED at a time in milliseconds since 1970."""
         self._client.set_terminated(self.run_id, status, end_time=time_ms)
 
     def _keep_state(self) -> None:
-        state = {"uri": without_secrets(self.uri), "run_id": self.run_id, "offset": self.offset}
+        uri = without_secrets(self.uri, is_address=True)
+        state = {"uri": uri, "run_id": self.run_id, "offset": self.offset, "left": self.left}
         with contextlib.suppress(OSError):  # a full disk: the lines after the last that was kept are sent twice
             write_whole(self.folder / STATE, json.dumps(state) + "\n")
 
@@ -275,14 +320,16 @@ def is_whole_event(record: Record) -> bool:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `metrics.sent` of an output folder says: uri, run_id, offset; empty where it is missing or damaged."""
+    """What `metrics.sent` of an output folder says: uri, run_id, offset, left; empty where it is missing or damaged."""
     try:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError, RecursionError):
         return {}
     kinds: dict[str, Any] = {"uri": str, "run_id": (str, type(None)), "offset": int}
     whole = isinstance(state, dict) and all(isinstance(state.get(key, kinds), kind) for key, kind in kinds.items())
-    return state if whole and state["offset"] >= 0 else {}
+    left = state.get("left", []) if whole else None
+    numbers = [state["offset"], *left] if isinstance(left, list) else [None]
+    return state | {"left": left} if all(isinstance(n, int) and n >= 0 for n in numbers) else {}
 
 
 def run_of(checkpoint: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import uuid
@@ -131,7 +132,11 @@ class Tracker:
         if lost:
             self._say(f"{self._folder / metrics_log.NAME}: the disk took no more; {lost} lines are lost")
         if not sent_all:
-            self._say(f"MLflow has not got all of this training; to send the rest: rerankvpr sync {self._folder}")
+            uri = self._recipe.tracking.uri
+            store = "" if is_own_store(uri) else f" --uri {without_secrets(uri, is_address=True)}"
+            self._say(
+                f"MLflow has not got all of this training; to send the rest: rerankvpr sync {self._folder}{store}"
+            )
         self._active = False
 
     def _event(self, kind: str, **content: Any) -> None:
@@ -168,6 +173,12 @@ class _SenderThread(threading.Thread):
 
     def run(self) -> None:
         """Sends; says once that MLflow fails, and once that it is back."""
+        try:
+            self._send()
+        finally:
+            self.sender.close()
+
+    def _send(self) -> None:
         pause = 0.0
         while True:
             finishing = self._finish.is_set()  # asked before the last look at the file
@@ -189,7 +200,7 @@ class _SenderThread(threading.Thread):
             if sent:
                 continue
             if finishing:
-                self._sent_all = True
+                self._sent_all = not self.sender.left
                 return
             self._finish.wait(SEND_EVERY_S)
 
@@ -215,6 +226,12 @@ def _training_id(log: Path) -> str:
 def _params(recipe: Recipe) -> dict[str, str]:
     """All keys of a recipe as MLflow takes them; no secrets."""
     return {key: str(shareable(value))[:500] for key, value in recipe.as_flat().items() if key != "tracking.uri"}
+
+
+def is_own_store(uri: str) -> bool:
+    """Whether an address is a store of this user's own accord: the one of MLFLOW_TRACKING_URI, or the default one."""
+    own = {os.environ.get("MLFLOW_TRACKING_URI", ""), Recipe().tracking.uri} - {""}
+    return without_secrets(uri, is_address=True) in {without_secrets(one, is_address=True) for one in own}
 
 
 def open_command(uri: str) -> str:
