@@ -11,6 +11,7 @@ from pathlib import Path
 
 from configs.secrets import without_secrets
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "Unable to allocate", "Insufficient memory")
 LONGEST = 300  # characters of a reason, and of a value that a message shows
 
 
@@ -61,6 +62,11 @@ def reason(error: BaseException) -> str:
     return text or {"EOFError": "cut off", "RecursionError": "nested too deeply"}.get(
         type(error).__name__, type(error).__name__
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, in the words of torch, numpy, libjpeg or the C++ library."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def shown(value: object) -> str:

@@ -12,7 +12,8 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
-from configs.reading import read_regular, reason
+from configs.reading import read_regular
+from data_pipeline.decode_errors import damage
 
 JPEG = b"\xff\xd8"
 PILLOW_READS = ("PNG", "WEBP", "GIF")
@@ -58,7 +59,8 @@ def decode_into(out_3HW: torch.Tensor, data: bytes, interpolation: str = "biline
 def decode_rgb(data: bytes) -> torch.Tensor:
     """An image file's bytes as uint8 [3, H, W] of its own size: JPEG, PNG, WebP or GIF.
 
-    Raises ValueError where they are no complete image, or an animation.
+    Raises ValueError where they are no complete image, or an animation, MemoryError where this machine has no memory
+    for it.
     """
     if not data:
         raise ValueError("empty file")
@@ -66,8 +68,8 @@ def decode_rgb(data: bytes) -> torch.Tensor:
         return _decode_by_pillow(data)
     try:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(damage(error, data)) from error
 
 
 def _decode_by_pillow(data: bytes) -> torch.Tensor:
@@ -80,7 +82,7 @@ def _decode_by_pillow(data: bytes) -> torch.Tensor:
                 raise ValueError(f"an animation of {pictures} pictures, not a photograph")
             image.load()
         except Exception as error:
-            raise ValueError(reason(error)) from error
+            raise ValueError(damage(error, data)) from error
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

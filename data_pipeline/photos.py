@@ -13,6 +13,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
 from configs.reading import read_regular, reason
+from data_pipeline.decode_errors import damage
 from data_pipeline.images import check_pixels
 
 _READ_AHEAD = 64
@@ -45,7 +46,7 @@ def read_photo(path: Path, max_side: int | None = None, quality: int = 95) -> Ph
 
     torchvision's decoder, which training uses too, refuses a JPEG that ends early, be it by its last byte. A photograph
     whose longer side exceeds `max_side` is scaled to it (antialiased bilinear) and written again with `quality`, 1 to
-    100; others keep their bytes.
+    100; others keep their bytes. Raises MemoryError if the machine has no memory for it.
     """
     try:
         jpeg = read_regular(path)
@@ -65,8 +66,9 @@ def read_photo(path: Path, max_side: int | None = None, quality: int = 95) -> Ph
         return str(error)
     try:
         pixels = decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except RuntimeError:
-        return "truncated or damaged JPEG"
+    except (RuntimeError, MemoryError) as error:
+        why = damage(error, jpeg)
+        return f"damaged JPEG ({why})" if why.startswith("its header") else "truncated or damaged JPEG"
     height, width = pixels.shape[1:]
     if max_side is not None and max(height, width) > max_side:
         scale = max_side / max(height, width)

@@ -111,6 +111,8 @@ class RangeReader:
             try:
                 data = self._try(url, start, length)
             except Exception as error:  # every backend has its own errors; what is not mended by time is raised
+                if isinstance(error, MemoryError):
+                    raise
                 now = time.monotonic()
                 failed_at = failed_at or now
                 reason = without_secrets(str(error).splitlines()[0]) if str(error) else type(error).__name__

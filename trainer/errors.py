@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from configs.reading import reason, shown
+from configs.reading import is_out_of_memory, reason, shown
 from configs.secrets import without_secrets
 
 USER_ERRORS = (ValueError, OSError)
 OTHERS_WAIT_S = 3.0
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "Unable to allocate")
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LONGEST_LINE, MOST_LINES = 2000, 40
@@ -86,7 +85,7 @@ def _middle_out(line: str) -> str:
 def _unexpected(error: Exception, folder: Path | None, rank: int) -> str:
     """One line on an error that is not the user's: what it means where that is known, else where it was raised."""
     text = str(error)
-    if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         what = f"out of memory ({reason(error)})"
     elif any(sign in text for sign in LOST_PEER):
         what = f"another rank is gone ({reason(error)}); the first line of its own log says why"

@@ -1,0 +1,89 @@
+"""Photographs on a machine whose memory is used up: never taken for damaged ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What needs memory of its own is imported and warmed up before the limit is set.
+CODE = """
+import json, resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import numpy as np
+from configs.schema import EvalConfig
+from data_pipeline.images import decode_into, empty_batch, read_image
+from data_pipeline.photos import read_photo
+from eval.extract import load_image
+from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.shards import write_shards
+
+small, large, source, out = map(Path, sys.argv[1:])
+read_photo(small), read_image(small, 28), load_image(small, EvalConfig(resize="native"))
+data, buffer = large.read_bytes(), empty_batch(1, 28)[0]
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 60 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+ends = {}
+for name, run in {
+    "shard": lambda: read_photo(large),
+    "train": lambda: decode_into(buffer, data),
+    "eval square": lambda: read_image(large, 28),
+    "eval native": lambda: load_image(large, EvalConfig(resize="native")),
+    "write_shards": lambda: write_shards(read_gsv_cities(source, min_images_per_place=2), out, max_bad=1.0, threads=1),
+}.items():
+    try:
+        ends[name] = str(run())
+    except BaseException as error:
+        ends[name] = type(error).__name__
+print(json.dumps(ends))
+"""
+
+
+def test_a_photograph_that_memory_does_not_hold_is_not_damaged(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.jpg", tmp_path / "large.jpg"
+    Image.new("RGB", (64, 48)).save(small)
+    Image.new("RGB", (9000, 8000)).save(large)  # 216 MB as RGB
+    images = tmp_path / "source" / "Images" / "Oslo"
+    images.mkdir(parents=True)
+    rows = ["place_id,year,month,northdeg,city_id,lat,lon,panoid"]
+    for i in range(2):
+        (images / f"Oslo_0000001_2015_05_090_59.91_10.75_pano{i}.jpg").write_bytes(large.read_bytes())
+        rows.append(f"1,2015,5,90,Oslo,59.91,10.75,pano{i}")
+    (tmp_path / "source" / "Dataframes").mkdir()
+    (tmp_path / "source" / "Dataframes" / "Oslo.csv").write_text("\n".join(rows) + "\n")
+    command = [sys.executable, "-c", CODE, str(small), str(large), str(tmp_path / "source"), str(tmp_path / "set")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout.splitlines()[-1]).values()) == {"MemoryError"}, done.stdout
+    assert not (tmp_path / "set" / "index.parquet").exists()
+
+
+def test_a_header_that_claims_more_than_a_photograph_has_is_damaged() -> None:
+    from data_pipeline.decode_errors import damage
+
+    assert damage(RuntimeError("Insufficient memory (case 4)"), bomb(65_000, 65_000)) == (
+        "its header claims more than 256 x 2^20 pixels"
+    )
+    with pytest.raises(MemoryError, match="photograph of 640 x 480 pixels"):
+        damage(RuntimeError("DefaultCPUAllocator: can't allocate memory"), bomb(640, 480))
+    assert damage(RuntimeError("Not a JPEG\nmore"), b"") == "Not a JPEG"
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A JPEG's bytes whose header claims a size."""
+    import io
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    data = bytearray(file.getvalue())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(data)
