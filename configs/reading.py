@@ -12,6 +12,7 @@ from pathlib import Path
 from configs.secrets import without_secrets
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "Unable to allocate", "Insufficient memory")
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LONGEST = 300  # characters of a reason, and of a value that a message shows
 
 
@@ -67,6 +68,15 @@ def reason(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, in the words of torch, numpy, libjpeg or the C++ library."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that a disk or a quota is full."""
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL):
+            return True
+        error = error.__cause__
+    return False
 
 
 def shown(value: object) -> str:

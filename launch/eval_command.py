@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +15,7 @@ from rich.table import Table
 
 from configs.flags import parse_flags, parse_known_flags
 from configs.load import load_stored_recipe
+from configs.reading import reason
 from configs.schema import Backbone, EvalConfig, ModelConfig, Recipe
 from trainer.progress import Update, progress_bar
 
@@ -109,12 +112,32 @@ def main(argv: list[str]) -> int:
 
         console.print(catalogue_table(command.eval.data_root))
         return 0
-    return _evaluate(console, command, checkpoint, recipe)
-
-
-def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, recipe: Recipe) -> int:
+    from data_pipeline.folder_lock import held_by_rank_0
     from eval.benchmarks.load import load_benchmarks
-    from eval.evaluate import FeatureStore, check_depth, evaluate
+    from eval.evaluate import check_depth
+    from trainer.process_group import start_process_group, stop_process_group
+
+    benchmarks = load_benchmarks(command.eval.benchmarks, command.eval.data_root)
+    check_depth(benchmarks, command.eval)
+    rank: Rank = start_process_group(recipe.engine.timeout_s, tf32=recipe.engine.tf32)
+    with held_by_rank_0(command.out, "rerankvpr eval") if command.out else nullcontext():
+        not_written = _evaluate(console, command, checkpoint, recipe, rank, benchmarks)
+    stop_process_group()
+    if not_written:
+        raise OSError("\n".join(not_written))
+    return 0
+
+
+def _evaluate(
+    console: Console,
+    command: EvalCommand,
+    checkpoint: Path | None,
+    recipe: Recipe,
+    rank: Rank,
+    benchmarks: list[Benchmark],
+) -> list[str]:
+    """Evaluates, prints and writes; returns a line for each file that could not be written."""
+    from eval.evaluate import FeatureStore, evaluate
     from eval.report.pictures import draw_pictures
     from eval.report.tables import results_table, write_csv, write_results
     from launch.eval_tracking import log_evaluation
@@ -122,13 +145,9 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
     from trainer.checkpoint import load_model_weights
     from trainer.engine import DTYPES
     from trainer.mlflow_sender import run_of
-    from trainer.process_group import start_process_group, stop_process_group
     from trainer.watchdog import Watchdog
 
     config = command.eval
-    benchmarks = load_benchmarks(config.benchmarks, config.data_root)
-    check_depth(benchmarks, config)
-    rank: Rank = start_process_group(recipe.engine.timeout_s, tf32=recipe.engine.tf32)
     if checkpoint:
         model = build_model(recipe.model.model_copy(update={"weights": "random"}), seed=recipe.seed)
         load_model_weights(model, checkpoint)
@@ -138,6 +157,15 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
     else:
         model = build_model(recipe.model, seed=recipe.seed)
     model.to(rank.device).eval()
+    not_written: list[str] = []
+
+    @contextmanager
+    def writing(file: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # the table is printed whatever the disk takes
+            not_written.append(f"{file} could not be written ({reason(error)}); the results are printed above")
+
     results: list[Result] = []
     store = FeatureStore(benchmarks, beside=command.out)
     watchdog = Watchdog(
@@ -163,13 +191,17 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
                 for note in result.notes:
                     console.print(f"[yellow]{benchmark.name}: {note}", highlight=False, soft_wrap=True)
                 if command.out and config.pictures:
-                    draw_pictures(command.out / "pictures" / benchmark.name, benchmark, result, model, config)
+                    folder = command.out / "pictures" / benchmark.name
+                    with writing(folder):
+                        draw_pictures(folder, benchmark, result, model, config)
     if rank.is_main:
         console.print(results_table(results))
         if command.out:
-            write_results(command.out / "results.json", results, model=str(checkpoint or command.weights))
-            write_csv(command.out / "results.csv", results)
-            console.print(f"written: {command.out / 'results.json'}", soft_wrap=True)
+            with writing(command.out / "results.json"):
+                write_results(command.out / "results.json", results, model=str(checkpoint or command.weights))
+                console.print(f"written: {command.out / 'results.json'}", soft_wrap=True)
+            with writing(command.out / "results.csv"):
+                write_csv(command.out / "results.csv", results)
         if command.track:
             log_evaluation(
                 command.track,
@@ -181,8 +213,7 @@ def _evaluate(console: Console, command: EvalCommand, checkpoint: Path | None, r
                 parent=run_of(checkpoint) if checkpoint else None,
                 console=console,
             )
-    stop_process_group()
-    return 0
+    return not_written
 
 
 def _sweep(console: Console, command: EvalCommand, benchmark: Benchmark, rank: Rank) -> OnFeatures:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import tempfile
@@ -12,13 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from configs.reading import is_out_of_memory, reason, shown
+from configs.reading import FULL, is_out_of_memory, reason, shown
 from configs.secrets import without_secrets
 
 USER_ERRORS = (ValueError, OSError)
 OTHERS_WAIT_S = 3.0
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LONGEST_LINE, MOST_LINES = 2000, 40
 
 

@@ -109,8 +109,9 @@ class Training:
             self._keep_if_best(self.validation.validate())
 
     def _evaluate_trained(self) -> list[Result]:
-        results = self.validation.evaluate("trained", rerank=True, pictures=self.recipe.output / "pictures")
-        self._keep_if_best(self.validation.note_recall(results))
+        results = self.validation.evaluate_trained(self.recipe.output / "pictures")
+        if len(results) == len(self.validation.benchmarks):  # else the mean would be of other benchmarks
+            self._keep_if_best(self.validation.note_recall(results))
         return results
 
     def _keep_if_best(self, recall: float | None) -> None:

@@ -90,7 +90,10 @@ class Saving:
     def keep_if_best(self, recall: float) -> None:
         """Points `best` at the present step if no validation before had this recall."""
         if recall > self._best_recall() and self.save_whole() and self.rank.is_main:
-            point(self.folder / "best", self.folder / step_name(self.state.progress.step), recall)
+            try:
+                point(self.folder / "best", self.folder / step_name(self.state.progress.step), recall)
+            except OSError as error:
+                self.say(f"[yellow]{self.folder / 'best'} could not be written ({error}); it names the best before")
 
     def _is_there(self) -> bool:
         """Whether rank 0 sees the checkpoint of the present step."""

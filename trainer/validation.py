@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
+from configs.ranks import USER_ERRORS
+from configs.reading import is_disk_full, reason
 from configs.schema import EvalConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.evaluate import FeatureStore, Result, evaluate
@@ -65,7 +69,16 @@ class Validation:
         self.state.progress.recalls[str(self.state.progress.step)] = recall
         return recall
 
-    def evaluate(self, label: str, *, rerank: bool, pictures: Path | None = None) -> list[Result]:
+    def evaluate_trained(self, pictures: Path) -> list[Result]:
+        """Results at the end, when all is saved; every rank must call this.
+
+        What a full disk does not take is reported: a benchmark whose features found no room is not in the results.
+        """
+        return self.evaluate("trained", rerank=True, pictures=pictures, survives_full_disk=True)
+
+    def evaluate(
+        self, label: str, *, rerank: bool, pictures: Path | None = None, survives_full_disk: bool = False
+    ) -> list[Result]:
         """Results of all benchmarks, printed and tracked; every rank must call this.
 
         Raises StoppedInEvaluation on a rank that is asked to stop.
@@ -79,19 +92,36 @@ class Validation:
             for benchmark in self.benchmarks:
                 with progress_bar(self.console, f"{label}: {benchmark.name}", active=self.rank.is_main) as update:
                     progress = self._watched(update)
-                    result = evaluate(self.state.model, benchmark, config, on_progress=progress, store=store)
+                    try:
+                        result = evaluate(self.state.model, benchmark, config, on_progress=progress, store=store)
+                    except USER_ERRORS as error:  # extraction meets a full disk on all ranks together
+                        if not (survives_full_disk and is_disk_full(error)):
+                            raise
+                        self._say(
+                            f"{label}: {benchmark.name}: its features found no room ({reason(error)}); not evaluated"
+                        )
+                        continue
                 results.append(result)
                 params = {"benchmark": benchmark.name, "protocol": result.protocol, "weights": label, "rerank": rerank}
                 self.tracker.evaluation(benchmark.name, step, params, result.metrics())
                 if self.rank.is_main:
                     self.console.print(f"{label}: {result.line()}", highlight=False, soft_wrap=True)
                 if pictures and self.rank.is_main:
-                    from eval.report.pictures import draw_pictures  # matplotlib, which a start need not wait for
-
-                    folder = pictures / benchmark.name
-                    for picture in draw_pictures(folder, benchmark, result, self.state.model, config):
-                        self.tracker.artifact(picture, f"pictures/{benchmark.name}")
+                    self._draw(pictures / benchmark.name, benchmark, result, config)
         return results
+
+    def _draw(self, folder: Path, benchmark: Benchmark, result: Result, config: EvalConfig) -> None:
+        from eval.report.pictures import draw_pictures  # matplotlib, which a start need not wait for
+
+        try:
+            for picture in draw_pictures(folder, benchmark, result, self.state.model, config):
+                self.tracker.artifact(picture, f"pictures/{benchmark.name}")
+        except OSError as error:
+            self._say(f"pictures could not be written to {folder} ({reason(error)})")
+
+    def _say(self, text: str) -> None:
+        if self.rank.is_main:
+            self.console.print(f"[yellow]{escape(text)}", highlight=False, soft_wrap=True)
 
     def _config(self, rerank: bool) -> EvalConfig:
         if rerank:
