@@ -149,7 +149,8 @@ def hide_arguments() -> list[str]:
     An argument with a secret would be seen in `ps` by every user of the machine, here and in each process that is given
     it: this process starts itself again with a name in its place, and the argument in the environment.
     """
-    if any(has_secret(word) for word in sys.argv[1:]):
+    own = sys.orig_argv[-len(sys.argv[1:]) :] == sys.argv[1:]  # not those of a process that this one was forked from
+    if own and any(has_secret(word) for word in sys.argv[1:]):
         shown = hidden(sys.orig_argv[1:])
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import mlflow
 import pytest
 
 from data_pipeline.folder_lock import LOCK
-from tests.training import last_checkpoint, logged, make_workplace, one_rank, start
+from tests.forked import Command
+from tests.training import last_checkpoint, logged, make_workplace
 from trainer.manifest import faults
 
 
@@ -22,13 +22,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(workplace: Path, output: str, *flags: str) -> subprocess.Popen[str]:
+def train(workplace: Path, output: str, *flags: str) -> Command:
     recipe = str(workplace / "recipe.yaml")
-    return start(workplace, "rerankvpr", "train", recipe, "--output", str(workplace / output), *flags)
+    return Command(workplace, "rerankvpr", "train", recipe, "--output", str(workplace / output), *flags)
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def ended(process: Command) -> tuple[int, str]:
     said, _ = process.communicate(timeout=600)
+    assert process.returncode is not None
     return process.returncode, said
 
 
@@ -115,6 +116,6 @@ def test_a_training_that_skips_too_much_has_failed(workplace: Path, trained: Pat
 
 def test_an_output_that_cannot_be_written_to_is_one_line(workplace: Path) -> None:
     (workplace / "file").write_text("")
-    status, said = ended(one_rank(workplace, "file/run"))
-    assert status == 1  # torchrun's
+    status, said = ended(train(workplace, "file/run"))
+    assert status == 2
     assert any("file/run: cannot be written to (Not a directory)" in line for line in our_lines(said)), said
