@@ -128,7 +128,7 @@ def test_compact_keeps_salient_patches_their_cells_and_their_values() -> None:
     local = F.normalize(torch.randn(3, 13, 32, generator=g), dim=2)
     saliency = torch.rand(3, 12, generator=g)
     for kind, tolerance in (("fp16", 1e-3), ("int8", 6e-3)):
-        config = RerankConfig(store=kind, saliency_thresh=0.5, include_cls=True)
+        config = RerankConfig(dtype=kind, saliency_thresh=0.5, include_cls=True)
         kept = compact(local, saliency, (3, 4), config)
         values = kept.codes_PC.float() * kept.scale_P[:, None]
         keep = min_max(saliency) > 0.5
