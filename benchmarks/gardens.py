@@ -25,9 +25,11 @@ from configs.load import load_stored_recipe
 from configs.schema import EvalConfig, ModelConfig, RerankConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.benchmarks.load import load_benchmarks
-from eval.evaluate import FeatureStore, FirstStage, Result, evaluate
+from eval.evaluate import FirstStage, evaluate
+from eval.feature_cache import FeatureCache
 from eval.recall import recall_at
 from eval.rerank import fuse, reorder
+from eval.result import Result
 from eval.sweep import Sweep, sweep_thresholds
 from model.network import PlaceModel, build_model
 from trainer.checkpoint import load_model_weights
@@ -113,10 +115,11 @@ def _recalls(runs: list[Run], options: Options, figures: dict[str, float]) -> st
                 lines.append(_line(label, side, result))
                 print(" | ".join(lines[-1]), flush=True)
                 for k in (1, 5, 10):
-                    assert result.recall_reranked is not None
+                    assert result.reranked
+                    assert result.gain
                     key = f"{_key(label, side, result)}_r{k}"
-                    figures[key], figures[f"{key}_reranked"] = result.recall[k], result.recall_reranked[k]
-                    figures["least_gain"] = min(figures.get("least_gain", np.inf), result.gain[k][0])
+                    figures[key], figures[f"{key}_reranked"] = result.retrieved[k], result.reranked[k]
+                    figures["least_gain"] = min(figures.get("least_gain", np.inf), result.gain[k])
     columns = ("model", "px", "database -> query", "frames", "R@1/5/10", "re-ranked", "gain of R@1, 95 % interval")
     return _show("Gardens Point, +-2 frames", columns, lines)
 
@@ -131,16 +134,16 @@ def _auto(runs: list[Run], options: Options, figures: dict[str, float]) -> str:
                 for when in ("always", "auto")
             )
             for one, other in zip(always, auto, strict=True):
-                assert one.recall_reranked is not None
-                assert other.recall_reranked is not None
+                assert one.reranked
+                assert other.reranked
                 alone, key = 100 * other.num_left_alone / other.num_queries, _key(label, side, one)
                 seconds = [of.num_queries * of.timings["rerank_s_per_query"] for of in (one, other)]
-                figures |= {f"{key}_left_alone": alone, f"{key}_auto_r1": other.recall_reranked[1]}
-                recalls = (one.recall, one.recall_reranked, other.recall_reranked)
+                figures |= {f"{key}_left_alone": alone, f"{key}_auto_r1": other.reranked[1]}
+                recalls = (one.retrieved, one.reranked, other.reranked)
                 lines.append(
                     [
                         *_line(label, side, one)[:4],
-                        *(" / ".join(f"{v:.1f}" for v in recall.values()) for recall in recalls),
+                        *map(str, recalls),
                         f"{alone:.1f}",
                         f"{seconds[0]:.1f}",
                         f"{seconds[1]:.1f} + {other.timings['auto_s']:.1f}",
@@ -165,21 +168,24 @@ def _config(side: int, options: Options, rerank: RerankConfig) -> EvalConfig:
 
 def _evaluate(model: PlaceModel, spec: str, side: int, options: Options, rerank: RerankConfig) -> list[Result]:
     benchmarks = load_benchmarks([spec], options.data_root)
-    store, config = FeatureStore(benchmarks), _config(side, options, rerank)
-    return [evaluate(model, benchmark, config, store=store) for benchmark in benchmarks]
+    cache, config = FeatureCache(benchmarks, options.features), _config(side, options, rerank)
+    return [evaluate(model, benchmark, config, cache=cache) for benchmark in benchmarks]
 
 
 def _line(label: str, side: int, result: Result) -> list[str]:
-    assert result.recall_reranked is not None
+    assert result.reranked
     _, database, query, *frames = result.name.split("/")
-    gain, low, high = result.gain[1]
+    assert result.gain
+    gain = result.gain.by_k[1]
+    low, high = gain.interval or (0.0, 0.0)
     return [
         label,
         str(side),
         f"{database} -> {query}",
         frames[0] if frames else "0-199",
-        *(" / ".join(f"{v:.1f}" for v in recall.values()) for recall in (result.recall, result.recall_reranked)),
-        f"{gain:+.1f} ({low:+.1f} to {high:+.1f})",
+        str(result.retrieved),
+        str(result.reranked),
+        f"{gain.value:+.1f} ({low:+.1f} to {high:+.1f})",
     ]
 
 
@@ -196,7 +202,7 @@ def _choose(runs: list[Run], options: Options, figures: dict[str, float]) -> str
     for label, model, spec in runs:
         for side in options.choice_sizes:
             benchmarks = load_benchmarks([spec], options.data_root)
-            store = FeatureStore(benchmarks)
+            cache = FeatureCache(benchmarks, options.features)
             for benchmark in benchmarks:
                 seen: list[tuple[FirstStage, dict[str, Sweep]]] = []
 
@@ -210,7 +216,7 @@ def _choose(runs: list[Run], options: Options, figures: dict[str, float]) -> str
 
                 config = _config(side, options, stored.model_copy(update={"top_k": 1}))
                 config = config.model_copy(update={"recall_at": [1, 5, 10, stored.top_k]})
-                evaluate(model.eval(), benchmark, config, store=store, on_features=sweep)
+                evaluate(model.eval(), benchmark, config, cache=cache, on_features=sweep)
                 print(f"swept {label}, {benchmark.name}, {side} px", flush=True)
                 of_pair = _gains(benchmark, *seen[0])
                 has_say = not set(benchmark.name.split("/")) >= set(CLAIMED)

@@ -25,12 +25,14 @@ from benchmarks.report import print_table, write_json
 from configs.schema import PATCH, EvalConfig, ModelConfig, RerankConfig
 from data_pipeline.images import normalise, read_image
 from eval.benchmarks.load import load_benchmarks
-from eval.evaluate import FeatureStore, features_of
+from eval.evaluate import features_of
+from eval.feature_cache import FeatureCache
 from eval.features import Patches, StoredFeatures, shard_bounds, shard_path, write_shard
 from eval.local_features import encode, pca_basis, read_local, salient
 from eval.matching import match_scores
+from eval.pairs import plan_batches
 from eval.recall import recall_at
-from eval.rerank import plan_batches, rerank, score_candidates
+from eval.rerank import rerank, score_candidates
 from eval.search import search_ranks
 from model.network import PlaceModel, build_model
 
@@ -150,8 +152,7 @@ def _measure(model: PlaceModel, options: Options) -> Iterator[tuple[int, dict[st
                 return score_candidates(queries, numbers, database, candidates_QT, rerank_config, device)
 
             def matching(own: Patches = own, others: Patches = others) -> object:
-                how = rerank_config.model_dump(include={"nn_match_thresh", "score", "geometry", "geometry_cells"})
-                return match_scores(own, others, **how)
+                return match_scores(own, others, rerank_config)
 
             def products(own: Patches = own, products_CX: torch.Tensor = products_CX) -> object:
                 return own.codes_BMC[0] @ products_CX
@@ -231,14 +232,14 @@ def _bytes_against_recall(side: int, options: Options) -> dict[str, float]:
     config = EvalConfig(data_root=options.data_root, rerank=rerank_config, features=options.features, image_size=side)
     benchmarks = load_benchmarks(list(options.pairs), options.data_root)
     model = build_model(ModelConfig(backbone="vits14", weights=str(options.weights), finetune_last_n_blocks=0)).eval()
-    store = FeatureStore(benchmarks)
+    cache = FeatureCache(benchmarks, options.features)
     with tempfile.TemporaryDirectory() as name:
         coded: dict[tuple[str, Path], StoredFeatures] = {}
         recalls: dict[str, list[list[float]]] = {}
         kilobytes: dict[str, list[float]] = {}
         bases: dict[int, torch.Tensor] = {}
         for benchmark in benchmarks:
-            database, queries, *_ = features_of(model, benchmark, config, store, lambda *_: None)
+            database, queries = features_of(model, benchmark, config, cache, {}, [])
             similarities_QK, predictions_QK = search_ranks(
                 queries.descriptors(), database.blocks(0, 1, 1 << 30), options.config.top_k
             )

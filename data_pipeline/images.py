@@ -98,12 +98,12 @@ def check_pixels(data: bytes) -> None:
         raise ValueError(f"{width} x {height} pixels; a photograph has at most {MAX_PIXELS}")
 
 
-def read_image(path: Path, side: int) -> torch.Tensor:
+def read_image(path: Path, side: int, interpolation: str = "bilinear") -> torch.Tensor:
     """The image file at `path` as uint8 [3, side, side]; see `decode_into`. Errors name the file."""
     try:
         data = read_regular(path)
         check_pixels(data)
-        return decode(data, side)
+        return decode(data, side, interpolation)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 

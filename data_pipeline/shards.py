@@ -8,7 +8,7 @@ import hashlib
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from configs.files import PARTIAL, partials_of
+from configs.progress import OnProgress, untold
 from data_pipeline.changes import changed_photograph, file_stat, file_stats
 from data_pipeline.folder_lock import LOCK, FolderLock, LockedError, holder
 from data_pipeline.index import (
@@ -48,8 +49,6 @@ from data_pipeline.tar_writer import (
 SHARD_BYTES = 256 * 2**20
 _JOBS_AHEAD = 2
 _PART_LOCK = f"{LOCK}.part-"
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def write_shards(
     threads: int | None = None,
     workers: int = 1,
     part: tuple[int, int] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress = untold,
 ) -> ShardSummary:
     """Write the shard set of `listing` to the folder `out`, with about `shard_bytes` of source photographs in a tar.
 
@@ -179,14 +178,13 @@ def _check_options(
 
 
 def _results(
-    jobs: Iterator[TarJob], workers: int, gathered: _Gathered, total: int, on_progress: Progress | None
+    jobs: Iterator[TarJob], workers: int, gathered: _Gathered, total: int, on_progress: OnProgress
 ) -> Iterator[TarResult]:
     """The finished tars in order, by this process or by `workers` others."""
     done = 0
 
     def report(images: int) -> None:
-        if on_progress is not None:
-            on_progress(done + images, total)
+        on_progress(done + images, total)
 
     if workers <= 1:
         for job in jobs:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from configs.files import file_sha256
+from configs.progress import OnProgress, untold
 from data_pipeline.index import INDEX, INDEX_DIGEST, ShardFile, ShardIndex, digest_line, read_index
 from data_pipeline.tars import BLOCK, header, image_member, json_member, padding, place_json, sample_key
 
@@ -31,7 +32,7 @@ class Fault:
         return ": ".join(filter(None, [self.file, self.member, self.what]))
 
 
-def verify_shards(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> list[Fault]:
+def verify_shards(folder: Path, on_progress: OnProgress = untold) -> list[Fault]:
     """All that is wrong with the shard set at `folder`: none, if each byte is as it was written.
 
     Tars are held against the sha256 in the index, and every header, photograph, JSON and padding against the rows; the
@@ -50,8 +51,7 @@ def verify_shards(folder: Path, on_progress: Callable[[int, int], None] | None =
     def advance(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
-        if on_progress is not None:
-            on_progress(done, total)
+        on_progress(done, total)
 
     for number, shard in enumerate(index.metadata.shards):
         faults += _shard_faults(index, rows, number, shard, advance)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,18 +11,34 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from configs.progress import OnProgress, PartOf, untold
 from configs.ranks import on_all_ranks
 from configs.schema import EvalConfig
 from eval.benchmarks.benchmark import Benchmark
+from eval.clock import Clock
 from eval.extract import extract, fit_projection
+from eval.feature_cache import Cached, FeatureCache
 from eval.features import StoredFeatures, digest, files_digest, weights_digest
-from eval.recall import Interval, gain_intervals, recall_at, recall_intervals
-from eval.rerank import learn_margin, rerank
-from eval.scratch import common_temporary_folder
+from eval.pixels import interpolation_of, pixel_rule
+from eval.recall import gain_of, recall_of
+from eval.rerank import Reranked, learn_margin, rerank
+from eval.result import Result
 from eval.search import agreement, search_ranks
 from model.network import PlaceModel
 
-Report = Callable[[int, int, str], None]
+# What of the re-ranking's settings decides which local features are stored.
+STORED_AS = {
+    "layer",
+    "facet",
+    "include_cls",
+    "hierarchy",
+    "saliency_layer",
+    "saliency",
+    "saliency_thresh",
+    "dtype",
+    "project",
+    "project_size",
+}
 
 
 @dataclass(frozen=True)
@@ -43,173 +54,60 @@ class FirstStage:
 OnFeatures = Callable[[FirstStage], None]
 
 
-@dataclass(frozen=True)
-class Result:
-    """Recalls in percent by K with 95 % intervals, cost, and the predictions that they come from."""
-
-    name: str
-    protocol: str
-    num_database: int
-    num_queries: int
-    num_without_positive: int
-    image_size: int
-    precision: str  # of the forward pass
-    recall: dict[int, float]
-    recall_reranked: dict[int, float] | None
-    timings: dict[str, float]
-    predictions_QK: NDArray[np.int64]
-    reranked_QK: NDArray[np.int64] | None
-    recall_interval: dict[int, Interval] = field(default_factory=dict)
-    reranked_interval: dict[int, Interval] = field(default_factory=dict)
-    gain: dict[int, tuple[float, float, float]] = field(default_factory=dict)
-    """Re-ranked minus first-stage recall in points, and its paired 95 % interval."""
-    mb_per_image: float = 0.0
-    kb_local_per_image: float = 0.0
-    index: str = "Flat"
-    index_agreement: float | None = None
-    """Percent of the exact neighbours that an approximate index found."""
-    num_left_alone: int = 0
-    notes: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """All but the predictions, for JSON."""
-        hidden = ("predictions_QK", "reranked_QK")
-        return {key: value for key, value in vars(self).items() if key not in hidden}
-
-    def metrics(self) -> dict[str, float]:
-        """Flat figures for a tracker."""
-        flat = {f"recall_{k}": value for k, value in self.recall.items()}
-        flat |= {f"reranked_recall_{k}": value for k, value in (self.recall_reranked or {}).items()}
-        flat |= {f"gain_{k}": gain for k, (gain, _, _) in self.gain.items()}
-        return flat | self.timings | {"mb_per_image": self.mb_per_image}
-
-    def line(self) -> str:
-        """Recalls in one line, with their protocol."""
-        ks = "/".join(str(k) for k in self.recall)
-        recalls = " / ".join(f"{value:.1f}" for value in self.recall.values())
-        text = f"{self.name} ({self.protocol}, {self.precision}) R@{ks} {recalls}"
-        if self.recall_reranked:
-            text += f", re-ranked {' / '.join(f'{v:.1f}' for v in self.recall_reranked.values())}"
-        return text
-
-
-class _Clock:
-    """Wall time between points that all ranks have reached with their device idle."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.last = self._now()
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        dist.barrier()
-        return time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap, of the slowest rank."""
-        now = self._now()
-        seconds, self.last = now - self.last, now
-        return seconds
-
-
-class FeatureStore:
-    """Where features lie: kept in `config.features`, or in a temporary folder until the last benchmark has used them.
-
-    The temporary folder is in `beside` if the ranks' hosts have none of their own in common. One gallery with many
-    query sets is extracted once; the seconds it took count for each benchmark.
-    """
-
-    def __init__(self, benchmarks: list[Benchmark], beside: Path | None = None) -> None:
-        self.beside = beside
-        self.uses = Counter(tuple(paths) for b in benchmarks for paths in (b.database, b.queries))
-        self.held: dict[tuple[Any, ...], tuple[StoredFeatures, float]] = {}
-        self.temporary: Path | None = None
-        self.owner: TemporaryDirectory[str] | None = None  # removes it, on rank 0
-
-    def take(
-        self,
-        paths: list[Path],
-        key: str,
-        kept: Path | None,
-        extract_now: Callable[[Path], tuple[StoredFeatures, float]],
-    ) -> tuple[StoredFeatures, float]:
-        """Features of `paths` made as `key` says, and the seconds that extracting them took."""
-        wanted = (tuple(paths), key)
-        found = self.held.pop(wanted, None) or extract_now((kept or self._temporary()) / key[:16])
-        self.uses[wanted[0]] -= 1
-        self.held[wanted] = found
-        return found
-
-    def release(self, *, kept: bool) -> None:
-        """Lets go of what no benchmark needs any more, on every rank once all are done with it."""
-        dist.barrier()
-        for wanted in [wanted for wanted in self.held if self.uses[wanted[0]] <= 0]:
-            features, _ = self.held.pop(wanted)
-            if not kept and dist.get_rank() == 0:
-                shutil.rmtree(features.folder, ignore_errors=True)  # NFS keeps what is still mapped
-
-    def _temporary(self) -> Path:
-        if self.temporary is None:
-            self.temporary, self.owner = common_temporary_folder(self.beside)
-        return self.temporary
-
-
-def features_of(
+def evaluate(
     model: PlaceModel,
     benchmark: Benchmark,
     config: EvalConfig,
-    store: FeatureStore,
-    report: Report,
-) -> tuple[StoredFeatures, StoredFeatures, float, bool]:
-    """Features of database and queries, the seconds an image that they took, and whether an earlier run began both."""
-    clock, world = _Clock(model.device), dist.get_world_size()
-    num_database, num_queries = len(benchmark.database), len(benchmark.queries)
-    total = num_database + num_queries
-    projection_CK = fit_projection(model, benchmark.database, config)
-    basis = None if projection_CK is None else digest(projection_CK.cpu().tolist())
-    fit_s = clock.lap()
-    about = {
-        "weights": weights_digest(model) if config.features else "these",
-        "preprocessing": [config.image_size, config.resize, precision_of(model, config), config.batch_size],
-        "local": config.rerank.model_dump(include=_STORED_AS) if config.rerank.enabled else None,
-        "projection": basis,
-    }
-    kept = [True]
+    on_progress: OnProgress = untold,
+    cache: FeatureCache | None = None,
+    on_features: OnFeatures | None = None,
+) -> Result:
+    """Extracts on all ranks, searches, re-ranks if asked to; the same recalls and predictions on every rank.
 
-    def of(paths: list[Path], offset: int) -> tuple[StoredFeatures, float]:
-        with on_all_ranks():
-            key = digest({**about, "images": files_digest(paths)})
-        of_this_run = config.features is None or (tuple(paths), key) in store.held
-        if of_this_run or not (config.features / key[:16] / "index.json").is_file():  # type: ignore[operator]
-            kept.append(False)
-
-        def extract_now(folder: Path) -> tuple[StoredFeatures, float]:
-            def done(images: int) -> None:
-                report(min(total, offset + images * world), total, "features")
-
-            found = extract(model, paths, config, folder, key=key, projection_CK=projection_CK, on_progress=done)
-            return found, clock.lap()
-
-        return store.take(paths, key, config.features, extract_now)
-
-    database, database_s = of(benchmark.database, 0)
-    queries, queries_s = of(benchmark.queries, num_database)
-    return database, queries, (fit_s + database_s + queries_s) / total, all(kept)
-
-
-_STORED_AS = {
-    "layer",
-    "facet",
-    "include_cls",
-    "hierarchy",
-    "saliency_layer",
-    "saliency",
-    "saliency_thresh",
-    "dtype",
-    "project",
-    "project_size",
-}
+    `on_progress` is called on each rank; `cache` holds features for the benchmarks that follow; `on_features` is called
+    on each rank while the features are there. The model is left in the mode it was in.
+    """
+    cache = cache or FeatureCache([benchmark], config.features)
+    timings: dict[str, float] = {}
+    notes = list(benchmark.notes)
+    was_training = model.training
+    model.eval()
+    database, queries = features_of(model, benchmark, config, cache, timings, notes, on_progress)
+    clock = Clock(model.device)
+    found, index_agreement = _search(database, queries, config, clock, timings)
+    reranked = _rerank(found, config, clock, timings, notes, on_progress) if config.rerank.enabled else None
+    if on_features:
+        on_features(found)
+    bytes_per_image, local_bytes = database.bytes_per_image, database.local_bytes_per_image if reranked else 0.0
+    cache.release(benchmark)
+    model.train(was_training)
+    ks, resamples, predictions_QK = config.recall_at, config.bootstrap, found.predictions_QK
+    reranked_QK = reranked.predictions_QK if reranked else None
+    gain = None
+    if reranked_QK is not None and resamples:
+        gain = gain_of(predictions_QK, reranked_QK, benchmark, ks, resamples)
+    return Result(
+        name=benchmark.name,
+        protocol=benchmark.protocol,
+        pixels=pixel_rule(config),
+        num_database=len(benchmark.database),
+        num_queries=len(benchmark.queries),
+        num_without_positive=benchmark.num_without_positive,
+        image_size=config.image_size,
+        precision=precision_of(model, config),
+        retrieved=recall_of(predictions_QK, benchmark, ks, resamples),
+        predictions_QK=predictions_QK,
+        timings=timings,
+        reranked=None if reranked_QK is None else recall_of(reranked_QK, benchmark, ks, resamples),
+        reranked_QK=reranked_QK,
+        gain=gain,
+        mb_per_image=bytes_per_image / 1e6,
+        kb_local_per_image=local_bytes / 1e3,
+        index=config.faiss_index,
+        index_agreement=index_agreement,
+        num_left_alone=reranked.num_left_alone if reranked else 0,
+        notes=tuple(notes),
+    )
 
 
 def precision_of(model: PlaceModel, config: EvalConfig) -> str:
@@ -228,28 +126,61 @@ def check_depth(benchmarks: list[Benchmark], config: EvalConfig) -> None:
             )
 
 
-def evaluate(
+def features_of(
     model: PlaceModel,
     benchmark: Benchmark,
     config: EvalConfig,
-    on_progress: Report | None = None,
-    store: FeatureStore | None = None,
-    on_features: OnFeatures | None = None,
-) -> Result:
-    """Extracts on all ranks, searches, re-ranks if asked to; the same recalls and predictions on every rank.
+    cache: FeatureCache,
+    timings: dict[str, float],
+    notes: list[str],
+    on_progress: OnProgress = untold,
+) -> tuple[StoredFeatures, StoredFeatures]:
+    """Features of database and queries: those that `cache` has, or extracted; their time goes to `timings`."""
+    clock = Clock(model.device)
+    total = len(benchmark.database) + len(benchmark.queries)
+    projection_CK = fit_projection(model, benchmark.database, config)
+    seconds = clock.lap()
+    about = _about(model, config) | {
+        "projection": None if projection_CK is None else digest(projection_CK.cpu().tolist()),
+    }
+    both: list[Cached] = []
+    for paths, before in ((benchmark.database, 0), (benchmark.queries, len(benchmark.database))):
+        with on_all_ranks():
+            key = digest({**about, "images": files_digest(paths)})
+        cached = cache.find(paths, key)
+        if cached is None:
+            earlier = cache.of_earlier_run(key)
+            told = PartOf(on_progress, total, "features", before, each=dist.get_world_size())
+            folder = cache.folder(key)
+            features = extract(model, paths, config, folder, key=key, projection_CK=projection_CK, on_progress=told)
+            cached = Cached(features, clock.lap(), earlier)
+            cache.hold(paths, key, cached)
+        both.append(cached)
+    timings["extraction_s_per_image"] = (seconds + sum(cached.seconds for cached in both)) / total
+    if all(cached.of_earlier_run for cached in both):
+        notes.append("features of an earlier run were read: the time per image is no extraction's")
+    database, queries = both
+    return database.features, queries.features
 
-    `on_progress(done, total, note)` is called on each rank; `store` keeps features for the benchmarks that follow;
-    `on_features` is called on each rank while the features are there. The model is left in the mode it was in.
-    """
-    num_database, num_queries = len(benchmark.database), len(benchmark.queries)
-    report = on_progress or (lambda *_: None)
-    store = store or FeatureStore([benchmark])
-    was_training = model.training
-    model.eval()
-    database, queries, extraction_s, kept = features_of(model, benchmark, config, store, report)
-    timings = {"extraction_s_per_image": extraction_s}
-    clock = _Clock(model.device)
-    k = min(max(config.recall_at[-1], config.rerank.top_k if config.rerank.enabled else 1), num_database)
+
+def _about(model: PlaceModel, config: EvalConfig) -> dict[str, Any]:
+    """What decides the features of an image, for the digest that they are kept under."""
+    preprocessing: list[Any] = [config.image_size, config.resize, precision_of(model, config), config.batch_size]
+    if interpolation_of(config) != "bilinear":
+        preprocessing.append(interpolation_of(config))
+    return {
+        "weights": weights_digest(model) if config.features else "these",
+        "preprocessing": preprocessing,
+        "local": config.rerank.model_dump(include=STORED_AS) if config.rerank.enabled else None,
+    }
+
+
+def _search(
+    database: StoredFeatures, queries: StoredFeatures, config: EvalConfig, clock: Clock, timings: dict[str, float]
+) -> tuple[FirstStage, float | None]:
+    """What retrieval finds, and the percent of exact neighbours among it if the index is approximate."""
+    deepest = max(config.recall_at[-1], config.rerank.top_k if config.rerank.enabled else 1)
+    k = min(deepest, len(database))
     block_bytes = config.search_block_mb << 20
     with on_all_ranks():
         queries_QD = queries.descriptors()
@@ -259,62 +190,39 @@ def evaluate(
         return search_ranks(queries_QD, blocks, k, factory, config.faiss_params)
 
     similarities_QK, predictions_QK = search(config.faiss_index)
-    timings["retrieval_s_per_query"] = clock.lap() / num_queries
-    index_agreement = None
-    if config.faiss_index != "Flat":
-        index_agreement = agreement(
-            predictions_QK[:, : config.recall_at[-1]], search("Flat")[1][:, : config.recall_at[-1]]
-        )
-        clock.lap()
+    timings["retrieval_s_per_query"] = clock.lap() / len(queries)
+    found = FirstStage(database, queries, predictions_QK, similarities_QK)
+    if config.faiss_index == "Flat":
+        return found, None
+    shown = slice(config.recall_at[-1])
+    agreed = agreement(predictions_QK[:, shown], search("Flat")[1][:, shown])
+    clock.lap()
+    return found, agreed
 
-    reranked_QK, num_left_alone, notes = None, 0, list(benchmark.notes)
-    if kept:
-        notes.append("features of an earlier run were read: the time an image is no extraction's")
-    if config.rerank.enabled:
-        margin = np.inf
-        if config.rerank.when == "auto":
-            margin, sample = learn_margin(database, config.rerank, model.device, block_bytes)
-            timings["auto_s"] = clock.lap()
-            notes.append(f"auto: margins from {margin:.4f} on are left alone, learned on {sample} database images")
-        reranked = rerank(
-            queries,
-            database,
-            predictions_QK,
-            similarities_QK,
-            config.rerank,
-            model.device,
-            auto_margin=margin,
-            on_progress=lambda done: report(done, num_queries, "re-ranking"),
-        )
-        reranked_QK, num_left_alone = reranked.predictions_QK, reranked.num_left_alone
-        timings["rerank_s_per_query"] = clock.lap() / num_queries
-    if on_features:
-        on_features(FirstStage(database, queries, predictions_QK, similarities_QK))
-    sizes = database.bytes_per_image, database.local_bytes_per_image if database.has_local else 0.0
-    store.release(kept=config.features is not None)
-    model.train(was_training)
-    ks, resamples = config.recall_at, config.bootstrap
-    again = reranked_QK is not None and resamples > 0
-    return Result(
-        name=benchmark.name,
-        protocol=benchmark.protocol,
-        num_database=num_database,
-        num_queries=num_queries,
-        num_without_positive=benchmark.num_without_positive,
-        image_size=config.image_size,
-        precision=precision_of(model, config),
-        recall=recall_at(predictions_QK, benchmark, ks),
-        recall_reranked=None if reranked_QK is None else recall_at(reranked_QK, benchmark, ks),
-        timings=timings,
-        predictions_QK=predictions_QK,
-        reranked_QK=reranked_QK,
-        recall_interval=recall_intervals(predictions_QK, benchmark, ks, resamples) if resamples else {},
-        reranked_interval=recall_intervals(reranked_QK, benchmark, ks, resamples) if again else {},  # type: ignore[arg-type]
-        gain=gain_intervals(predictions_QK, reranked_QK, benchmark, ks, resamples) if again else {},  # type: ignore[arg-type]
-        mb_per_image=sizes[0] / 1e6,
-        kb_local_per_image=sizes[1] / 1e3,
-        index=config.faiss_index,
-        index_agreement=index_agreement,
-        num_left_alone=num_left_alone,
-        notes=tuple(notes),
+
+def _rerank(
+    found: FirstStage,
+    config: EvalConfig,
+    clock: Clock,
+    timings: dict[str, float],
+    notes: list[str],
+    on_progress: OnProgress,
+) -> Reranked:
+    """The first candidates re-sorted; with `when: auto`, only where matching has been seen to change anything."""
+    margin, num_queries, device = float("inf"), len(found.queries), clock.device
+    if config.rerank.when == "auto":
+        margin, sample = learn_margin(found.database, config.rerank, device, config.search_block_mb << 20)
+        timings["auto_s"] = clock.lap()
+        notes.append(f"auto: margins from {margin:.4f} on are left alone, learned on {sample} database images")
+    reranked = rerank(
+        found.queries,
+        found.database,
+        found.predictions_QK,
+        found.similarities_QK,
+        config.rerank,
+        device,
+        auto_margin=margin,
+        on_progress=PartOf(on_progress, num_queries, "re-ranking"),
     )
+    timings["rerank_s_per_query"] = clock.lap() / num_queries
+    return reranked

@@ -3,61 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchvision.transforms.v2 import functional as TF
 
+from configs.progress import OnProgress, PartOf, untold
 from configs.ranks import on_all_ranks
-from configs.reading import read_regular
-from configs.schema import PATCH, EvalConfig
+from configs.schema import EvalConfig
 from data_pipeline.folder_lock import FolderLock
-from data_pipeline.images import check_pixels, decode_rgb, normalise, read_image
-from eval.features import StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
-from eval.local_features import NO_CELL, compact, grid_of, pca_basis, random_basis, read_local
+from data_pipeline.images import normalise
+from eval.features import INDEX, StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
+from eval.local_features import compact, grid_of, pca_basis, random_basis, read_local
+from eval.pixels import load_image
 from eval.scratch import hosts_that_miss
 from model.network import PlaceModel
 
-MAX_SIDE = (NO_CELL - 1) * PATCH  # rows and columns of patches are stored in a byte
 FIT_IMAGES = 64
 FIT_PATCHES_PER_IMAGE = 256
-
-
-def slice_bounds(num_items: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First and past-the-last item of a rank's contiguous slice; slices differ by one item at most."""
-    return num_items * rank // world_size, num_items * (rank + 1) // world_size
-
-
-def input_size(height: int, width: int, config: EvalConfig) -> tuple[int, int]:
-    """Height and width that an image is resized to, multiples of the patch size."""
-    if config.resize == "square":
-        return config.image_size, config.image_size
-    sides: tuple[float, float] = (height, width)
-    if config.resize == "aspect":
-        ratio = (height / width) ** 0.5
-        sides = (config.image_size * ratio, config.image_size / ratio)
-    tall, wide = (max(PATCH, round(side / PATCH) * PATCH) for side in sides)
-    return tall, wide
-
-
-def load_image(path: Path, config: EvalConfig) -> torch.Tensor:
-    """An image file as uint8 [3, H, W] of `input_size`. Errors name the file."""
-    if config.resize == "square":
-        return read_image(path, config.image_size)
-    try:
-        data = read_regular(path)
-        check_pixels(data)
-        image = decode_rgb(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
-    sides = input_size(image.shape[1], image.shape[2], config)
-    if max(sides) > MAX_SIDE:
-        raise ValueError(f"{path}: {sides[1]} x {sides[0]} pixels, at most {MAX_SIDE} a side; use eval.resize aspect")
-    return TF.resize(image, list(sides), antialias=True)
 
 
 @torch.inference_mode()
@@ -69,7 +35,7 @@ def extract(
     *,
     key: str,
     projection_CK: torch.Tensor | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress = untold,
 ) -> StoredFeatures:
     """Features of `paths` in `folder`: rank r of W makes shards r, r + W, ... that are not there yet.
 
@@ -79,7 +45,7 @@ def extract(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     bounds = shard_bounds(len(paths), config.batch_size)
-    report, done = on_progress or (lambda _: None), 0
+    done = 0
     lock = FolderLock(folder, "writing features")
     try:
         with on_all_ranks():
@@ -87,7 +53,7 @@ def extract(
                 if not all(shard_path(folder, number).is_file() for number in range(len(bounds))):
                     lock.acquire()  # what is complete may be read by any number, in a folder of somebody else's
                 open_folder(folder, {"key": key, "images": len(paths)})
-        if missing := hosts_that_miss(folder / "index.json"):
+        if missing := hosts_that_miss(folder / INDEX):
             raise ValueError(
                 f"{missing[0]} does not see rank 0's {folder}; --features is a folder that all nodes mount"
             )
@@ -95,16 +61,12 @@ def extract(
             with on_all_ranks():
                 if turn + rank < len(bounds):
                     first, stop = bounds[turn + rank]
-                    path = shard_path(folder, turn + rank)
-
-                    def batch_done(images: int, before: int = done) -> None:
-                        report(before + images)
-
+                    path, told = shard_path(folder, turn + rank), PartOf(on_progress, len(paths), before=done)
                     if not shard_is_whole(path, key, stop - first):
-                        shard = _extract_shard(model, paths[first:stop], config, projection_CK, batch_done)
+                        shard = _extract_shard(model, paths[first:stop], config, projection_CK, told)
                         write_shard(path, shard, key)
                     done += stop - first
-            report(done)
+            on_progress(done, len(paths))
         with on_all_ranks():
             return StoredFeatures(folder, bounds)
     finally:
@@ -116,7 +78,7 @@ def _extract_shard(
     paths: list[Path],
     config: EvalConfig,
     projection_CK: torch.Tensor | None,
-    on_progress: Callable[[int], None],
+    on_progress: OnProgress,
 ) -> dict[str, torch.Tensor]:
     done = 0
     descriptors = torch.zeros(len(paths), model.descriptor_size)

@@ -24,10 +24,11 @@ from eval.scratch import is_seen
 MAX_SHARD_IMAGES = 1024  # at 400 kB an image, half a gigabyte in memory while it is made
 SHARDS_WANTED = 64  # so that many ranks have work, and an interrupted run loses little
 _WHOLE = "a whole shard of features"
+INDEX = "index.json"
 DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8, "I64": np.int64}
 
 
-class StoreError(ValueError):
+class FeatureError(ValueError):
     """Stored features that are damaged or belong to something else; one line naming the file."""
 
 
@@ -77,20 +78,25 @@ def files_digest(paths: list[Path]) -> str:
     return sha.hexdigest()
 
 
+def is_extraction(folder: Path) -> bool:
+    """Whether an extraction into this folder was begun."""
+    return (folder / INDEX).is_file()
+
+
 def open_folder(folder: Path, about: dict[str, Any]) -> None:
     """Makes the folder of one extraction, or checks that an existing one is of the same.
 
-    `about` says what the features are of: weights, preprocessing, images. Raises StoreError naming what differs.
+    `about` says what the features are of: weights, preprocessing, images. Raises FeatureError naming what differs.
     """
-    file = folder / "index.json"
+    file = folder / INDEX
     folder.mkdir(parents=True, exist_ok=True)
     if file.is_file():
-        with reading(file, f"the description of features; remove {folder} and they are made again", StoreError):
+        with reading(file, f"the description of features; remove {folder} and they are made again", FeatureError):
             stored: dict[str, Any] = dict(json.loads(file.read_text()).items())
         differing = sorted(key for key in {*stored, *about} if stored.get(key) != about.get(key))
         if differing:
             key = differing[0]
-            raise StoreError(
+            raise FeatureError(
                 f"{folder} holds features of other {key} ({stored.get(key)!s:.40}, asked for {about.get(key)!s:.40}); "
                 "give another --features or remove that folder"
             )
@@ -109,7 +115,7 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
 
 
 def shard_is_whole(path: Path, key: str, num_images: int) -> bool:
-    """Whether a shard of this extraction is there. Raises StoreError where another one's, or a damaged one, is.
+    """Whether a shard of this extraction is there. Raises FeatureError where another one's, or a damaged one, is.
 
     All that a search reads is held against its digest; local features are when they are read, see `StoredFeatures`.
     """
@@ -117,23 +123,23 @@ def shard_is_whole(path: Path, key: str, num_images: int) -> bool:
         return False
     arrays, metadata = map_shard(path)
     if metadata.get("key") != key or len(arrays["descriptors"]) != num_images:
-        raise StoreError(f"feature shard {path} is of other weights, preprocessing or images; remove it")
+        raise FeatureError(f"feature shard {path} is of other weights, preprocessing or images; remove it")
     check_shard(path, arrays, metadata)
     return True
 
 
 def check_shard(path: Path, arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
-    """Raises StoreError if a shard's descriptors, patch counts or checksums differ from its digest."""
+    """Raises FeatureError if a shard's descriptors, patch counts or checksums differ from its digest."""
     if metadata.get("digest") != shard_digest(arrays):
         what = "its descriptors differ from their digest" if "digest" in metadata else "it has no digest"
-        raise StoreError(f"feature shard {path} is damaged ({what}); remove it and it is made again")
+        raise FeatureError(f"feature shard {path} is damaged ({what}); remove it and it is made again")
 
 
 class StoredFeatures:
     """Features of a list of images, read from their shards as they are needed.
 
     What is read first is held against its digest then: a shard's descriptors, an image's local features. Raises
-    StoreError naming file and image.
+    FeatureError naming file and image.
     """
 
     def __init__(self, folder: Path, bounds: list[tuple[int, int]]) -> None:
@@ -192,7 +198,7 @@ class StoredFeatures:
         shard, row, offsets = self.shards[number], image - int(self.starts[number]), self.offsets[number]
         if image_sum(shard, int(offsets[row]), int(offsets[row + 1])) != shard[SUMS][row]:
             path = shard_path(self.folder, number)
-            raise StoreError(
+            raise FeatureError(
                 f"feature shard {path} is damaged (local features of its image {row}); remove it and it is made again"
             )
         self._checked[image] = True
@@ -252,11 +258,11 @@ class StoredFeatures:
 def map_shard(path: Path, num_images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """The tensors of a feature shard as read-only memory maps, and its metadata.
 
-    Raises StoreError if it is damaged: its header, or shapes that do not agree with each other and the images.
+    Raises FeatureError if it is damaged: its header, or shapes that do not agree with each other and the images.
     """
     if not is_seen(path):
-        raise StoreError(f"feature shard {path} is not there; do all nodes see the folder of --features?")
-    with reading(f"feature shard {path}", f"{_WHOLE}; remove it and it is made again", StoreError):
+        raise FeatureError(f"feature shard {path} is not there; do all nodes see the folder of --features?")
+    with reading(f"feature shard {path}", f"{_WHOLE}; remove it and it is made again", FeatureError):
         with safe_open(path, framework="numpy") as file:  # checks the form of the header
             metadata = dict(file.metadata() or {})
         with path.open("rb") as raw:

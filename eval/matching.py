@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from configs.schema import RerankConfig
 from eval.features import Patches
 from eval.local_features import NO_CELL
 
@@ -43,18 +44,14 @@ def mutual_matches(sim_BNTM: torch.Tensor, nn_match_thresh: float) -> Matches:
     return Matches(mutual_BTN.transpose(1, 2), nearest_BNT, best_BNT)
 
 
-def match_scores(
-    query: Patches, candidates: Patches, *, nn_match_thresh: float, score: str, geometry: str, geometry_cells: int
-) -> torch.Tensor:
+def match_scores(queries: Patches, candidates: Patches, config: RerankConfig) -> torch.Tensor:
     """Scores [B, T] of B queries with T candidates each (candidates of query b are rows b * T to b * T + T)."""
-    candidates_BTMC = candidates.codes_BMC.unflatten(0, (len(query.codes_BMC), -1))
-    matches = mutual_matches(similarities(query.codes_BMC, candidates_BTMC), nn_match_thresh)
-    return score_matches(matches, query, candidates, score=score, geometry=geometry, geometry_cells=geometry_cells)
+    candidates_BTMC = candidates.codes_BMC.unflatten(0, (len(queries.codes_BMC), -1))
+    matches = mutual_matches(similarities(queries.codes_BMC, candidates_BTMC), config.nn_match_thresh)
+    return score_matches(matches, queries, candidates, config)
 
 
-def score_matches(
-    matches: Matches, query: Patches, candidates: Patches, *, score: str, geometry: str, geometry_cells: int
-) -> torch.Tensor:
+def score_matches(matches: Matches, queries: Patches, candidates: Patches, config: RerankConfig) -> torch.Tensor:
     """Scores [B, T]: `count` is the number of matches, `similarity_sum` the sum of their cosines.
 
     With geometry `translation` only matches count that agree on one shift of the patch grid: the largest sum of those
@@ -62,13 +59,13 @@ def score_matches(
     Class tokens have no position and no vote.
     """
     weight_BNT = matches.matched_BNT.float()
-    if score == "similarity_sum":
+    if config.score == "similarity_sum":
         weight_BNT = weight_BNT * matches.cosine_BNT
-    if geometry == "none":
+    if config.geometry == "none":
         return weight_BNT.sum(dim=1)
     batch, _, depth = weight_BNT.shape
     b, n, t = weight_BNT.nonzero(as_tuple=True)  # few of all patches
-    own_X2 = query.cell_BM2[b, n]
+    own_X2 = queries.cell_BM2[b, n]
     other_X2 = candidates.cell_BM2[b * depth + t, matches.nearest_BNT[b, n, t]]
     on_grid_X = (own_X2[:, 0] != NO_CELL) & (other_X2[:, 0] != NO_CELL)
     shift_X2 = (other_X2 - own_X2)[on_grid_X]
@@ -78,7 +75,7 @@ def score_matches(
         return scores_P.unflatten(0, (batch, depth))
     shift_X2 = shift_X2 - shift_X2.amin(dim=0)
     height, width = (shift_X2.amax(dim=0) + 1).tolist()
-    window = 2 * geometry_cells + 1
+    window = 2 * config.geometry_cells + 1
     # As many maps of votes at a time as take the memory that the cosines took.
     cosines = weight_BNT.numel() * candidates.codes_BMC.shape[1]
     step = max(1, cosines // (2 * (height + window) * (width + window)))
@@ -87,7 +84,7 @@ def score_matches(
         here_X = (pair_X >= first) & (pair_X < first + pairs)
         votes_PHW = torch.zeros(pairs, height, width, device=weight_BNT.device)
         votes_PHW.index_put_((pair_X[here_X] - first, *shift_X2[here_X].T), weight_X[here_X], accumulate=True)
-        sums_PHW = F.avg_pool2d(votes_PHW, window, stride=1, padding=geometry_cells, divisor_override=1)
+        sums_PHW = F.avg_pool2d(votes_PHW, window, stride=1, padding=config.geometry_cells, divisor_override=1)
         scores_P[first : first + pairs] = sums_PHW.amax(dim=(1, 2))
     return scores_P.unflatten(0, (batch, depth))
 

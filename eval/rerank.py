@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,46 +10,16 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from configs.progress import OnProgress, untold
 from configs.ranks import on_all_ranks
 from configs.schema import RerankConfig
 from eval.features import StoredFeatures
-from eval.matching import match_scores, pair_bytes
+from eval.matching import match_scores
+from eval.pairs import pair_blocks
 from eval.search import search_ranks
 
-MAX_QUERIES_PER_BLOCK = 16
-CPU_BATCH_BYTES = 24 << 20  # on a CPU, larger batches leave its caches: half as fast
 AUTO_SAMPLE = 128
 AUTO_AT_LEAST = 20  # fewer unchanged images than this teach nothing
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How pairs are batched: `queries` at a time, with `candidates` of each at a time."""
-
-    queries: int
-    candidates: int
-
-
-def plan_batches(
-    queries: StoredFeatures, database: StoredFeatures, depth: int, memory_mb: int, device: torch.device
-) -> Plan:
-    """Batches that stay below `memory_mb`, and on a CPU near its caches; the same at any number of ranks.
-
-    Raises ValueError if one pair of images does not fit.
-    """
-    bound = memory_mb << 20
-    own = 8 * queries.max_patches * database.channels
-    pair = pair_bytes(queries.max_patches, database.max_patches, database.channels)
-    if own + pair > bound:
-        raise ValueError(
-            f"rerank.memory_mb {memory_mb}: one pair of images takes {(own + pair) / 2**20:.1f} MB; allow at least "
-            f"{-(-(own + pair) // 2**20)}"
-        )
-    if device.type == "cpu":
-        bound = min(bound, max(CPU_BATCH_BYTES, own + pair))
-    if own + depth * pair > bound:
-        return Plan(1, (bound - own) // pair)
-    return Plan(max(1, min(MAX_QUERIES_PER_BLOCK, bound // (own + depth * pair))), depth)
 
 
 def fuse(
@@ -81,40 +51,18 @@ def score_candidates(
     candidates_QT: NDArray[np.int64],
     config: RerankConfig,
     device: torch.device,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress = untold,
 ) -> NDArray[np.float32]:
     """Match scores [Q, T] of queries with their candidates, equal on every rank.
 
-    Blocks of queries go to ranks in turn; each score comes from one rank, so it is the same at any number of them.
+    Each score comes from one rank, so it is the same at any number of them.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    plan = plan_batches(queries, database, candidates_QT.shape[1], config.memory_mb, device)
     scores_QT = torch.zeros(candidates_QT.shape, device=device)
-    blocks = list(blocks_of(len(query_ids_Q), plan.queries))
     with on_all_ranks():
-        for block in blocks[rank::world]:
-            own = queries.patches(query_ids_Q[block], device)
-            for start in range(0, candidates_QT.shape[1], plan.candidates):
-                part_BT = candidates_QT[block, start : start + plan.candidates]
-                others = database.patches(part_BT.ravel(), device)
-                scores_QT[block, start : start + plan.candidates] = match_scores(
-                    own,
-                    others,
-                    nn_match_thresh=config.nn_match_thresh,
-                    score=config.score,
-                    geometry=config.geometry,
-                    geometry_cells=config.geometry_cells,
-                )
-            if on_progress:
-                on_progress(block.stop)
+        for block in pair_blocks(queries, query_ids_Q, database, candidates_QT, config.memory_mb, device, on_progress):
+            scores_QT[block.rows, block.columns] = match_scores(block.queries, block.candidates, config)
     dist.all_reduce(scores_QT)
     return scores_QT.cpu().numpy()
-
-
-def blocks_of(count: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of `size`, the last one shorter."""
-    for first in range(0, count, size):
-        yield slice(first, min(count, first + size))
 
 
 def patch_counts(features: StoredFeatures) -> NDArray[np.int64]:
@@ -140,7 +88,7 @@ def rerank(
     device: torch.device,
     *,
     auto_margin: float = np.inf,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress = untold,
 ) -> Reranked:
     """The first top_k predictions of each query re-sorted; equal on every rank and at any number of ranks.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.feature_digest import SUMS, image_sums
-from eval.features import StoreError, check_shard, map_shard
+from eval.features import FeatureError, check_shard, map_shard
 
 SHARDS = "features-*.safetensors"
 
@@ -31,7 +31,7 @@ def verify_features(folder: Path, *, on_progress: Callable[[int, int], None] | N
                 if len(damaged):
                     rows = ", ".join(map(str, damaged[:8].tolist())) + (", ..." if len(damaged) > 8 else "")
                     found.append(f"feature shard {path} is damaged (local features of its images {rows}); remove it")
-        except StoreError as error:
+        except FeatureError as error:
             found.append(str(error))
         if on_progress:
             on_progress(number, len(shards))

@@ -238,7 +238,7 @@ def verify(argv: list[str]) -> int:
     of_features = holds_features(folder)
     check = verify_features if of_features else verify_shards
     with progress_bar(console, "verify") as update:
-        faults = check(folder, on_progress=lambda done, total: update(done, total))
+        faults = check(folder, on_progress=update)
     for fault in faults[:SHOWN]:
         print(f"rerankvpr: {fault}", file=sys.stderr)
     if len(faults) > SHOWN:

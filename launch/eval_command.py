@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -15,13 +15,15 @@ from rich.table import Table
 
 from configs.flags import parse_flags, parse_known_flags
 from configs.load import load_stored_recipe
+from configs.progress import OnProgress
 from configs.reading import reason
 from configs.schema import Backbone, EvalConfig, ModelConfig, Recipe
-from trainer.progress import Update, progress_bar
+from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help, --list and mistakes should not wait for torch
     from eval.benchmarks.benchmark import Benchmark
-    from eval.evaluate import FirstStage, OnFeatures, Result
+    from eval.evaluate import FirstStage, OnFeatures
+    from eval.result import Result
     from trainer.process_group import Rank
 
 
@@ -137,7 +139,9 @@ def _evaluate(
     benchmarks: list[Benchmark],
 ) -> list[str]:
     """Evaluates, prints and writes; returns a line for each file that could not be written."""
-    from eval.evaluate import FeatureStore, evaluate
+    from eval.evaluate import evaluate
+    from eval.feature_cache import FeatureCache
+    from eval.pixels import as_trained, pixel_differences
     from eval.report.pictures import draw_pictures
     from eval.report.tables import results_table, write_csv, write_results
     from launch.eval_tracking import log_evaluation
@@ -147,7 +151,8 @@ def _evaluate(
     from trainer.mlflow_sender import run_of
     from trainer.watchdog import Watchdog
 
-    config = command.eval
+    config = as_trained(command.eval, recipe.data)
+    trained_as = pixel_differences(config, recipe.data) if checkpoint else ""
     if checkpoint:
         model = build_model(recipe.model.model_copy(update={"weights": "random"}), seed=recipe.seed)
         load_model_weights(model, checkpoint)
@@ -167,7 +172,7 @@ def _evaluate(
             not_written.append(f"{file} could not be written ({reason(error)}); the results are printed above")
 
     results: list[Result] = []
-    store = FeatureStore(benchmarks, beside=command.out)
+    cache = FeatureCache(benchmarks, config.features, beside=command.out)
     watchdog = Watchdog(
         limit_s=command.stall_s if rank.world_size > 1 else 0,
         first_limit_s=command.stall_s,
@@ -180,12 +185,12 @@ def _evaluate(
             watchdog.enter("evaluation", number)
             with progress_bar(console, benchmark.name, active=rank.is_main) as update:
 
-                def report(*args: Any, update: Update = update, **kwargs: Any) -> None:
+                def report(done: int, total: int | None = None, note: str = "", update: OnProgress = update) -> None:
                     watchdog.alive()
-                    update(*args, **kwargs)
+                    update(done, total, note)
 
                 on_features = _sweep(console, command, benchmark, rank) if command.sweep else None
-                result = evaluate(model, benchmark, config, on_progress=report, store=store, on_features=on_features)
+                result = evaluate(model, benchmark, config, on_progress=report, cache=cache, on_features=on_features)
             results.append(result)
             if rank.is_main:
                 for note in result.notes:
@@ -195,6 +200,8 @@ def _evaluate(
                     with writing(folder):
                         draw_pictures(folder, benchmark, result, model, config)
     if rank.is_main:
+        if trained_as:
+            console.print(f"[yellow]{trained_as}", highlight=False, soft_wrap=True)
         console.print(results_table(results))
         if command.out:
             with writing(command.out / "results.json"):
@@ -219,7 +226,8 @@ def _evaluate(
 def _sweep(console: Console, command: EvalCommand, benchmark: Benchmark, rank: Rank) -> OnFeatures:
     """What to do with a benchmark's features and candidates: the sweep, its table, its picture."""
     from eval.recall import recall_at
-    from eval.sweep import draw_heat_map, sweep_thresholds
+    from eval.report.heat_map import draw_heat_map
+    from eval.sweep import sweep_thresholds
 
     rerank, k = command.eval.rerank, command.eval.recall_at[0]
 

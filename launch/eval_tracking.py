@@ -12,8 +12,8 @@ from rich.markup import escape
 
 from configs.load import shareable
 from configs.secrets import without_secrets
-from eval.evaluate import Result
 from eval.report.tables import write_csv, write_results
+from eval.result import Result
 from trainer.mlflow_store import DeletedError, active_experiment, check_active, metric_name, open_client
 
 

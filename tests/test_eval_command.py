@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from eval.evaluate import Result
+from eval.recall import Figure, Recall
+from eval.result import Result
 from launch.eval_tracking import log_evaluation
 from model.weights import build_backbone
 from tests import forked
@@ -107,12 +108,13 @@ def _result() -> Result:
         num_without_positive=0,
         image_size=42,
         precision="fp32",
-        recall={1: 50.0},
-        recall_reranked={1: 100.0},
+        pixels="42 px square, bilinear",
+        retrieved=Recall({1: Figure(50.0)}),
+        reranked=Recall({1: Figure(100.0)}),
         timings={"rerank_s_per_query": 0.25},
         predictions_QK=ranked,
         reranked_QK=ranked,
-        gain={1: (50.0, 0.0, 100.0)},
+        gain=Recall({1: Figure(50.0, (0.0, 100.0))}),
     )
 
 

@@ -18,14 +18,17 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from configs.schema import EvalConfig, ModelConfig, RerankConfig
+from configs.schema import DataConfig, EvalConfig, ModelConfig, RerankConfig
 from data_pipeline.folder_lock import FolderLock, LockedError
+from data_pipeline.images import decode
 from eval.benchmarks.benchmark import Benchmark, make_benchmark
 from eval.benchmarks.ground_truth import frames_within
-from eval.evaluate import FeatureStore, FirstStage, check_depth, evaluate, precision_of
-from eval.extract import extract, fit_projection, input_size, load_image
-from eval.features import StoredFeatures, StoreError, open_folder, shard_bounds, shard_is_whole, shard_path
+from eval.evaluate import FirstStage, check_depth, evaluate, precision_of
+from eval.extract import extract, fit_projection
+from eval.feature_cache import FeatureCache
+from eval.features import FeatureError, StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path
 from eval.local_features import NO_CELL, compact, min_max, pca_basis, random_basis, read_local, salient
+from eval.pixels import as_trained, input_size, load_image, pixel_differences, pixel_rule
 from eval.verify_features import verify_features
 from model.facets import FACETS, log_bin
 from model.network import PlaceModel, build_model
@@ -180,10 +183,10 @@ def test_shards_are_a_matter_of_the_images_alone() -> None:
 def test_features_of_other_weights_and_damaged_ones_are_refused_in_one_line(tmp_path: Path) -> None:
     open_folder(tmp_path, {"key": "abc", "images": 5})
     open_folder(tmp_path, {"key": "abc", "images": 5})
-    with pytest.raises(StoreError, match=r"holds features of other key .abc, asked for xyz"):
+    with pytest.raises(FeatureError, match=r"holds features of other key .abc, asked for xyz"):
         open_folder(tmp_path, {"key": "xyz", "images": 5})
     shard_path(tmp_path, 0).write_bytes(b"nonsense")
-    with pytest.raises(StoreError, match=r"features-000000\.safetensors is damaged"):
+    with pytest.raises(FeatureError, match=r"features-000000\.safetensors is damaged"):
         shard_is_whole(shard_path(tmp_path, 0), "abc", 5)
     assert not shard_is_whole(shard_path(tmp_path, 1), "abc", 5)
 
@@ -214,7 +217,7 @@ def test_a_flipped_bit_in_stored_features_is_found_where_it_is_read_and_by_verif
         again.descriptors()
         again.patches(np.arange(5), CPU)
 
-    with pytest.raises(StoreError) as error:
+    with pytest.raises(FeatureError) as error:
         read()
     assert str(error.value).startswith(f"feature shard {damaged} is damaged")
     assert "\n" not in str(error.value)
@@ -222,7 +225,7 @@ def test_a_flipped_bit_in_stored_features_is_found_where_it_is_read_and_by_verif
     (line,) = verify_features(folder)
     assert str(damaged) in line
     if name not in ("codes", "cell", "saliency", "scale"):  # what a search reads is found when a run opens it
-        with pytest.raises(StoreError, match="is damaged"):
+        with pytest.raises(FeatureError, match="is damaged"):
             shard_is_whole(damaged, "test", 2)
     assert shard_is_whole(shard_path(folder, 0), "test", 3)
 
@@ -237,7 +240,7 @@ def test_what_is_read_of_sound_features_is_what_was_written(tmp_path: Path) -> N
 def test_features_without_a_digest_are_not_used(tmp_path: Path) -> None:
     path = shard_path(tmp_path, 0)
     save_file({"descriptors": torch.zeros(2, 4)}, path, metadata={"key": "abc"})
-    with pytest.raises(StoreError, match="it has no digest"):
+    with pytest.raises(FeatureError, match="it has no digest"):
         shard_is_whole(path, "abc", 2)
 
 
@@ -302,14 +305,15 @@ def _said_main(folder: Path, rank: int, world: int) -> None:
         assert result.gain
         assert result.kb_local_per_image > 0
         assert set(result.timings) >= {"extraction_s_per_image", "retrieval_s_per_query", "rerank_s_per_query"}
-        recalls = [result.recall, result.recall_reranked, result.gain]
+        recalls = [{k: (f.value, f.interval) for k, f in recall.by_k.items()} for recall in result.stages().values()]
+        assert len(recalls) == 3
         said.append([result.predictions_QK.tolist(), scores, result.reranked_QK.tolist(), recalls])
     (folder / f"{rank}of{world}.json").write_text(json.dumps(said))
 
 
 def check_an_approximate_index_says_how_much_it_found() -> None:
     with shared_folder() as folder:
-        config = _config(precision="bf16", index="HNSW8", rerank={"project": "random", "project_size": 8})
+        config = _config(precision="bf16", faiss_index="HNSW8", rerank={"project": "random", "project_size": 8})
         result = evaluate(build_model(TINY).eval(), _benchmark(folder), config)
         assert result.index_agreement is not None
         assert 50 <= result.index_agreement <= 100
@@ -320,15 +324,19 @@ def check_gallery_is_extracted_once_and_let_go_after_its_last_use() -> None:
     with shared_folder() as folder:
         first = _benchmark(folder)
         second = make_benchmark("again", "p", first.database, first.queries[:5], frames_within(5, 21, 1, step=2))
-        store = FeatureStore([first, second])
+        cache = FeatureCache([first, second])
         notes: list[str] = []
-        one = evaluate(model, first, _config(), lambda done, _, note: notes.append(f"{note} {done}"), store)
-        assert len(store.held) == 1
+
+        def note_down(done: int, total: int | None = None, note: str = "") -> None:
+            notes.append(f"{note} {done}")
+
+        one = evaluate(model, first, _config(), note_down, cache)
+        assert len(cache.held) == 1
         extracted = len([note for note in notes if note.startswith("features")])
-        two = evaluate(model, second, _config(), lambda done, _, note: notes.append(f"{note} {done}"), store)
+        two = evaluate(model, second, _config(), note_down, cache)
         again = len([note for note in notes if note.startswith("features")]) - extracted
         assert again < extracted
-        assert not store.held
+        assert not cache.held
         np.testing.assert_array_equal(one.predictions_QK[:5], two.predictions_QK)
 
 
@@ -358,6 +366,26 @@ def test_the_precision_that_is_told_is_that_of_the_forward_pass() -> None:
     assert told == {"same": "fp32", "fp32": "fp32", "bf16": "bf16 autocast"}
     model.to(torch.bfloat16)
     assert {precision_of(model, config) for config in asked.values()} == {"bf16"}
+
+
+def test_an_evaluation_sees_the_pixels_of_the_training_unless_told_otherwise(tmp_path: Path) -> None:
+    path = write_photos(tmp_path, 1)[0]
+    trained = DataConfig(image_size=70, interpolation="bicubic")
+    config = as_trained(EvalConfig(image_size=70), trained)
+    assert torch.equal(load_image(path, config), decode(path.read_bytes(), 70, "bicubic"))
+    assert not torch.equal(load_image(path, config), load_image(path, EvalConfig(image_size=70)))
+    assert (pixel_rule(config), pixel_differences(config, trained)) == ("70 px square, bicubic", "")
+    other = as_trained(EvalConfig(image_size=84, resize="aspect", interpolation="bilinear"), trained)
+    assert other.interpolation == "bilinear"
+    assert pixel_rule(other) == "area of 84 px squared, bilinear"
+    assert pixel_differences(other, trained) == (
+        "eval.image_size is 84, trained with 70; eval.resize is aspect, trained with square; "
+        "eval.interpolation is bilinear, trained with bicubic"
+    )
+    wide = load_image(path, other.model_copy(update={"interpolation": "bicubic"}))
+    assert wide.shape == load_image(path, other).shape
+    assert not torch.equal(wide, load_image(path, other))
+    assert pixel_rule(EvalConfig(resize="native")) == "native size, bilinear"
 
 
 def test_k_beyond_the_database_is_one_line() -> None:
@@ -445,7 +473,7 @@ def _extract_main(photos: Path, folder: Path, pause_s: float) -> None:
         _config(),
         folder,
         key="k",
-        on_progress=lambda done: time.sleep(pause_s),
+        on_progress=lambda *_: time.sleep(pause_s),
     )
 
 

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from configs.ranks import on_all_ranks
 from configs.schema import EvalConfig, RerankConfig
 from eval.benchmarks.benchmark import Benchmark, make_benchmark
-from eval.evaluate import FeatureStore, evaluate
+from eval.evaluate import evaluate
 from eval.extract import extract
+from eval.feature_cache import FeatureCache
 from eval.scratch import PREFIX, remove_leftovers
 from model.network import build_model
 from tests.ranks import on_ranks, shared_folder
@@ -61,18 +62,18 @@ def check_hosts_without_a_common_temporary_folder_evaluate_beside_the_output() -
 
     with OwnTemporaryFolder(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "exists", exists)
-        store = FeatureStore([benchmark], beside=folder / "run")
-        found = evaluate(build_model(TINY).eval(), benchmark, CONFIG, store=store)
-        assert (store.temporary.parent == folder / "run") == (dist.get_world_size() > 1)  # type: ignore[union-attr]
+        cache = FeatureCache([benchmark], beside=folder / "run")
+        found = evaluate(build_model(TINY).eval(), benchmark, CONFIG, cache=cache)
+        assert (cache.folder("any key").parent.parent == folder / "run") == (dist.get_world_size() > 1)
         dist.barrier()
-        del store
+        del cache
         dist.barrier()
         assert not list(folder.glob(f"run/{PREFIX}*"))
         if dist.get_world_size() > 1:
             with pytest.raises(ValueError, match=r"rank 1 on \S+ does not see rank 0's temporary folder .*--features"):
                 evaluate(build_model(TINY).eval(), benchmark, CONFIG)
     np.testing.assert_array_equal(found.predictions_QK, expected.predictions_QK)
-    assert found.recall_reranked == expected.recall_reranked
+    assert found.reranked == expected.reranked
 
 
 def check_an_error_of_any_kind_on_one_rank_ends_the_work_on_all() -> None:

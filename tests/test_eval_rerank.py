@@ -18,12 +18,12 @@ from configs.schema import RerankConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.features import StoredFeatures
 from eval.matching import agreeing, match_scores, mutual_matches, pair_bytes, similarities
+from eval.pairs import plan_batches
 from eval.rerank import (
     fuse,
     learn_margin,
     margin_from,
     patch_counts,
-    plan_batches,
     reorder,
     rerank,
     score_candidates,
@@ -107,9 +107,7 @@ def test_scores_and_order_equal_plain_loops(
         own = stored_q.patches(np.arange(len(queries)), CPU)
         others = stored_d.patches(ids_QK.ravel(), CPU)
         counts = patch_counts(stored_q)
-    scores_QT = match_scores(
-        own, others, nn_match_thresh=thresh, score=score, geometry=geometry, geometry_cells=1
-    ).numpy()
+    scores_QT = match_scores(own, others, config).numpy()
     expected = np.zeros(ids_QK.shape)
     for q, row in enumerate(ids_QK):
         for t, i in enumerate(row):
@@ -142,10 +140,7 @@ def test_each_candidate_has_its_own_patches(tmp_path: Path) -> None:
     scores = match_scores(
         stored_q.patches(np.array([0]), CPU),
         stored_d.patches(np.array([0, 1]), CPU),
-        nn_match_thresh=0.65,
-        score="count",
-        geometry="none",
-        geometry_cells=0,
+        RerankConfig(nn_match_thresh=0.65, score="count", geometry="none"),
     )
     assert scores.tolist() == [[5, 3]]
 

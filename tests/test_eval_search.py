@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from eval.benchmarks.benchmark import Benchmark
-from eval.extract import slice_bounds
-from eval.recall import bootstrap_means, gain_intervals, recall_at, recall_intervals
+from eval.recall import Figure, bootstrap_means, gain_of, recall_at, recall_of
 from eval.search import agreement, search_approximately, search_blocks, search_ranks, search_rows
 from tests.ranks import on_ranks
 
@@ -35,7 +34,7 @@ def _truth(queries_QD: np.ndarray, rows_ND: np.ndarray, k: int) -> tuple[np.ndar
 
 def _assert_sharded_equals_single(rows_ND: np.ndarray, queries_QD: np.ndarray, k: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    start, stop = slice_bounds(len(rows_ND), rank, world)
+    start, stop = len(rows_ND) * rank // world, len(rows_ND) * (rank + 1) // world
     blocks = [(first, rows_ND[first : min(first + 17, stop)]) for first in range(start, stop, 17)]
     scores, ids = search_ranks(queries_QD, blocks, k)
     single_scores, single_ids = search_rows(queries_QD, rows_ND, k)
@@ -83,7 +82,7 @@ def check_more_ranks_than_rows() -> None:
 def check_indices_of_factory_strings_over_ranks() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     rows_ND, queries_QD = _unit(1200, 16, 30), _unit(11, 16, 31)
-    start, stop = slice_bounds(len(rows_ND), rank, world)
+    start, stop = len(rows_ND) * rank // world, len(rows_ND) * (rank + 1) // world
     _, exact = search_ranks(queries_QD, [(start, rows_ND[start:stop])], 10)
     for factory, params, least in (("IVF4,Flat", "nprobe=4", 100), ("IVF4,PQ4x4", "nprobe=2", 10), ("HNSW16", "", 80)):
         scores, ids = search_ranks(queries_QD, [(start, rows_ND[start:stop])], 10, factory, params)
@@ -100,14 +99,6 @@ def test_ids_of_one_flat_index() -> None:
     scores, ids = search_rows(queries_QD, rows_ND, 10)
     np.testing.assert_array_equal(ids, flat_ids)
     np.testing.assert_allclose(scores, flat_scores, rtol=0, atol=1e-6)
-
-
-@given(count=st.integers(0, 1000), world=st.integers(1, 70))
-def test_slices_cover_everything_once_and_evenly(count: int, world: int) -> None:
-    bounds = [slice_bounds(count, rank, world) for rank in range(world)]
-    assert [i for start, stop in bounds for i in range(start, stop)] == list(range(count))
-    sizes = [stop - start for start, stop in bounds]
-    assert max(sizes) - min(sizes) <= 1
 
 
 def test_blocks_equal_one_index_bitwise_with_ties_across_them() -> None:
@@ -150,13 +141,16 @@ def test_paired_gain_is_surer_than_two_recalls() -> None:
     benchmark = _benchmark([[0]] * 100)
     before = np.array([[0, 1]] * 50 + [[1, 0]] * 50)
     after = np.array([[0, 1]] * 60 + [[1, 0]] * 40)
-    gain, low, high = gain_intervals(before, after, benchmark, [1], 4000)[1]
-    assert gain == pytest.approx(10.0)
+    gain = gain_of(before, after, benchmark, [1], 4000).by_k[1]
+    assert gain.value == pytest.approx(10.0)
+    assert gain.interval
+    low, high = gain.interval
     assert 4 <= low <= 6
     assert 15 <= high <= 17
-    low, high = recall_intervals(before, benchmark, [1], 4000)[1]
+    low, high = recall_of(before, benchmark, [1], 4000).intervals[1]
     assert high - low > 18
-    assert gain_intervals(before, before, benchmark, [1], 100)[1] == (0.0, 0.0, 0.0)
+    assert gain_of(before, before, benchmark, [1], 100).by_k[1] == Figure(0.0, (0.0, 0.0))
+    assert not recall_of(before, benchmark, [1], 0).intervals
 
 
 def _benchmark(positives: list[list[int]]) -> Benchmark:

@@ -10,18 +10,19 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from configs.progress import OnProgress
 from configs.schema import Recipe
 from data_pipeline.folder_lock import held_by_rank_0
 from eval.benchmarks.load import load_benchmarks
-from eval.evaluate import Result
 from eval.report.tables import write_results
+from eval.result import Result
 from memory.global_loss import GlobalLoss
 from trainer.batches import Batches, images_per_rank
 from trainer.checkpoint_folder import find_checkpoint
 from trainer.context import main_rank_says, open_context
 from trainer.metrics import StepMetrics
 from trainer.process_group import Rank
-from trainer.progress import Update, progress_bar
+from trainer.progress import progress_bar
 from trainer.resume import Resume, checkpoint_to_resume, restore
 from trainer.saving import Saving
 from trainer.schedule import learning_rate, validations_since_best
@@ -127,7 +128,7 @@ class Training:
             recalls=self.progress.recalls.values(),
         )
 
-    def _log(self, outcome: StepOutcome, lr: float, seconds: float, waited_s: float, bar: Update) -> None:
+    def _log(self, outcome: StepOutcome, lr: float, seconds: float, waited_s: float, bar: OnProgress) -> None:
         """The step that is just done, to the tracker and to the progress bar."""
         step = self.progress.step
         if step % self.recipe.trainer.log_every_steps == 0:

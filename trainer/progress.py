@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LINE_EVERY_S = 10.0
+from configs.progress import OnProgress, untold
 
-Update = Callable[..., None]
+LINE_EVERY_S = 10.0
 
 
 @contextmanager
-def progress_bar(console: Console, label: str, total: int | None = None, *, active: bool = True) -> Iterator[Update]:
-    """Yields `update(done, total=None, note="")`, which shows that `done` of `total` items are finished."""
+def progress_bar(
+    console: Console, label: str, total: int | None = None, *, active: bool = True
+) -> Iterator[OnProgress]:
+    """Yields what shows that `done` of `total` items are finished."""
     if not active:
-        yield lambda *_args, **_kwargs: None
+        yield untold
     elif console.is_terminal:
         columns = (
             TextColumn("{task.description}"),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 
+from configs.progress import OnProgress
 from configs.ranks import USER_ERRORS
 from configs.reading import is_disk_full, reason
 from configs.schema import EvalConfig
 from eval.benchmarks.benchmark import Benchmark
-from eval.evaluate import FeatureStore, Result, evaluate
+from eval.evaluate import evaluate
+from eval.feature_cache import FeatureCache
+from eval.pixels import as_trained, pixel_differences
+from eval.result import Result
 from trainer.batches import Batches
 from trainer.context import Context
 from trainer.engine import whole_weights
-from trainer.progress import Update, progress_bar
+from trainer.progress import progress_bar
 from trainer.schedule import validations_since_best
 from trainer.state import TrainingState
 from trainer.stop_signal import StoppedInEvaluation, StopSignal, how_to_resume
@@ -32,7 +35,8 @@ class Validation:
         benchmarks: list[Benchmark],
         stop_signal: StopSignal,
     ) -> None:
-        self.config, self.trainer, self.rank = context.recipe.eval, context.recipe.trainer, context.rank
+        self.data, self.trainer, self.rank = context.recipe.data, context.recipe.trainer, context.rank
+        self.config = as_trained(context.recipe.eval, self.data)
         self.tracker, self.watchdog, self.console = context.tracker, context.watchdog, context.console
         self.state, self.batches, self.benchmarks, self.stop_signal = state, batches, benchmarks, stop_signal
         self.output = context.recipe.output
@@ -65,7 +69,7 @@ class Validation:
         if not results:
             return None
         k = self.config.recall_at[0]
-        recall = sum(result.recall[k] for result in results) / len(results)
+        recall = sum(result.retrieved[k] for result in results) / len(results)
         self.state.progress.recalls[str(self.state.progress.step)] = recall
         return recall
 
@@ -86,14 +90,16 @@ class Validation:
         if not self.benchmarks:
             return []  # at ZeRO-3 the whole weights would be gathered for nothing
         config, step, results = self._config(rerank), self.state.progress.step, []
-        store = FeatureStore(self.benchmarks, beside=self.output)
+        if self.rank.is_main and (told := pixel_differences(config, self.data)):
+            self.console.print(f"[yellow]{label}: {told}", highlight=False, soft_wrap=True)
+        cache = FeatureCache(self.benchmarks, config.features, beside=self.output)
         self.watchdog.enter("evaluation", step)
         with whole_weights(self.state.engine):
             for benchmark in self.benchmarks:
                 with progress_bar(self.console, f"{label}: {benchmark.name}", active=self.rank.is_main) as update:
                     progress = self._watched(update)
                     try:
-                        result = evaluate(self.state.model, benchmark, config, on_progress=progress, store=store)
+                        result = evaluate(self.state.model, benchmark, config, on_progress=progress, cache=cache)
                     except USER_ERRORS as error:  # extraction meets a full disk on all ranks together
                         if not (survives_full_disk and is_disk_full(error)):
                             raise
@@ -128,14 +134,14 @@ class Validation:
             return self.config
         return self.config.model_copy(update={"rerank": self.config.rerank.model_copy(update={"enabled": False})})
 
-    def _watched(self, update: Update) -> Update:
+    def _watched(self, update: OnProgress) -> OnProgress:
         """`update`, told to the watchdog too. A rank that is asked to stop leaves the evaluation at once."""
 
-        def all_of_it(*args: Any, **kwargs: Any) -> None:
+        def all_of_it(done: int, total: int | None = None, note: str = "") -> None:
             if self.stop_signal.name:  # an evaluation may last longer than a scheduler waits
                 where = f"in the evaluation after step {self.state.progress.step}"
                 raise StoppedInEvaluation(f"asked to stop {where}; {how_to_resume()}")
             self.watchdog.alive()
-            update(*args, **kwargs)
+            update(done, total, note)
 
         return all_of_it

@@ -87,6 +87,9 @@ class EvalConfig(Section):
         description="aspect keeps width to height, at the area of the square; native keeps the image's own size; both "
         "in multiples of 14.",
     )
+    interpolation: Literal["bilinear", "bicubic"] | None = Field(
+        None, description="How images are resized; None: as in the training (data.interpolation)."
+    )
     batch_size: Positive = Field(32, description="Images in a forward pass of a rank.")
     precision: Literal["same", "fp32", "bf16"] = Field(
         "same",

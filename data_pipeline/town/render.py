@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.files import partial_of, remove_abandoned
+from configs.progress import OnProgress, untold
 from data_pipeline.town.places import build_place
 from data_pipeline.town.views import Kind, draw_conditions, render_view
 
@@ -175,7 +176,7 @@ def render_town(
     town: Town = Town(),
     *,
     processes: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = untold,
 ) -> None:
     """Renders the town into `folder`, which appears whole or not at all; an older town there is replaced.
 
@@ -205,8 +206,7 @@ def render_town(
             spot = futures[future]
             rows[spot.index] = future.result()
             done += town.views if spot.city else town.database_views + town.query_views
-            if on_progress:
-                on_progress(done, town.images)
+            on_progress(done, town.images)
     finally:
         pool.shutdown(cancel_futures=True)
     for city in CITIES:

@@ -12,10 +12,10 @@ import torch
 from configs.schema import EvalConfig, RerankConfig
 from data_pipeline.images import normalise, read_image
 from eval.benchmarks.benchmark import Benchmark
-from eval.evaluate import Result
-from eval.extract import load_image
 from eval.local_features import NO_CELL, LocalFeatures, compact, grid_of, read_local
 from eval.matching import Matches, agreeing, mutual_matches
+from eval.pixels import load_image
+from eval.result import Result
 from model.network import PlaceModel
 
 mpl.use("Agg")

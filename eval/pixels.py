@@ -1,0 +1,68 @@
+"""Photographs as pixels for an evaluation: by the training's rule, unless told otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from configs.reading import read_regular
+from configs.schema import PATCH, DataConfig, EvalConfig
+from data_pipeline.images import check_pixels, decode_rgb, read_image
+from eval.local_features import NO_CELL
+
+MAX_SIDE = (NO_CELL - 1) * PATCH  # rows and columns of patches are stored in a byte
+
+
+def as_trained(config: EvalConfig, data: DataConfig) -> EvalConfig:
+    """The settings with the training's interpolation, unless they name one."""
+    return config if config.interpolation else config.model_copy(update={"interpolation": data.interpolation})
+
+
+def interpolation_of(config: EvalConfig) -> str:
+    """How images are scaled; bilinear where neither the settings nor a training say."""
+    return config.interpolation or "bilinear"
+
+
+def pixel_rule(config: EvalConfig) -> str:
+    """How photographs become pixels, for a protocol: `224 px square, bilinear`."""
+    scaled = {"square": f"{config.image_size} px square", "aspect": f"area of {config.image_size} px squared"}
+    return f"{scaled.get(config.resize, 'native size')}, {interpolation_of(config)}"
+
+
+def pixel_differences(config: EvalConfig, data: DataConfig) -> str:
+    """In one line, where the pixels of an evaluation are not those of the training; empty if they are the same."""
+    trained = {"image_size": data.image_size, "resize": "square", "interpolation": data.interpolation}
+    ours = {"image_size": config.image_size, "resize": config.resize, "interpolation": interpolation_of(config)}
+    told = [f"eval.{key} is {ours[key]}, trained with {value}" for key, value in trained.items() if ours[key] != value]
+    return "; ".join(told)
+
+
+def input_size(height: int, width: int, config: EvalConfig) -> tuple[int, int]:
+    """Height and width that an image is resized to, multiples of the patch size."""
+    if config.resize == "square":
+        return config.image_size, config.image_size
+    sides: tuple[float, float] = (height, width)
+    if config.resize == "aspect":
+        ratio = (height / width) ** 0.5
+        sides = (config.image_size * ratio, config.image_size / ratio)
+    tall, wide = (max(PATCH, round(side / PATCH) * PATCH) for side in sides)
+    return tall, wide
+
+
+def load_image(path: Path, config: EvalConfig) -> torch.Tensor:
+    """An image file as uint8 [3, H, W] of `input_size`. Errors name the file."""
+    if config.resize == "square":
+        return read_image(path, config.image_size, interpolation_of(config))
+    try:
+        data = read_regular(path)
+        check_pixels(data)
+        image = decode_rgb(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+    sides = input_size(image.shape[1], image.shape[2], config)
+    if max(sides) > MAX_SIDE:
+        raise ValueError(f"{path}: {sides[1]} x {sides[0]} pixels, at most {MAX_SIDE} a side; use eval.resize aspect")
+    return TF.resize(image, list(sides), interpolation=InterpolationMode(interpolation_of(config)), antialias=True)

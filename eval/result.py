@@ -1,0 +1,74 @@
+"""What an evaluation of one benchmark found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.recall import Recall
+
+
+@dataclass(frozen=True)
+class Result:
+    """Recalls of both stages, their cost, and the predictions that they come from."""
+
+    name: str
+    protocol: str
+    pixels: str
+    """How photographs became pixels."""
+    num_database: int
+    num_queries: int
+    num_without_positive: int
+    image_size: int
+    precision: str  # of the forward pass
+    retrieved: Recall
+    predictions_QK: NDArray[np.int64]
+    timings: dict[str, float]
+    reranked: Recall | None = None
+    reranked_QK: NDArray[np.int64] | None = None
+    gain: Recall | None = None
+    """Re-ranked minus first-stage recall in points, paired; None if no intervals were asked for."""
+    mb_per_image: float = 0.0
+    kb_local_per_image: float = 0.0
+    index: str = "Flat"
+    index_agreement: float | None = None
+    """Percent of the exact neighbours that an approximate index found."""
+    num_left_alone: int = 0
+    notes: tuple[str, ...] = ()
+
+    def stages(self) -> dict[str, Recall]:
+        """What was measured, by name: retrieved and, if there is any, re-ranked and gain."""
+        all_of_them = {"retrieved": self.retrieved, "re-ranked": self.reranked, "gain": self.gain}
+        return {name: recall for name, recall in all_of_them.items() if recall}
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the predictions, for JSON; recalls, intervals and gains by K."""
+        hidden = ("retrieved", "reranked", "gain", "predictions_QK", "reranked_QK")
+        gain = self.gain.by_k if self.gain else {}
+        return {
+            **{key: value for key, value in vars(self).items() if key not in hidden},
+            "recall": self.retrieved.values,
+            "recall_reranked": self.reranked.values if self.reranked else None,
+            "recall_interval": self.retrieved.intervals,
+            "reranked_interval": self.reranked.intervals if self.reranked else {},
+            "gain": {k: (figure.value, *(figure.interval or ())) for k, figure in gain.items()},
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Flat figures for a tracker."""
+        names = {"retrieved": "recall", "re-ranked": "reranked_recall", "gain": "gain"}
+        flat = {
+            f"{names[stage]}_{k}": value
+            for stage, recall in self.stages().items()
+            for k, value in recall.values.items()
+        }
+        return flat | self.timings | {"mb_per_image": self.mb_per_image}
+
+    def line(self) -> str:
+        """Recalls in one line, with protocol, pixels and precision."""
+        ks = "/".join(str(k) for k in self.retrieved.by_k)
+        text = f"{self.name} ({self.protocol}, {self.pixels}, {self.precision}) R@{ks} {self.retrieved}"
+        return f"{text}, re-ranked {self.reranked}" if self.reranked else text
