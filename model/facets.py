@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +11,6 @@ import torch.nn.functional as F
 from model.dinov2 import DinoViT
 
 FACETS = ("attn", "query", "key", "value", "token")
-
-
-@dataclass(frozen=True)
-class ReadOut:
-    """What one forward pass gives for re-ranking; N patches, register tokens left out."""
-
-    descriptor_BD: torch.Tensor  # float32, L2-normalised
-    local_BNC: torch.Tensor  # L2-normalised, heads concatenated; the class token first where it was asked for
-    saliency_BN: torch.Tensor  # CLS row of the attention over the patches, mean over heads
 
 
 class FacetReader:

@@ -15,11 +15,11 @@ def materialise(
     weights: Mapping[str, torch.Tensor],
     *,
     seed: int = 0,
-    shard: Callable[[nn.Module], None] | None = None,
+    partition: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Gives every parameter and buffer of `model` memory on the CPU and its value: of `weights`, else drawn.
 
-    Modules are visited in one order on all ranks, a module after all below it. `shard` is called with each that has
+    Modules are visited in one order on all ranks, a module after all below it. `partition` is called with each that has
     parameters of its own, as soon as these hold their values, and may take them away (a partition of them under
     ZeRO-3); so no more than one module's own parameters are whole in memory, beside pages of the weights file.
 
@@ -38,8 +38,8 @@ def materialise(
             for key in own:
                 if key not in missing:
                     getattr(module, key).copy_(weights[f"{name}.{key}".lstrip(".")])
-        if shard:
-            shard(module)
+        if partition:
+            partition(module)
 
 
 def _draw(module: Any, seed: int, name: str) -> None:

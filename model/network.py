@@ -11,7 +11,6 @@ from torch import nn
 from configs.schema import ModelConfig
 from model.aggregators import AGGREGATORS
 from model.dinov2 import DinoViT
-from model.facets import FacetReader, ReadOut
 from model.finetune import choose_trained
 from model.materialise import materialise
 from model.weights import AGGREGATOR, backbone_weights, find_weights, read_weights
@@ -79,15 +78,6 @@ class PlaceModel(nn.Module):
         descriptor_BD = self.aggregator(tokens_BTC[:, 0], tokens_BTC[:, self.backbone.num_prefix_tokens :])
         return F.normalize(descriptor_BD.float(), dim=-1)
 
-    def read_out(
-        self, images_B3HW: torch.Tensor, *, layer: int = -2, facet: str = "value", saliency_layer: int = -1
-    ) -> ReadOut:
-        """Descriptors, local features and saliency of normalised float images from one forward pass."""
-        reader = FacetReader(self.backbone, layer=layer, facet=facet, saliency_layer=saliency_layer)
-        with reader.attached():
-            descriptor_BD = self(images_B3HW)
-        return ReadOut(descriptor_BD, reader.local_BNC, reader.saliency_BN)
-
 
 def meta_model(config: ModelConfig) -> PlaceModel:
     """The network of a recipe without memory (on the meta device), its trained part chosen.
@@ -102,11 +92,13 @@ def meta_model(config: ModelConfig) -> PlaceModel:
     return model
 
 
-def build_model(config: ModelConfig, *, seed: int = 0, shard: Callable[[nn.Module], None] | None = None) -> PlaceModel:
+def build_model(
+    config: ModelConfig, *, seed: int = 0, partition: Callable[[nn.Module], None] | None = None
+) -> PlaceModel:
     """The network of a recipe on the CPU, in float32, or what is frozen in `model.frozen_precision`.
 
     What is not loaded is drawn from `seed`, the same on all ranks. The network is built without memory and made one
-    module at a time: `shard`, where given, is called with each module that has parameters of its own, once they hold
+    module at a time: `partition`, if given, is called with each module that has parameters of its own, once they hold
     their values, and may leave a partition of them (see `materialise`).
     Raises ValueError, WeightsError or FileNotFoundError before anything is made.
     """
@@ -118,5 +110,5 @@ def build_model(config: ModelConfig, *, seed: int = 0, shard: Callable[[nn.Modul
         head = {key: tensor for key, tensor in state.items() if key.startswith(AGGREGATOR)}
         if head.keys() == {AGGREGATOR + key for key in model.aggregator.state_dict()}:  # exported, same aggregator
             weights |= head
-    materialise(model, weights, seed=seed, shard=shard)
+    materialise(model, weights, seed=seed, partition=partition)
     return model

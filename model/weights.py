@@ -13,7 +13,6 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 from configs.reading import reading
 from model.dinov2 import SIZES, DinoViT
-from model.materialise import materialise
 
 TIMM_SIZES = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
 AGGREGATOR = "aggregator."  # prefix of what is no backbone in an exported file
@@ -21,18 +20,6 @@ AGGREGATOR = "aggregator."  # prefix of what is no backbone in an exported file
 
 class WeightsError(ValueError):
     """A weights file that does not fit the model; the text names the keys that differ."""
-
-
-def build_backbone(name: str, weights: str, *, seed: int = 0) -> DinoViT:
-    """The ViT `name` of any input side that is a multiple of 14, with `weights`: "timm", "random" or a file.
-
-    Raises WeightsError or FileNotFoundError on a file that does not fit.
-    """
-    with torch.device("meta"):
-        vit = DinoViT(name)
-    file = find_weights(name, weights)
-    materialise(vit, backbone_weights(vit, file, read_weights(file)) if file else {}, seed=seed)
-    return vit
 
 
 def find_weights(name: str, weights: str) -> Path | None:

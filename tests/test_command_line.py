@@ -12,9 +12,9 @@ import yaml
 from safetensors.torch import save_file
 
 from launch import cli
-from model.weights import build_backbone
 from rerankvpr import PACKAGES
 from tests import forked
+from tests.networks import backbone
 from tests.photos import write_gsv_cities
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,7 @@ def test_unknown_and_impossible_flags_name_the_nearest(capfd: pytest.CaptureFixt
 
 def test_weights_of_another_size_name_the_keys(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tiny.safetensors"
-    save_file({k: v.clone() for k, v in build_backbone("tiny14", "random").state_dict().items()}, path)
+    save_file({k: v.clone() for k, v in backbone("tiny14", "random").state_dict().items()}, path)
     (tmp_path / "town" / "images" / "test").mkdir(parents=True)
     argv = [
         "eval",

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from eval.recall import Figure, Recall
 from eval.result import Result
 from launch.eval_tracking import log_evaluation
-from model.weights import build_backbone
 from tests import forked
+from tests.networks import backbone
 from tests.test_eval_features import write_photos
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a tiny ViT, and a manifest of a few photographs."""
     folder = tmp_path_factory.mktemp("place")
     torch.manual_seed(0)
-    save_file(build_backbone("tiny14", "random").state_dict(), folder / "tiny.safetensors")
+    save_file(backbone("tiny14", "random").state_dict(), folder / "tiny.safetensors")
     write_photos(folder / "data/photos", 12)
     rows = [f"photos/{i:03d}.jpg,{'database' if i < 9 else 'query'},{i % 9}" for i in range(12)]
     (folder / "data/mine.csv").write_text("\n".join(["path,role,place", *rows, "photos/000.jpg,query,none"]))

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from configs.schema import ModelConfig
+from configs.schema import ModelConfig, RerankConfig
+from eval.local_features import read_local
 from model.aggregators import AGGREGATORS
 from model.dinov2 import DinoViT
 from model.network import PlaceModel, build_model
-from model.weights import WeightsError, build_backbone, facebook_layout, infer_backbone
+from model.weights import WeightsError, facebook_layout, infer_backbone
+from tests.networks import backbone
 
 SIZES_OF_TIMM = {
     f"vit{letter}14{suffix}": f"vit_{size}_patch14{registers}_dinov2"
@@ -50,7 +52,7 @@ def test_gated_blocks_go_out_and_in_under_facebook_names() -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_facebook_layout_loads(name: str, suffix: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    source = build_backbone(name, "random")
+    source = backbone(name, "random")
     with torch.no_grad():
         for p in source.parameters():
             p.normal_(std=0.02)
@@ -58,16 +60,16 @@ def test_facebook_layout_loads(name: str, suffix: str, tmp_path: Path) -> None:
     state = as_facebook(source)
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     assert infer_backbone(path) == name
-    loaded = build_backbone(name, str(path))
+    loaded = backbone(name, str(path))
     for key, value in source.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
 
 
 def test_weights_of_another_size_are_refused_with_the_keys(tmp_path: Path) -> None:
     path = tmp_path / "tiny.safetensors"
-    save_file(as_facebook(build_backbone("tiny14", "random")), path)
+    save_file(as_facebook(backbone("tiny14", "random")), path)
     with pytest.raises(WeightsError, match=r"cls_token is \(1, 1, 128\), expected \(1, 1, 384\)") as caught:
-        build_backbone("vits14", str(path))
+        backbone("vits14", str(path))
     assert "missing" in str(caught.value)
     assert "blocks.10" in str(caught.value)
 
@@ -76,7 +78,7 @@ def test_pickled_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "evil.pth"
     torch.save({"cls_token": Path("x")}, path)
     with pytest.raises(WeightsError, match="refused"):
-        build_backbone("vits14", str(path))
+        backbone("vits14", str(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
@@ -85,7 +87,7 @@ def test_damaged_files_are_named(content: bytes, suffix: str, tmp_path: Path) ->
     path = tmp_path / f"bad{suffix}"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=path.name):
-        build_backbone("vits14", str(path))
+        backbone("vits14", str(path))
 
 
 @pytest.mark.parametrize("name", sorted(SIZES_OF_TIMM))
@@ -174,27 +176,28 @@ def test_facets_are_those_of_the_attention(model: PlaceModel, layer: int) -> Non
     handle = block.register_forward_hook(lambda _m, i, o: seen.update(input=i[0], output=o))
     with torch.inference_mode():
         out = {
-            f: model.read_out(x, layer=layer, facet=f, saliency_layer=layer) for f in ("query", "key", "value", "token")
+            facet: read_local(model, x, RerankConfig(layer=layer, facet=facet, saliency_layer=layer))
+            for facet in ("query", "key", "value", "token")
         }
         handle.remove()
         qkv = block.attn.qkv(block.norm1(seen["input"]))
         q, k, v = qkv.chunk(3, dim=-1)
         expected = {"query": q, "key": k, "value": v, "token": seen["output"]}
         for facet, tokens in expected.items():
-            torch.testing.assert_close(out[facet].local_BNC, F.normalize(tokens[:, 1:], dim=-1), rtol=0, atol=1e-6)
+            torch.testing.assert_close(out[facet][1], F.normalize(tokens[:, 1:], dim=-1), rtol=0, atol=1e-6)
         heads = block.attn.num_heads
         q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
         logits = q @ k.transpose(-1, -2) / (q.shape[-1] ** 0.5)
-        torch.testing.assert_close(out["value"].saliency_BN, logits[:, :, 0, 1:].mean(dim=1), rtol=1e-5, atol=1e-5)
-        assert torch.equal(out["value"].descriptor_BD, model(x))
+        torch.testing.assert_close(out["value"][2], logits[:, :, 0, 1:].mean(dim=1), rtol=1e-5, atol=1e-5)
+        assert torch.equal(out["value"][0], model(x))
 
 
 def test_hooks_are_gone_after_a_read_out(model: PlaceModel) -> None:
     with torch.inference_mode():
-        model.read_out(images(1))
+        read_local(model, images(1), RerankConfig())
     assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_bad_layer_is_named(model: PlaceModel) -> None:
     with pytest.raises(ValueError, match="layer 4: the backbone has 4 blocks"):
-        model.read_out(images(1), layer=4)
+        read_local(model, images(1), RerankConfig(layer=4))

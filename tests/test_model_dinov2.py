@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from model.dinov2 import SIZES, DinoViT
 from model.weights import (
     WeightsError,
-    build_backbone,
     facebook_layout,
     find_weights,
     infer_backbone,
     read_weights,
 )
 from tests.dinov2_reference import reference_embeddings, reference_tokens
+from tests.networks import backbone
 
 NAMES = [name for size in ("vits14", "vitb14", "vitl14", "vitg14") for name in (size, f"{size}_reg")]
 
@@ -39,7 +39,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
     if real := os.environ.get("RERANKVPR_TEST_WEIGHTS"):
         state = load_file(real)
     else:
-        state = {k: v.clone() for k, v in facebook_layout(build_backbone("vits14", "random").state_dict()).items()}
+        state = {k: v.clone() for k, v in facebook_layout(backbone("vits14", "random").state_dict()).items()}
         for key in state:
             if key.endswith(".gamma"):
                 state[key].fill_(0.3)
@@ -61,7 +61,7 @@ def test_features_are_those_of_facebookresearch(name: str, sides: tuple[int, int
     """Class and patch tokens; timm's own resizing of the table misses 1e-3 at 224 px and 322 px."""
     path, state = published[name]
     images = smooth(1, 3, *sides, of=16)
-    vit = build_backbone(name, str(path)).eval()
+    vit = backbone(name, str(path)).eval()
     with torch.inference_mode():
         entering = vit._pos_embed(vit.patch_embed(images))
         torch.testing.assert_close(entering, reference_embeddings(state, images), rtol=0, atol=1e-5)
@@ -86,7 +86,7 @@ def test_every_size_goes_out_and_in_under_the_published_keys(
     assert whole[f"blocks.1.mlp.{last}.weight"].shape == (channels, hidden[last])
 
     monkeypatch.setitem(SIZES, name.partition("_")[0], (channels // 16, 2, 1))
-    vit = build_backbone(name, "random")
+    vit = backbone(name, "random")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in vit.parameters():
@@ -95,7 +95,7 @@ def test_every_size_goes_out_and_in_under_the_published_keys(
     kept = {key for key in whole if not key.startswith("blocks.") or int(key.split(".")[1]) < 2}
     assert out.keys() == kept
     save_file({key: value.contiguous() for key, value in out.items()}, tmp_path / "out.safetensors")
-    back = build_backbone(name, str(tmp_path / "out.safetensors")).state_dict()
+    back = backbone(name, str(tmp_path / "out.safetensors")).state_dict()
     assert all(torch.equal(back[key], value) for key, value in vit.state_dict().items())
     images = smooth(2, 3, 42, 56, of=5)
     with torch.inference_mode():
@@ -131,10 +131,10 @@ def test_timms_file_is_found_where_the_hub_keeps_it(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"timm/vit_small_patch14_dinov2.lvd142m cannot be downloaded") as caught:
-        build_backbone("vits14", "timm")
+        backbone("vits14", "timm")
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(WeightsError, match="tiny14 has no published weights"):
-        build_backbone("tiny14", "timm")
+        backbone("tiny14", "timm")
     for name, repository in (("vits14", "vit_small_patch14_dinov2"), ("vits14_reg", "vit_small_patch14_reg4_dinov2")):
         folder = tmp_path / f"models--timm--{repository}.lvd142m"
         (folder / "refs").mkdir(parents=True)
@@ -144,5 +144,5 @@ def test_timms_file_is_found_where_the_hub_keeps_it(
         (folder / "snapshots" / ("0" * 40) / "model.safetensors").symlink_to(path)
         assert find_weights(name, "timm").resolve() == path
     assert torch.equal(
-        build_backbone("vits14", "timm").norm.weight, build_backbone("vits14", str(published["vits14"][0])).norm.weight
+        backbone("vits14", "timm").norm.weight, backbone("vits14", str(published["vits14"][0])).norm.weight
     )

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import ModelConfig
+from configs.schema import ModelConfig, RerankConfig
+from eval.local_features import read_local
 from model.network import PlaceModel, build_model
 
 
@@ -76,7 +77,7 @@ def test_drawn_weights_depend_on_seed_and_name_alone() -> None:
     plain = tiny().state_dict()
     seen = []
     config = ModelConfig(backbone="tiny14", weights="random", finetune="all")
-    other = build_model(config, seed=1, shard=lambda module: seen.extend(module.parameters(recurse=False)))
+    other = build_model(config, seed=1, partition=lambda module: seen.extend(module.parameters(recurse=False)))
     assert {id(p) for p in other.parameters()} == {id(p) for p in seen}
     assert len(seen) == len(plain) - 1  # all but GeM's power
     assert all(torch.equal(plain[name], value) for name, value in other.state_dict().items())
@@ -130,7 +131,7 @@ def test_activation_checkpointing_changes_memory_alone() -> None:
 def test_compiled_blocks_change_no_number_and_swallow_no_hook() -> None:
     model = tiny(finetune_last_n_blocks=3).eval()
     with torch.inference_mode():
-        before = model.read_out(images(), layer=-1, saliency_layer=0)
+        before = read_local(model, images(), RerankConfig(layer=-1, saliency_layer=0))
     model.train()
     plain = loss_and_gradients(model)
     ran: list[nn.Module] = []
@@ -147,9 +148,7 @@ def test_compiled_blocks_change_no_number_and_swallow_no_hook() -> None:
     handle = model.backbone.blocks[1].attn.qkv.register_forward_hook(lambda module, *_: ran.append(module))
     model.eval()
     with torch.inference_mode():
-        after = model.read_out(images(), layer=-1, saliency_layer=0)
+        after = read_local(model, images(), RerankConfig(layer=-1, saliency_layer=0))
     handle.remove()
     assert ran == [model.backbone.blocks[1].attn.qkv]
-    assert torch.equal(after.local_BNC, before.local_BNC)
-    assert torch.equal(after.saliency_BN, before.saliency_BN)
-    assert torch.equal(after.descriptor_BD, before.descriptor_BD)
+    assert all(torch.equal(one, other) for one, other in zip(after, before, strict=True))

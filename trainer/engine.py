@@ -219,7 +219,7 @@ def whole_weights(engine: Any) -> Iterator[None]:
     """Inside, every rank may call the module by itself, as often as it likes.
 
     At ZeRO-3 each call gathers weights from all ranks, which evaluation, where ranks have unequal work, must not do:
-    the weights are gathered once and parted again at the end. At other stages ranks hold them whole anyway.
+    the weights are gathered once and partitioned again at the end. At other stages ranks hold them whole anyway.
     """
     if engine.zero_optimization_stage() < 3:
         yield

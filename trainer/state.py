@@ -61,7 +61,7 @@ def build_state(recipe: Recipe, rank: Rank, *, images_per_rank: int) -> Training
 
     Raises what `build_model` raises. Every rank must call this.
     """
-    model = build_model(recipe.model, seed=recipe.seed, shard=partitioner(recipe.engine))
+    model = build_model(recipe.model, seed=recipe.seed, partition=partitioner(recipe.engine))
     model.activation_checkpointing = recipe.engine.activation_checkpointing
     size = model.descriptor_size
     queue = MemoryQueue(recipe.memory.size, size, rank.device, placement=recipe.memory.placement)

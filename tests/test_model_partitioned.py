@@ -56,7 +56,7 @@ def check_partitioned_values_are_those_of_the_whole() -> None:
     config = ModelConfig(backbone="tiny14", weights="random", aggregator="gem", frozen_precision="bf16")
     config = config.model_copy(update={"finetune_last_n_blocks": 2})
     whole = build_model(config, seed=5)
-    parts = build_model(config, seed=5, shard=Partition())
+    parts = build_model(config, seed=5, partition=Partition())
     assert parts.device.type == "cpu"
     expected = dict(whole.named_parameters())
     for name, parameter in parts.named_parameters():
@@ -75,7 +75,7 @@ def check_a_network_is_never_whole_on_a_rank() -> None:
     """ViT-B/14, 330 MiB: beyond its own partition a rank holds far less than what making it whole first would add."""
     Partition()(nn.Linear(3, 3))  # what DeepSpeed loads on first use
     before, partition = anonymous_bytes(), Partition()
-    model = build_model(ModelConfig(backbone="vitb14", weights="random"), shard=partition)
+    model = build_model(ModelConfig(backbone="vitb14", weights="random"), partition=partition)
     whole = sum(parameter.ds_numel * 4 for parameter in model.parameters())
     own = partition_bytes(model.parameters())
     assert whole > 300 * 2**20
