@@ -1,13 +1,25 @@
 """One loss over all ranks: the global batch against itself and the memory queue.
 
-No pair list and no [B, M] matrix is ever held: anchors are taken in tiles of as many rows as `memory.tile_mb` allows,
-and a tile's share of the gradient is formed as soon as its similarities are known, so that a step costs two matrix
-products with the references, one for the similarities and one for the gradient.
+What it computes, written densely for the Multi-Similarity loss (N images of the batch, M entries of the queue):
+
+    references_RD = cat([batch_ND, queue_MD])                           R = N + M
+    s_NR          = batch_ND @ references_RD.T                          cosines
+    positive_NR   = same place, but no image with itself                and what the miner keeps
+    negative_NR   = another place                                       and what the miner keeps
+    w_R           = cat([ones(N), exp(-decay_lambda * age_M)])          age in optimizer steps
+    L_N           = log(1 + sum_R positive_NR * exp(-alpha * (s_NR - base))) / alpha
+                  + log(1 + sum_R negative_NR * w_R * exp(beta * (s_NR - base))) / beta
+    loss          = mean(L_N)
+
+What tiles change is the memory that this takes, and no number: anchors are taken a few rows at a time, as many as
+`memory.tile_mb` allows, and a tile's share of the gradient is formed as soon as its similarities are known. No matrix
+[N, R] and no list of pairs is ever held; a step costs two matrix products with the references, one for the
+similarities and one for the gradient. What ranks change: each takes its own anchors (or, with a sharded queue, its own
+references), and what adds up over references or anchors is added up over ranks.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,14 +27,10 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import LossConfig, MemoryConfig
-from memory.decay import half_life, log_weight
-from memory.gather import all_gather, all_gather_with_grad, check_equal_batches
-from memory.losses import LOSSES
-from memory.miners import MINERS
+from memory.gather import all_gather, check_equal_batches
+from memory.pairing import GlobalBatch
 from memory.queue import MemoryQueue
-from memory.registry import build
-from memory.tiled_loss import Memory, Pairing, TiledLoss
-from memory.tiles import Columns
+from memory.strategies import choose_strategy
 
 
 @dataclass(frozen=True)
@@ -47,29 +55,9 @@ class GlobalLoss:
     def __init__(
         self, loss: LossConfig, memory: MemoryConfig, *, engine_reduces: Literal["mean", "sum"] = "mean"
     ) -> None:
-        self.memory, self.note = memory, ""
         scale = float(dist.get_world_size()) if engine_reduces == "mean" else 1.0
-        self.tiled: TiledLoss | None = None
-        if loss.name not in LOSSES or loss.miner not in MINERS:
-            from memory.library_loss import LibraryLoss
-
-            self.library = LibraryLoss(loss.name, loss.args, loss.miner, loss.miner_args, gradient_scale=scale)
-            if memory.placement == "sharded":
-                raise ValueError(
-                    f"{loss.name} with {loss.miner} is computed by pytorch-metric-learning, which needs the whole "
-                    "queue on each rank; set memory.placement replicated"
-                )
-            self.note = (
-                f"{loss.name} with {loss.miner} is computed by pytorch-metric-learning: every rank computes the whole "
-                "batch, and memory negatives have no age weight (memory.decay is ignored)"
-            )
-        else:
-            self.tiled = TiledLoss(
-                build("loss.name", loss.name, loss.args, LOSSES),
-                build("loss.miner", loss.miner, loss.miner_args, MINERS),
-                tile_bytes=memory.tile_mb << 20,
-                gradient_scale=scale,
-            )
+        self.strategy = choose_strategy(loss, memory, scale)
+        self.note = self.strategy.note
 
     def __call__(
         self,
@@ -90,75 +78,7 @@ class GlobalLoss:
         """
         check_equal_batches(local_BD, place_ids_B)
         local_BD = local_BD.to(torch.promote_types(local_BD.dtype, torch.float32))
+        batch = GlobalBatch(local_BD, place_ids_B, all_gather(place_ids_B))
         curve_a2 = drift_curve_a2 if drift_curve_a2 is not None else local_BD.new_zeros(0, 2)
-        batch_ids_N = all_gather(place_ids_B)
-        if self.tiled:
-            batch_ND, loss, stats = self._tiled_loss(
-                self.tiled, local_BD, place_ids_B, batch_ids_N, queue, step, curve_a2
-            )
-            stats |= self._queue_stats(queue, step, curve_a2)
-        else:
-            batch_ND = all_gather(local_BD)
-            entries = queue.entries()
-            loss = self.library(
-                local_BD,
-                batch_ND,
-                batch_ids_N,
-                entries.descriptors_nD.to(local_BD.dtype),
-                entries.place_ids_n,
-                live=self.memory.in_batch == "live",
-            )
-            stats = {"queue_fill": loss.new_tensor(float(len(queue)))}
-        return GlobalLossOutput(loss, batch_ND.detach(), batch_ids_N, stats)
-
-    def _tiled_loss(
-        self,
-        tiled: TiledLoss,
-        local_BD: torch.Tensor,
-        place_ids_B: torch.Tensor,
-        batch_ids_N: torch.Tensor,
-        queue: MemoryQueue,
-        step: int,
-        curve_a2: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """The gathered batch, the loss and its figures."""
-        live, sharded = self.memory.in_batch == "live", queue.placement == "sharded"
-        start, held = dist.get_rank() * len(local_BD), len(queue)
-        entries = queue.entries()
-        age_m = (step - entries.steps_n).to(local_BD.dtype)
-        memory = Memory(entries.descriptors_nD.to(local_BD.dtype), age_m, log_weight(age_m, self.memory, curve_a2))
-        batch_ND = all_gather_with_grad(local_BD) if live or sharded else all_gather(local_BD)
-        reference_ids_G = torch.cat([batch_ids_N, queue.place_ids_M[:held]])
-        if sharded:  # the anchors of all ranks against this rank's references
-            anchors_AD, anchor_ids_A, anchor_start = batch_ND, batch_ids_N, 0
-            batch_CD, batch_start = local_BD, start
-            column_G = torch.full_like(reference_ids_G, -1)
-            column_G[start : start + len(local_BD)] = torch.arange(len(local_BD), device=column_G.device)
-            own = torch.arange(held, device=column_G.device)[queue.rank :: queue.num_shards]
-            column_G[len(batch_ids_N) + own] = len(local_BD) + own // queue.num_shards
-        else:  # this rank's anchors against all references
-            anchors_AD, anchor_ids_A, anchor_start = local_BD, place_ids_B, start
-            batch_CD, batch_start = batch_ND, 0
-            column_G = torch.arange(len(reference_ids_G), device=reference_ids_G.device)
-        pairing = Pairing(
-            anchor_ids_A=anchor_ids_A,
-            anchor_start=anchor_start,
-            reference_ids_G=reference_ids_G,
-            column_G=column_G,
-            batch_start=batch_start,
-            batch_size=len(batch_ids_N),
-            memory=memory,
-            widest=len(batch_CD) + math.ceil(held / queue.num_shards),
-            columns=Columns(sharded),
-            live=live,
-        )
-        loss, stats = tiled(anchors_AD, batch_CD if live else batch_CD.detach(), pairing)
-        return batch_ND, loss, stats
-
-    def _queue_stats(self, queue: MemoryQueue, step: int, curve_a2: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Entries held, what they amount to after weighting, and the decay's half-life in steps."""
-        age_n = (step - queue.steps()).double()
-        weight_n = log_weight(age_n, self.memory, curve_a2.double()).exp()
-        stats = {"queue_fill": weight_n.new_tensor(float(len(queue))), "queue_effective_size": weight_n.sum()}
-        half = half_life(self.memory, curve_a2)
-        return stats | {"decay_half_life": weight_n.new_tensor(half)} if math.isfinite(half) else stats
+        found = self.strategy(batch, queue, step=step, curve_a2=curve_a2)
+        return GlobalLossOutput(found.loss, found.batch_ND.detach(), batch.ids_N, found.stats)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytorch_metric_learning.losses
 import pytorch_metric_learning.miners
 import torch
-import torch.distributed as dist
 from pytorch_metric_learning.utils import loss_and_miner_utils
 
+from configs.schema import LossConfig
+from memory.pairing import GlobalBatch
 from memory.registry import build
 
 
@@ -23,41 +23,36 @@ class LibraryLoss:
 
     def __init__(
         self,
-        loss: str,
-        loss_args: Mapping[str, Any],
-        miner: str,
-        miner_args: Mapping[str, Any],
+        config: LossConfig,
         *,
         gradient_scale: float,
     ) -> None:
-        self.loss = build("loss.name", loss, loss_args, _classes(pytorch_metric_learning.losses))
-        self.miner = (
-            None
-            if miner == "none"
-            else build("loss.miner", miner, miner_args, _classes(pytorch_metric_learning.miners))
-        )
+        self.loss = build("loss.name", config.name, config.args, _classes(pytorch_metric_learning.losses))
+        self.miner = None
+        if config.miner != "none":
+            miners = _classes(pytorch_metric_learning.miners)
+            self.miner = build("loss.miner", config.miner, config.miner_args, miners)
         self.gradient_scale = gradient_scale
         if any(True for _ in self.loss.parameters()):
-            raise ValueError(f"{loss} has parameters of its own, which no optimizer here would train")
+            raise ValueError(f"{config.name} has parameters of its own, which no optimizer here would train")
         try:
             self._compute(torch.eye(4), torch.tensor([0, 0, 1, 1]), torch.eye(4), torch.tensor([0, 0, 1, 1]), live=True)
         except Exception as error:  # whatever a loss raises, it does so before any training
-            raise ValueError(f"{loss} does not take a reference set, which the queue needs: {error}") from error
+            raise ValueError(f"{config.name} does not take a reference set, which the queue needs: {error}") from error
 
     def __call__(
         self,
-        local_BD: torch.Tensor,
+        batch: GlobalBatch,
         batch_ND: torch.Tensor,
-        batch_ids_N: torch.Tensor,
         memory_MD: torch.Tensor,
         memory_ids_M: torch.Tensor,
         *,
         live: bool,
     ) -> torch.Tensor:
-        """The loss; its value is the same on every rank."""
-        start = dist.get_rank() * len(local_BD)
-        batch_ND = torch.cat([batch_ND[:start], local_BD, batch_ND[start + len(local_BD) :]])
-        loss = self._compute(batch_ND, batch_ids_N, memory_MD, memory_ids_M, live=live)
+        """The loss; its value is the same on every rank. `batch_ND` is the gathered batch."""
+        start, stop = batch.start, batch.start + len(batch.local_BD)
+        batch_ND = torch.cat([batch_ND[:start], batch.local_BD, batch_ND[stop:]])
+        loss = self._compute(batch_ND, batch.ids_N, memory_MD, memory_ids_M, live=live)
         loss = loss + (batch_ND * 0).sum()  # a loss of no pairs has no gradient; a non-finite descriptor makes it NaN
         return loss.detach() + self.gradient_scale * (loss - loss.detach())
 

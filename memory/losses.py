@@ -91,8 +91,8 @@ class ContrastiveLoss:
         return [
             Term((mined.count_AP * pull_AP).sum(), (mined.count_AP * (pull_AP > 0)).sum()),
             Term(
-                tile.columns.sum((mined.count_AR * tile.log_weight_R.exp() * push_AR).sum()),
-                tile.columns.sum((mined.count_AR * (push_AR > 0)).sum().detach()),
+                tile.ranks.sum((mined.count_AR * tile.log_weight_R.exp() * push_AR).sum()),
+                tile.ranks.sum((mined.count_AR * (push_AR > 0)).sum().detach()),
             ),
         ]
 
@@ -106,9 +106,9 @@ class TripletMarginLoss:
     weighs_anchors = False
 
     def __call__(self, tile: Tile, mined: Mined) -> list[Term]:
-        positive_AP, negative_AR = tile.columns.share(euclidean(tile.positive_AP)), euclidean(tile.negative_AR)
+        positive_AP, negative_AR = tile.ranks.share(euclidean(tile.positive_AP)), euclidean(tile.negative_AR)
         total, count = _TripletHinge.apply(positive_AP, negative_AR, tile.log_weight_R.exp(), mined, self.margin)
-        return [Term(tile.columns.sum(total), tile.columns.sum(count))]
+        return [Term(tile.ranks.sum(total), tile.ranks.sum(count))]
 
 
 class _TripletHinge(torch.autograd.Function):

@@ -83,7 +83,7 @@ class TripletMarginMiner:
             kept_AR = triplets(slot)
             count_AP[:, slot] = kept_AR.sum(1)
             count_AR += kept_AR
-        count_AP = tile.columns.sum(count_AP)
+        count_AP = tile.ranks.sum(count_AP)
         return Mined(count_AP.clamp(max=1), count_AR.clamp(max=1), count_AP, count_AR, triplets)
 
 

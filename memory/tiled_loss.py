@@ -17,31 +17,8 @@ import torch.distributed as dist
 
 from memory.losses import Loss
 from memory.miners import AllPairs, Miner
-from memory.tiles import Columns, Mined, Tile
-
-
-class Memory(NamedTuple):
-    """The memory entries that anchors meet on this rank."""
-
-    descriptors_mD: torch.Tensor
-    age_m: torch.Tensor  # optimizer steps, floating point
-    log_weight_m: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """Which anchors meet which references on this rank, and what is known of them beside their descriptors."""
-
-    anchor_ids_A: torch.Tensor
-    anchor_start: int  # place of the first anchor in the global batch
-    reference_ids_G: torch.Tensor
-    column_G: torch.Tensor  # each reference's column on this rank; -1 where another rank holds it
-    batch_start: int  # place of the first batch column in the global batch
-    batch_size: int  # images of the global batch
-    memory: Memory
-    widest: int  # most columns on any rank
-    columns: Columns
-    live: bool  # batch references carry gradient
+from memory.pairing import Pairing
+from memory.tiles import Mined, Tile
 
 
 @dataclass
@@ -70,12 +47,10 @@ class TiledLoss:
         self.loss, self.miner = loss, miner
         self.tile_bytes, self.gradient_scale = tile_bytes, gradient_scale
 
-    def __call__(
-        self, anchors_AD: torch.Tensor, batch_CD: torch.Tensor, pairing: Pairing
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, pairing: Pairing) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss over the anchors of all ranks, and figures of its mining; both the same on every rank."""
         stats: dict[str, torch.Tensor] = {}
-        loss: torch.Tensor = _WithGradient.apply(anchors_AD, batch_CD, self, pairing, stats)
+        loss: torch.Tensor = _WithGradient.apply(pairing.anchors_AD, pairing.batch_CD, self, pairing, stats)
         return loss, stats
 
     def run(
@@ -89,7 +64,7 @@ class TiledLoss:
         assert sums.terms_T2 is not None
         sums.terms_T2[0, 0] += (anchors_AD * 0).sum()  # a descriptor that is not finite makes the loss NaN
         flat = torch.cat([sums.terms_T2.flatten(), *(value[None] for value in sums.stats.values())])
-        if not pairing.columns.sharded:  # ranks hold different anchors
+        if not pairing.ranks.are_others:  # ranks hold different anchors
             dist.all_reduce(flat)
         terms_T2 = flat[: sums.terms_T2.numel()].view_as(sums.terms_T2)
         share_T = 1 / terms_T2[:, 1].clamp(min=1)
@@ -104,7 +79,7 @@ class TiledLoss:
     def _tiles(
         self, anchors_AD: torch.Tensor, batch_CD: torch.Tensor, pairing: Pairing, weight_A: torch.Tensor
     ) -> Iterator[_Placed]:
-        memory, columns = pairing.memory, pairing.columns
+        memory, ranks = pairing.memory, pairing.ranks
         num_batch, num_columns = len(batch_CD), len(batch_CD) + len(memory.descriptors_mD)
         ids_G, order_G = pairing.reference_ids_G.sort(stable=True)
         first_A = torch.searchsorted(ids_G, pairing.anchor_ids_A)
@@ -131,7 +106,7 @@ class TiledLoss:
             columns_AP = pairing.column_G[reference_AP].masked_fill(~same_place_AP, -1)
             own_AP = is_positive_AP & (columns_AP >= 0)
             columns_AP = columns_AP.masked_fill(columns_AP < 0, num_columns)
-            positive_AP = columns.sum(similarity_AR.gather(1, columns_AP).masked_fill(~own_AP, 0))
+            positive_AP = ranks.sum(similarity_AR.gather(1, columns_AP).masked_fill(~own_AP, 0))
             similarity_AR.scatter_(1, columns_AP, -torch.inf)
             tile = Tile(
                 positive_AP.requires_grad_(),
@@ -139,7 +114,7 @@ class TiledLoss:
                 similarity_AR.requires_grad_(),
                 log_weight_R,
                 weight_A[rows],
-                columns,
+                ranks,
                 meets_itself=not pairing.live,
             )
             yield _Placed(rows, tile, columns_AP, own_AP)
@@ -247,7 +222,7 @@ def _add_stats(stats: dict[str, torch.Tensor], tile: Tile, mined: Mined, num_bat
     figures_R3[:, 0] = 1
     figures_R3[num_batch:-1, 1] = 1
     figures_R3[num_batch:-1, 2] = age_m.to(figures_R3)
-    negatives_A3 = tile.columns.sum(mined.negative_AR @ figures_R3).double()
+    negatives_A3 = tile.ranks.sum(mined.negative_AR @ figures_R3).double()
     positives_A = mined.positive_AP.double().sum(1)
     hardest_negative_A, hardest_positive_A = tile.hardest_negative_A.double(), tile.hardest_positive_A.double()
     sums = {

@@ -14,30 +14,30 @@ import torch
 import torch.distributed as dist
 
 
-class Columns:
+class ReferenceRanks:
     """The ranks that hold the other references of the same anchors: none when the queue is replicated, else all.
 
-    A loss that calls `sum` on what it adds up over its columns, and `share` on positives that it combines with single
-    columns, has the same value on every rank and the gradient of one process that holds all columns.
+    A loss that calls `sum` on what it adds up over references, and `share` on positives that it combines with single
+    references, has the same value on every rank and the gradient of one process that holds all references.
     """
 
-    def __init__(self, sharded: bool) -> None:
-        self.sharded = sharded and dist.get_world_size() > 1
+    def __init__(self, *, all_of_them: bool) -> None:
+        self.are_others = all_of_them and dist.get_world_size() > 1
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks; each rank's summand gets the gradient of the sum."""
-        out: torch.Tensor = _SumOverRanks.apply(x) if self.sharded else x
+        out: torch.Tensor = _SumOverRanks.apply(x) if self.are_others else x
         return out
 
     def share(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`, equal on all ranks, for use with this rank's columns; its gradient is summed over ranks."""
-        out: torch.Tensor = _ShareWithRanks.apply(x) if self.sharded else x
+        """`x`, equal on all ranks, for use with this rank's references; its gradient is summed over ranks."""
+        out: torch.Tensor = _ShareWithRanks.apply(x) if self.are_others else x
         return out
 
     @torch.no_grad()
     def max(self, x: torch.Tensor) -> torch.Tensor:
         """Greatest over ranks, without gradient."""
-        if self.sharded:
+        if self.are_others:
             x = x.detach().clone()
             dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
@@ -76,7 +76,7 @@ class Tile:
     negative_AR: torch.Tensor  # -inf where the reference is of the anchor's place
     log_weight_R: torch.Tensor  # 0 inside the batch
     anchor_weight_A: torch.Tensor  # 1, or the anchor's share of mined pairs for a loss that asks for it
-    columns: Columns
+    ranks: ReferenceRanks
     meets_itself: bool  # the anchor's own stored copy is among the references, as in CrossBatchMemory
 
     @cached_property
@@ -89,7 +89,7 @@ class Tile:
     @cached_property
     def hardest_negative_A(self) -> torch.Tensor:
         """Greatest similarity to a negative of any rank, without gradient; -inf where there is none."""
-        return self.columns.max(self.negative_AR.detach().amax(dim=1))
+        return self.ranks.max(self.negative_AR.detach().amax(dim=1))
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ class _LogSumExpOfNegatives(torch.autograd.Function):
     ) -> torch.Tensor:
         x_AR = kept_AR.log_() if kept_AR is not None else torch.zeros_like(negative_AR)
         x_AR.add_(tile.log_weight_R - scale * base).add_(negative_AR, alpha=scale)
-        top_A = tile.columns.max(x_AR.amax(dim=1))
+        top_A = tile.ranks.max(x_AR.amax(dim=1))
         top_A = top_A.masked_fill(top_A == -torch.inf, 0)
         share_AR = x_AR.sub_(top_A[:, None]).exp_()
-        sum_A = tile.columns.sum(share_AR.sum(dim=1))
+        sum_A = tile.ranks.sum(share_AR.sum(dim=1))
         share_AR.mul_(torch.where(sum_A > 0, scale / sum_A, 0)[:, None])
         ctx.save_for_backward(share_AR)
         return sum_A.log() + top_A

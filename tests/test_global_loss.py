@@ -14,6 +14,7 @@ from pytorch_metric_learning import losses, miners
 from configs.schema import LossConfig, MemoryConfig
 from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
+from memory.strategies import InTiles
 from tests.dense_loss import Batch, dense_loss
 from tests.ranks import on_ranks
 
@@ -72,8 +73,8 @@ def compare(case: Case, rtol: float, atol: float) -> str:
     weight = projection(case.dtype).requires_grad_()
     queue = MemoryQueue(case.size, OUT, placement=case.placement).to(case.dtype)
     global_loss = GlobalLoss(case.config(), case.memory(), engine_reduces=case.engine_reduces)
-    assert global_loss.tiled
-    global_loss.tiled.tile_bytes = case.tile_bytes
+    assert isinstance(global_loss.strategy, InTiles)
+    global_loss.strategy.tiled.tile_bytes = case.tile_bytes
     stored: list[tuple[torch.Tensor, int, int]] = []
     for step, (x, ids) in enumerate(case.batches()):
         mine = slice(rank * len(x) // world, (rank + 1) * len(x) // world)

@@ -1,0 +1,112 @@
+"""The two ways to compute the loss of a global batch: in tiles here, or by pytorch-metric-learning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from configs.schema import LossConfig, MemoryConfig
+from memory.decay import half_life, log_weight
+from memory.gather import all_gather, all_gather_with_grad
+from memory.losses import LOSSES
+from memory.miners import MINERS
+from memory.pairing import GlobalBatch, Memory, Pairing
+from memory.queue import MemoryQueue
+from memory.registry import build
+from memory.tiled_loss import TiledLoss
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The loss over all ranks, the gathered batch, and figures of mining; the same on every rank."""
+
+    loss: torch.Tensor
+    batch_ND: torch.Tensor
+    stats: dict[str, torch.Tensor]
+
+
+class Strategy(Protocol):
+    """Computes the loss of a step's batch against itself and the queue, with its gradient."""
+
+    note: str
+    """What a user should know of it; empty for nothing."""
+
+    def __call__(self, batch: GlobalBatch, queue: MemoryQueue, *, step: int, curve_a2: torch.Tensor) -> Outcome: ...
+
+
+def choose_strategy(loss: LossConfig, memory: MemoryConfig, gradient_scale: float) -> Strategy:
+    """Tiles for a loss and miner of LOSSES and MINERS, the library for any other.
+
+    Raises ValueError for a name, argument or combination that does not exist.
+    """
+    if loss.name in LOSSES and loss.miner in MINERS:
+        return InTiles(loss, memory, gradient_scale)
+    return ByLibrary(loss, memory, gradient_scale)
+
+
+class InTiles:
+    """Anchors a few rows at a time, each rank its share; memory negatives are weighted by age."""
+
+    note = ""
+
+    def __init__(self, loss: LossConfig, memory: MemoryConfig, gradient_scale: float) -> None:
+        self.memory = memory
+        self.tiled = TiledLoss(
+            build("loss.name", loss.name, loss.args, LOSSES),
+            build("loss.miner", loss.miner, loss.miner_args, MINERS),
+            tile_bytes=memory.tile_mb << 20,
+            gradient_scale=gradient_scale,
+        )
+
+    def __call__(self, batch: GlobalBatch, queue: MemoryQueue, *, step: int, curve_a2: torch.Tensor) -> Outcome:
+        local_BD, live, sharded = batch.local_BD, self.memory.in_batch == "live", queue.placement == "sharded"
+        entries = queue.entries()
+        age_m = (step - entries.steps_n).to(local_BD.dtype)
+        memory = Memory(entries.descriptors_nD.to(local_BD.dtype), age_m, log_weight(age_m, self.memory, curve_a2))
+        batch_ND = all_gather_with_grad(local_BD) if live or sharded else all_gather(local_BD)
+        pair = Pairing.sharded if sharded else Pairing.replicated
+        loss, stats = self.tiled(pair(batch, batch_ND, queue, memory, live=live))
+        return Outcome(loss, batch_ND, stats | self._queue_stats(queue, step, curve_a2))
+
+    def _queue_stats(self, queue: MemoryQueue, step: int, curve_a2: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Entries held, what they amount to after weighting, and the decay's half-life in steps."""
+        age_n = (step - queue.steps()).double()
+        weight_n = log_weight(age_n, self.memory, curve_a2.double()).exp()
+        stats = {"queue_fill": weight_n.new_tensor(float(len(queue))), "queue_effective_size": weight_n.sum()}
+        half = half_life(self.memory, curve_a2)
+        return stats | {"decay_half_life": weight_n.new_tensor(half)} if math.isfinite(half) else stats
+
+
+class ByLibrary:
+    """The whole batch on every rank; needs the whole queue there, and knows no age."""
+
+    def __init__(self, loss: LossConfig, memory: MemoryConfig, gradient_scale: float) -> None:
+        from memory.library_loss import LibraryLoss  # pytorch-metric-learning takes a second to import
+
+        self.live = memory.in_batch == "live"
+        self.library = LibraryLoss(loss, gradient_scale=gradient_scale)
+        if memory.placement == "sharded":
+            raise ValueError(
+                f"{loss.name} with {loss.miner} is computed by pytorch-metric-learning, which needs the whole "
+                "queue on each rank; set memory.placement replicated"
+            )
+        self.note = (
+            f"{loss.name} with {loss.miner} is computed by pytorch-metric-learning: every rank computes the whole "
+            "batch, and memory negatives have no age weight (memory.decay is ignored)"
+        )
+
+    def __call__(
+        self,
+        batch: GlobalBatch,
+        queue: MemoryQueue,
+        *,
+        step: int,  # noqa: ARG002
+        curve_a2: torch.Tensor,  # noqa: ARG002
+    ) -> Outcome:
+        batch_ND, entries = all_gather(batch.local_BD), queue.entries()
+        memory_MD = entries.descriptors_nD.to(batch.local_BD.dtype)
+        loss = self.library(batch, batch_ND, memory_MD, entries.place_ids_n, live=self.live)
+        return Outcome(loss, batch_ND, {"queue_fill": loss.new_tensor(float(len(queue)))})
