@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.town.conditions import MONTHS, draw_conditions
 from data_pipeline.town.places import build_place
 from data_pipeline.town.render import CITIES, COLUMNS, POSITIVE_RADIUS, Town, image_name, render_town, town_is_current
-from data_pipeline.town.views import HEIGHT, MONTHS, WIDTH, draw_conditions, render_view
+from data_pipeline.town.views import HEIGHT, WIDTH, render_view
 
 SMALL = Town(seed=3, places=4, views=2, held_out_places=3, database_views=1, query_views=2)
 

@@ -25,8 +25,9 @@ import numpy as np
 
 from configs.files import partial_of, remove_abandoned
 from configs.progress import OnProgress, untold
+from data_pipeline.town.conditions import Kind, draw_conditions
 from data_pipeline.town.places import build_place
-from data_pipeline.town.views import Kind, draw_conditions, render_view
+from data_pipeline.town.views import render_view
 
 FORMAT = 1  # raised whenever the same town is drawn differently
 CITIES = ("Harbour", "Hillside", "Oldtown")

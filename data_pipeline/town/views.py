@@ -1,15 +1,14 @@
-"""One photograph of a place of the procedural town: camera, light, season, weather and what stands in the way."""
+"""One photograph of a place of the procedural town: the camera, and what stands in the way."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data_pipeline.town.conditions import Conditions, Light, Season
 from data_pipeline.town.places import (
     ACCENTS,
     HALF_WIDTH,
@@ -29,14 +28,6 @@ JPEG_QUALITY = 90
 EYE = 1.7  # camera height in metres
 LAMP_HEIGHT = 5.2
 
-Light = Literal["cloudy", "sunny", "dusk", "night"]
-Season = Literal["spring", "summer", "autumn", "winter", "snow"]
-Weather = Literal["dry", "rain", "fog"]
-Kind = Literal["any", "fair"]
-
-MONTHS: dict[Season, tuple[int, ...]] = {
-    "spring": (4, 5), "summer": (6, 7, 8), "autumn": (9, 10, 11), "winter": (2, 3), "snow": (12, 1),
-}  # fmt: skip
 FOLIAGE: dict[Season, tuple[Colour, ...]] = {
     "spring": ((132, 172, 78), (150, 184, 96), (226, 190, 204)),
     "summer": ((66, 110, 54), (80, 124, 62), (58, 98, 60)),
@@ -56,49 +47,6 @@ LIGHTS: dict[Light, tuple[Colour, Colour, Colour]] = {
     "dusk": ((206, 186, 178), (78, 84, 138), (238, 164, 118)),
     "night": ((146, 148, 170), (12, 16, 38), (42, 46, 72)),
 }
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """When and in what weather a photograph is taken, and how far its camera strays from the place's centre."""
-
-    light: Light
-    season: Season
-    weather: Weather
-    month: int
-    shift: float  # metres along the street
-    distance: float  # metres from the facade
-    yaw: float  # radians
-    traffic: float  # expected cars and people, 1 is usual
-
-    @property
-    def note(self) -> str:
-        return f"{self.light}-{self.season}-{self.weather}"
-
-
-def draw_conditions(rng: np.random.Generator, kind: Kind = "any") -> Conditions:
-    """Random conditions: `fair` is by day, dry and in leaf."""
-    chances = {"any": (0.3, 0.3, 0.18, 0.22), "fair": (0.5, 0.5, 0, 0)}
-    light: Light = ("cloudy", "sunny", "dusk", "night")[rng.choice(4, p=chances[kind])]
-    seasons: tuple[Season, ...] = ("spring", "summer", "summer", "autumn", "winter", "snow")
-    if kind == "fair":
-        seasons = ("spring", "summer")
-    season = seasons[rng.integers(len(seasons))]
-    weathers: tuple[Weather, ...] = ("dry", "dry", "rain", "fog")
-    weather = "dry" if light == "sunny" or kind == "fair" else weathers[rng.integers(4)]
-    if season == "snow" and weather == "rain":
-        weather = "fog"
-    spread = 0.6 if kind == "fair" else 1.0
-    return Conditions(
-        light=light,
-        season=season,
-        weather=weather,
-        month=int(rng.choice(MONTHS[season])),
-        shift=float(rng.uniform(-0.55, 0.55) * spread),
-        distance=float(16 + rng.uniform(-0.55, 0.55) * spread),
-        yaw=float(rng.uniform(-0.026, 0.026) * spread),
-        traffic=0.7 if kind == "fair" else 0.9,
-    )
 
 
 class Camera:
