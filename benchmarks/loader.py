@@ -34,6 +34,7 @@ from data_pipeline.images import normalise
 from data_pipeline.index import ShardIndex
 from data_pipeline.loader import PlaceBatch, PlaceLoader
 from data_pipeline.mixture import EpochPlans, read_mixture
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.town.render import Town, render_town
@@ -145,7 +146,7 @@ def main(options: Options) -> dict[str, float]:
         if source is None:
             render_town(work / "town", Town(held_out_places=0))
             source = work / "town" / "train"
-        write_shards(read_gsv_cities(source), work / "set", shard_bytes=8 * 2**20)
+        write_shards(read_gsv_cities(source), work / "set", ShardOptions(shard_bytes=8 * 2**20))
         jpegs = _planned_jpegs(options, work / "set")
         batch = options.places * options.views
         rates: dict[str, list[float]] = {}

@@ -29,7 +29,7 @@ from data_pipeline.index import (
     file_sha256,
     read_index,
 )
-from data_pipeline.plan import plan_epoch
+from data_pipeline.plan import Batching, plan_epoch
 
 VIEWS, CITIES, PLACES_PER_TAR, AT_ONCE = 4, 200, 2_000, 500_000
 
@@ -105,11 +105,9 @@ def main(options: Options) -> dict[str, float]:
             plan_epoch(
                 index.place_city,
                 index.num_views,
+                Batching(places_per_batch=1024, images_per_place=4, composition=composition),
                 seed=0,
                 epoch=1,
-                places_per_batch=1024,
-                images_per_place=4,
-                composition=composition,
             )
             seconds[composition] = time.perf_counter() - began
         began, lookups = time.perf_counter(), 10_000

@@ -12,17 +12,18 @@ from numpy.typing import NDArray
 
 from data_pipeline.index import ShardIndex
 from data_pipeline.listing import PlaceListing
+from data_pipeline.shard_options import ShardOptions
 
 _STAT_THREADS = 16
 
 
 def changed_photograph(
-    listing: PlaceListing, index: ShardIndex, suspect: NDArray[np.bool_], *, max_side: int | None, quality: int
+    listing: PlaceListing, index: ShardIndex, suspect: NDArray[np.bool_], options: ShardOptions
 ) -> str | None:
     """The first photograph that is not the one in the set, of those of the listing's rows that are `suspect`; or None.
 
-    Suspects are read again, and scaled again with `max_side` and `quality` if the set's are, and held against the
-    index's crc32; a photograph that was left out as bad must still be bad.
+    Suspects are read again, and scaled again as the `options` say if the set's are, and held against the index's
+    crc32; a photograph that was left out as bad must still be bad.
     """
     if not suspect.any():
         return None
@@ -33,7 +34,7 @@ def changed_photograph(
     by_image = _crc32_by_image(listing, index, bad)
     files = listing.images["file"].to_pylist()
     for row in np.flatnonzero(suspect).tolist():
-        photo = read_photo(Path(listing.source) / files[row], max_side, quality)
+        photo = read_photo(Path(listing.source) / files[row], options.max_side, options.quality)
         said = by_image.get(row)
         if isinstance(photo, str) != (files[row] in bad):
             return str(files[row])

@@ -10,7 +10,7 @@ import numpy as np
 
 from configs.schema import DataConfig
 from data_pipeline.index import PlaceRange, ShardIndex, read_index
-from data_pipeline.plan import EpochPlan, Int64, plan_epoch, visits_of_epoch
+from data_pipeline.plan import Batching, EpochPlan, Int64, plan_epoch, visits_of_epoch
 from data_pipeline.storage import RangeReader
 
 
@@ -94,11 +94,13 @@ class EpochPlans:
         return plan_epoch(
             self.places.place_city,
             self.places.num_views,
+            Batching(
+                places_per_batch=self.data.places_per_batch,
+                images_per_place=self.data.images_per_place,
+                composition=self.data.composition,
+                repeat=self.repeat,
+            ),
             seed=self.seed,
             epoch=epoch,
-            places_per_batch=self.data.places_per_batch,
-            images_per_place=self.data.images_per_place,
-            composition=self.data.composition,
-            repeat=self.repeat,
             visits=self.places.visits(seed=self.seed, epoch=epoch),
         )

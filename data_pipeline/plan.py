@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -48,28 +49,32 @@ class EpochPlan:
         return self.places_SP[step, part], self.views_SPK[step, part]
 
 
+@dataclass(frozen=True)
+class Batching:
+    """What a batch is made of: P places with K images of each, of one city ("city") or of all ("mixed").
+
+    The places of a city whose number is in `repeat` come that many times an epoch.
+    """
+
+    places_per_batch: int
+    images_per_place: int
+    composition: str
+    repeat: Mapping[int, int] = field(default_factory=dict)
+
+
 def plan_epoch(
-    place_city: Int64,
-    num_views: Int64,
-    *,
-    seed: int,
-    epoch: int,
-    places_per_batch: int,
-    images_per_place: int,
-    composition: str,
-    repeat: dict[int, int] | None = None,
-    visits: Int64 | None = None,
+    place_city: Int64, num_views: Int64, batching: Batching, *, seed: int, epoch: int, visits: Int64 | None = None
 ) -> EpochPlan:
     """The plan of one epoch over places 0..n-1, given each place's city number and number of views (int64 [n]).
 
-    composition "mixed" draws a batch from all cities; "city" fills batches from one city each, and only what is left
-    over of the cities is mixed. Each place comes once an epoch (`visits` times, int64 [n], if given; times
+    Composition "mixed" draws a batch from all cities; "city" fills batches from one city each, and only what is left
+    over of the cities is mixed. Each place comes once per epoch (`visits` times, int64 [n], if given; times
     `repeat[city]` for the cities named there), K of its views without replacement; the last incomplete batch is
     dropped, another one each epoch. Nothing about ranks, workers or resume enters, and only raw 64-bit draws do, whose
     stream numpy guarantees over versions.
     Raises ValueError where there are fewer places than a batch takes or a place has fewer than K views.
     """
-    repeat = repeat or {}
+    places_per_batch, images_per_place = batching.places_per_batch, batching.images_per_place
     if visits is None:
         visits = np.ones(len(num_views), dtype=np.int64)
     num_seen = int(np.count_nonzero(visits))
@@ -84,12 +89,12 @@ def plan_epoch(
             f"use at most {num_views[place]} or shard with --min-images-per-place {images_per_place}"
         )
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
-    if composition == "mixed":
-        if repeat:
+    if batching.composition == "mixed":
+        if batching.repeat:
             raise ValueError("data.repeat needs data.composition city")
         stream = _rounds(np.arange(len(num_views), dtype=np.int64), visits, places_per_batch, bits)
     else:
-        stream = _city_stream(place_city, places_per_batch, repeat, visits, bits)
+        stream = _city_stream(place_city, batching, visits, bits)
     num_steps = len(stream) // places_per_batch
     places_SP = stream[: num_steps * places_per_batch].reshape(num_steps, places_per_batch)
     places_SP = places_SP[_shuffled(np.arange(num_steps), bits)]
@@ -140,16 +145,16 @@ def _rounds(places: Int64, visits: Int64, batch: int, bits: np.random.Philox) ->
     return stream
 
 
-def _city_stream(place_city: Int64, batch: int, repeat: dict[int, int], visits: Int64, bits: np.random.Philox) -> Int64:
+def _city_stream(place_city: Int64, batching: Batching, visits: Int64, bits: np.random.Philox) -> Int64:
     """All places so that whole batches come first, each of one city, then the cities' left-overs."""
-    whole, rest = [], []
+    whole, rest, batch = [], [], batching.places_per_batch
     by_city = np.argsort(place_city, kind="stable")
     ordered = place_city[by_city]
     starts = np.append(0, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
     cities = ordered[starts]
     members = dict(zip(cities.tolist(), np.split(by_city, starts[1:]), strict=True))
     for city in _shuffled(cities, bits).tolist():
-        rounds = repeat.get(city, 1)
+        rounds = batching.repeat.get(city, 1)
         if rounds > 1 and len(members[city]) < batch:
             raise ValueError(
                 f"data.repeat: city number {city} has {len(members[city])} places, fewer than "

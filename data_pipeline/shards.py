@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -35,6 +34,7 @@ from data_pipeline.index import (
     write_index,
 )
 from data_pipeline.listing import PlaceListing
+from data_pipeline.shard_options import DEFAULTS, ShardOptions
 from data_pipeline.tar_writer import (
     BadImages,
     TarJob,
@@ -46,7 +46,6 @@ from data_pipeline.tar_writer import (
     unfinished,
 )
 
-SHARD_BYTES = 256 * 2**20
 _JOBS_AHEAD = 2
 _PART_LOCK = f"{LOCK}.part-"
 
@@ -86,46 +85,37 @@ def plan_shards(place_bytes: NDArray[np.int64], shard_bytes: int) -> list[tuple[
 def write_shards(
     listing: PlaceListing,
     out: Path,
+    options: ShardOptions = DEFAULTS,
     *,
-    shard_bytes: int = SHARD_BYTES,
-    max_bad: float = 0.001,
-    max_side: int | None = None,
-    quality: int = 95,
-    threads: int | None = None,
-    workers: int = 1,
     part: tuple[int, int] | None = None,
     on_progress: OnProgress = untold,
 ) -> ShardSummary:
-    """Write the shard set of `listing` to the folder `out`, with about `shard_bytes` of source photographs in a tar.
+    """Writes the shard set of `listing` to the folder `out`, as `options` say.
 
     Every photograph is decoded once by the decoder that training uses; one that is missing, cut off or no JPEG is left
-    out and named, and so is a place that keeps fewer than `listing.min_images_per_place`. If more than the share
-    `max_bad` of all images is bad, ValueError is raised and no index written; tars finished by then, or by a run that
-    was interrupted, are reused by the next. `out` may hold nothing but this set: ValueError otherwise.
-    Photographs larger than `max_side` are scaled to it and written with `quality`; others keep their bytes. `workers`
-    processes share `threads` decoding threads; neither changes a byte. With `part` (i, n) only every n-th tar from the
+    out and named, and so is a place that keeps fewer than `listing.min_images_per_place`. If too many images are bad,
+    ValueError is raised and no index written; tars finished by then, or by a run that was interrupted, are reused by
+    the next. `out` may hold nothing but this set: ValueError otherwise. With `part` (i, n) only every n-th tar from the
     i-th on is written, beside other parts that may be running, and no index: a last run without `part` takes their tars
     and writes it. `on_progress(images done, images in all)` is called after each place, or each tar of other processes.
     """
-    _check_options(shard_bytes, max_bad, max_side, quality, workers, part)
+    if part and not 0 <= part[0] < part[1]:
+        raise ValueError(f"part is {part[0]}/{part[1]}; it counts from 0: 0/{part[1]} to {part[1] - 1}/{part[1]}")
     for folder in listing.folders:
         if not (listing.source / folder).is_dir():
             raise FileNotFoundError(f"{listing.source}: no folder {folder}, which the CSV's city_id names")
     files = listing.images["file"].to_pylist()
     sizes, changed_ns = file_stats(listing.source, files)
-    options = f"{FORMAT_VERSION} {shard_bytes} {listing.min_images_per_place}"
-    if max_side is not None:
-        options += f" {max_side} {quality}"
-    set_digest = _digest("\n".join([options, *files]), *([listing.details] if listing.details else []))
+    said = options.digest_text(FORMAT_VERSION, listing.min_images_per_place)
+    set_digest = _digest("\n".join([said, *files]), *([listing.details] if listing.details else []))
     fingerprint = _digest(set_digest, sizes.tobytes())
     if (out / INDEX).exists():
-        return _reuse_complete(out, fingerprint, listing, changed_ns, max_side, quality)
+        return _reuse_complete(out, fingerprint, listing, changed_ns, options)
 
-    allowed = BadImages(max_bad, listing.num_images)
+    allowed = BadImages(options.max_bad, listing.num_images)
     missing = listing.images.take(np.flatnonzero(sizes < 0)).to_pylist()
     allowed.check([BadImage(image["csv"], image["row"], image["file"], "missing") for image in missing])
     place_bytes = np.add.reduceat(np.maximum(sizes, 0), listing.place_starts[:-1])
-    cores = threads or os.cpu_count() or 1
 
     def job(number: int, start: int, stop: int) -> TarJob:
         name = f"shards/train-{number:06d}.tar"
@@ -140,41 +130,22 @@ def write_shards(
             tar_digest=_digest(set_digest, f"{name} {start} {stop}", sizes[first:last].tobytes()),
             changed_ns=int(changed_ns[first:last].max()),
             min_images_per_place=listing.min_images_per_place,
-            max_side=max_side,
-            quality=quality,
-            threads=max(1, cores // workers),
+            options=options,
             allowed=allowed,
         )
 
-    plan = list(enumerate(plan_shards(place_bytes, shard_bytes)))
+    plan = list(enumerate(plan_shards(place_bytes, options.shard_bytes)))
     mine = plan[part[0] :: part[1]] if part else plan
     total = sum(int(listing.place_starts[stop] - listing.place_starts[start]) for _, (start, stop) in mine)
     gathered = _Gathered(listing, allowed)
     with _folder_for(out, set_digest, part, [out / f"shards/train-{number:06d}.tar" for number, _ in mine]):
         jobs = (job(number, start, stop) for number, (start, stop) in mine)
-        for result in _results(jobs, min(workers, len(mine)), gathered, total, on_progress):
+        for result in _results(jobs, min(options.workers, len(mine)), gathered, total, on_progress):
             gathered.add(result)
         if part:
             return gathered.summary(out, gathered.metadata(fingerprint), part)
         metadata = gathered.finish(out, fingerprint)
     return gathered.summary(out, metadata)
-
-
-def _check_options(
-    shard_bytes: int, max_bad: float, max_side: int | None, quality: int, workers: int, part: tuple[int, int] | None
-) -> None:
-    if not 0 <= max_bad <= 1:
-        raise ValueError(f"max_bad is {max_bad}; it is a share of all images, 0 to 1")
-    if shard_bytes < 1:
-        raise ValueError(f"shard_bytes is {shard_bytes}; use 1 or more (default {SHARD_BYTES})")
-    if max_side is not None and max_side < 1:
-        raise ValueError(f"max_side is {max_side}; give the longer side in pixels, 1 or more")
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality is {quality}; it is JPEG's, 1 to 100")
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; use 1 or more")
-    if part and not 0 <= part[0] < part[1]:
-        raise ValueError(f"part is {part[0]}/{part[1]}; it counts from 0: 0/{part[1]} to {part[1] - 1}/{part[1]}")
 
 
 def _results(
@@ -331,12 +302,7 @@ def _folder_for(out: Path, set_digest: str, part: tuple[int, int] | None, mine: 
 
 
 def _reuse_complete(
-    out: Path,
-    fingerprint: str,
-    listing: PlaceListing,
-    changed_ns: NDArray[np.int64],
-    max_side: int | None,
-    quality: int,
+    out: Path, fingerprint: str, listing: PlaceListing, changed_ns: NDArray[np.int64], options: ShardOptions
 ) -> ShardSummary:
     """The summary of the set that `out` holds, if it is the one asked for and its tars are there."""
     index = read_index(out)
@@ -349,7 +315,7 @@ def _reuse_complete(
         if size != shard.size:
             raise ValueError(f"{out / shard.name}: missing or not {shard.size} bytes; remove {out} and shard again")
         written_ns = min(written_ns, (out / shard.name).stat().st_mtime_ns)
-    changed = changed_photograph(listing, index, changed_ns > written_ns, max_side=max_side, quality=quality)
+    changed = changed_photograph(listing, index, changed_ns > written_ns, options)
     if changed is not None:
         raise ValueError(
             f"{out}: {listing.source / changed} is not the photograph that was sharded; remove {out} and shard again"

@@ -26,6 +26,7 @@ from data_pipeline.index import (
     read_table,
     write_table,
 )
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.tars import END_OF_TAR, pack_place
 
 if TYPE_CHECKING:
@@ -68,9 +69,7 @@ class TarJob:
     tar_digest: str
     changed_ns: int
     min_images_per_place: int
-    max_side: int | None
-    quality: int
-    threads: int
+    options: ShardOptions
     allowed: BadImages
 
     @property
@@ -165,9 +164,9 @@ def _write_tar(
     kept = places_lost = images_lost = done = 0
     digest = hashlib.sha256()
     images = job.images.to_pylist()
-    with ThreadPoolExecutor(job.threads, "decode") as pool, tar.open("wb") as file:
+    with ThreadPoolExecutor(job.options.threads_per_worker, "decode") as pool, tar.open("wb") as file:
         paths = [job.source / image["file"] for image in images]
-        photos = read_photos(paths, pool, max_side=job.max_side, quality=job.quality)
+        photos = read_photos(paths, pool, max_side=job.options.max_side, quality=job.options.quality)
         for size in job.place_sizes:
             good: list[tuple[dict[str, Any], Photo]] = []
             for image in images[done : done + size]:

@@ -16,6 +16,7 @@ from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help and mistakes should not wait for pyarrow
     from data_pipeline.listing import PlaceListing
+    from data_pipeline.shard_options import ShardOptions
     from data_pipeline.shards import ShardSummary
     from data_pipeline.sources.cells import Grid
 
@@ -181,12 +182,14 @@ def write_shard_set(console: Console, command: Any) -> ShardSummary:
         return write_shards(
             listing,
             command.out,
-            shard_bytes=command.shard_mb * 2**20,
-            max_bad=command.max_bad,
-            max_side=command.max_side,
-            quality=command.quality,
-            threads=command.threads,
-            workers=command.workers,
+            ShardOptions(
+                shard_bytes=command.shard_mb * 2**20,
+                max_bad=command.max_bad,
+                max_side=command.max_side,
+                quality=command.quality,
+                threads=command.threads,
+                workers=command.workers,
+            ),
             part=part,
             on_progress=update,
         )

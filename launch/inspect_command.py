@@ -68,16 +68,18 @@ def main(argv: list[str]) -> int:
             f"map: {chart}" if drawn else "map: none, no place has coordinates", highlight=False, soft_wrap=True
         )
     if command.plan:
-        from data_pipeline.plan import plan_epoch
+        from data_pipeline.plan import Batching, plan_epoch
 
         plan = plan_epoch(
             index.place_city,
             index.num_views,
+            Batching(
+                places_per_batch=command.places_per_batch,
+                images_per_place=command.images_per_place,
+                composition=command.composition,
+            ),
             seed=command.seed,
             epoch=command.epoch,
-            places_per_batch=command.places_per_batch,
-            images_per_place=command.images_per_place,
-            composition=command.composition,
         )
         plan.write(command.plan)
         console.print(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.photos import SMALL_SHARD, write_gsv_cities
@@ -74,7 +75,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
 def shard_set(native: Native, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Their shard set, of small tars; nobody changes it."""
     out = tmp_path_factory.mktemp("sets") / "set"
-    write_shards(read_gsv_cities(native[0]), out, shard_bytes=SMALL_SHARD)
+    write_shards(read_gsv_cities(native[0]), out, ShardOptions(shard_bytes=SMALL_SHARD))
     return out
 
 

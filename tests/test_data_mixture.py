@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from configs.schema import DataConfig
 from data_pipeline.index import read_index
 from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
-from data_pipeline.plan import plan_epoch, visits_of_epoch
+from data_pipeline.plan import Batching, plan_epoch, visits_of_epoch
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.conftest import Native
@@ -26,7 +27,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     cities = [{"A": dict.fromkeys(range(9), 5), "B": dict.fromkeys(range(12), 4)}, {"A": dict.fromkeys(range(10), 6)}]
     for number, places in enumerate(cities):
         write_gsv_cities(folder / f"native{number}", places, seed=number)
-        write_shards(read_gsv_cities(folder / f"native{number}"), folder / f"set{number}", shard_bytes=20_000)
+        write_shards(
+            read_gsv_cities(folder / f"native{number}"), folder / f"set{number}", ShardOptions(shard_bytes=20_000)
+        )
     return [folder / "set0", folder / "set1"]
 
 
@@ -52,7 +55,11 @@ def test_one_set_alone_is_planned_as_ever(sets: list[Path]) -> None:
     index = read_index(sets[0])
     alone = EpochPlans(read_mixture(config(sets)), config(sets), seed=3).epoch(4)
     plain = plan_epoch(
-        index.place_city, index.num_views, seed=3, epoch=4, places_per_batch=4, images_per_place=3, composition="city"
+        index.place_city,
+        index.num_views,
+        Batching(places_per_batch=4, images_per_place=3, composition="city"),
+        seed=3,
+        epoch=4,
     )
     assert np.array_equal(alone.places_SP, plain.places_SP)
     assert np.array_equal(alone.views_SPK, plain.views_SPK)
@@ -104,10 +111,10 @@ def test_visits_rotate_until_all_places_had_their_turn(places: int, weight: floa
 def test_no_batch_holds_a_place_twice(sets: list[tuple[int, float]], batch: int, composition: str, epoch: int) -> None:
     cities = np.repeat(np.arange(len(sets)), [n for n, _ in sets])
     visits = np.concatenate([visits_of_epoch(n, w, seed=0, epoch=epoch, stream=s) for s, (n, w) in enumerate(sets)])
-    options: dict = {"seed": 1, "epoch": epoch, "places_per_batch": batch, "images_per_place": 2}
+    batching = Batching(places_per_batch=batch, images_per_place=2, composition=composition)
     views = np.full(len(cities), 5)
     try:
-        plan = plan_epoch(cities, views, composition=composition, visits=visits, **options)
+        plan = plan_epoch(cities, views, batching, seed=1, epoch=epoch, visits=visits)
     except ValueError as error:
         assert "fewer than data.places_per_batch" in str(error)  # noqa: PT017
         return

@@ -9,6 +9,7 @@ from PIL import Image
 
 from data_pipeline.index import read_index
 from data_pipeline.overview import draw_map, overview
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.sources.manifest import read_manifest
@@ -20,7 +21,7 @@ from tests.photos import jpeg, write_gsv_cities
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("overview")
     write_gsv_cities(folder / "native")
-    write_shards(read_gsv_cities(folder / "native"), folder / "set", shard_bytes=12_000)
+    write_shards(read_gsv_cities(folder / "native"), folder / "set", ShardOptions(shard_bytes=12_000))
     return folder / "set"
 
 

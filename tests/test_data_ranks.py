@@ -16,6 +16,7 @@ from configs.schema import DataConfig
 from data_pipeline.augment import image_seeds, randaugment
 from data_pipeline.loader import PlaceLoader
 from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.photos import write_gsv_cities
@@ -34,7 +35,9 @@ def data() -> tuple[PlaceMixture, EpochPlans]:
         for name, cities in {"one": {"A": dict.fromkeys(range(20), 5), "B": {i: 4 + i % 3 for i in range(17)}},
                              "two": {"C": dict.fromkeys(range(24), 4)}}.items():  # fmt: skip
             write_gsv_cities(folder / name / "native", cities, seed=len(cities))
-            write_shards(read_gsv_cities(folder / name / "native"), folder / name / "set", shard_bytes=30_000)
+            write_shards(
+                read_gsv_cities(folder / name / "native"), folder / name / "set", ShardOptions(shard_bytes=30_000)
+            )
     dist.barrier()
     config = config_of(folder, 0)
     places = read_mixture(config)

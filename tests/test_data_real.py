@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.plan import plan_epoch
+from data_pipeline.plan import Batching, plan_epoch
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.verify import verify_shards
@@ -22,7 +23,9 @@ def real_data():
 
 
 def test_real_photographs(real_data, tmp_path):
-    summary = write_shards(read_gsv_cities(real_data / "places_mini"), tmp_path / "set", shard_bytes=5_000_000)
+    summary = write_shards(
+        read_gsv_cities(real_data / "places_mini"), tmp_path / "set", ShardOptions(shard_bytes=5_000_000)
+    )
     assert (summary.places, summary.images, summary.bad) == (210, 1250, [])
     assert verify_shards(tmp_path / "set") == []
 
@@ -52,7 +55,7 @@ def test_real_metadata_is_planned_without_photographs(real_data, tmp_path):
     assert views.min() >= 4
     for epoch in range(2):
         plan = plan_epoch(
-            city, views, seed=0, epoch=epoch, places_per_batch=120, images_per_place=4, composition="city"
+            city, views, Batching(places_per_batch=120, images_per_place=4, composition="city"), seed=0, epoch=epoch
         )
         assert plan.num_steps == listing.num_places // 120
         assert len(np.unique(plan.places_SP)) == plan.places_SP.size

@@ -20,6 +20,7 @@ from data_pipeline.cache import RangeCache
 from data_pipeline.index import read_index
 from data_pipeline.loader import PlaceBatch, PlaceLoader, build_reader
 from data_pipeline.mixture import EpochPlans, read_mixture
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.storage import RangeReader, StorageError
@@ -36,7 +37,7 @@ CITIES = {"Aachen": {i: 4 + i % 3 for i in range(20)}, "Bergen": dict.fromkeys(r
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("remote")
     write_gsv_cities(folder / "native", CITIES)
-    write_shards(read_gsv_cities(folder / "native"), folder / "set", shard_bytes=40_000)
+    write_shards(read_gsv_cities(folder / "native"), folder / "set", ShardOptions(shard_bytes=40_000))
     return folder / "set"
 
 

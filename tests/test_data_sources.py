@@ -24,6 +24,7 @@ from PIL import Image
 
 from data_pipeline.index import read_index
 from data_pipeline.listing import shuffle_places
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.cells import Grid, place_of_images
 from data_pipeline.sources.gsv_cities import read_gsv_cities
@@ -54,7 +55,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(native: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("expected") / "set"
-    write_shards(read_gsv_cities(native), out, shard_bytes=SMALL)
+    write_shards(read_gsv_cities(native), out, ShardOptions(shard_bytes=SMALL))
     return contents(out)
 
 
@@ -234,7 +235,9 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path: Path, text: str, wo
 
 def test_only_larger_photographs_are_scaled(native: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        write_shards(read_gsv_cities(native), tmp_path / name, max_side=40, quality=80, workers=1, threads=1)
+        write_shards(
+            read_gsv_cities(native), tmp_path / name, ShardOptions(max_side=40, quality=80, workers=1, threads=1)
+        )
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert verify_shards(tmp_path / "one") == []
     index = read_index(tmp_path / "one")
@@ -256,16 +259,16 @@ def test_only_larger_photographs_are_scaled(native: Path, tmp_path: Path) -> Non
         assert abs(row["width"] / row["height"] - width / height) < 0.1 * width / height + 0.1
     assert scaled > 100
     with pytest.raises(ValueError, match="holds another shard set"):
-        write_shards(read_gsv_cities(native), tmp_path / "one", max_side=40, quality=81)
+        write_shards(read_gsv_cities(native), tmp_path / "one", ShardOptions(max_side=40, quality=81))
 
 
 def test_shuffled_places_lie_in_another_order_under_the_same_ids(
     native: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     listing = read_gsv_cities(native)
-    write_shards(listing, tmp_path / "plain", shard_bytes=SMALL)
+    write_shards(listing, tmp_path / "plain", ShardOptions(shard_bytes=SMALL))
     assert contents(tmp_path / "plain") == expected
-    write_shards(shuffle_places(listing, 3), tmp_path / "shuffled", shard_bytes=SMALL)
+    write_shards(shuffle_places(listing, 3), tmp_path / "shuffled", ShardOptions(shard_bytes=SMALL))
     assert verify_shards(tmp_path / "shuffled") == []
     plain, shuffled = read_index(tmp_path / "plain"), read_index(tmp_path / "shuffled")
     where = ["shard", "offset"]
@@ -287,8 +290,7 @@ def test_worker_processes_write_the_same_bytes(native: Path, expected: dict[str,
     write_shards(
         read_gsv_cities(native),
         tmp_path / "set",
-        shard_bytes=SMALL,
-        workers=2,
+        ShardOptions(shard_bytes=SMALL, workers=2),
         on_progress=lambda done, total: seen.append((done, total)),
     )
     assert contents(tmp_path / "set") == expected
@@ -304,19 +306,19 @@ def test_parts_side_by_side_and_a_last_run_give_the_same_bytes(
     def other_part(done: int, total: int) -> None:
         if done == total:
             with pytest.raises(ValueError, match=r"another process .* is writing"):
-                write_shards(listing, out, shard_bytes=SMALL)
+                write_shards(listing, out, ShardOptions(shard_bytes=SMALL))
             with pytest.raises(ValueError, match=r"another process .* is writing"):
-                write_shards(listing, out, shard_bytes=SMALL, part=(0, 3))
-            write_shards(listing, out, shard_bytes=SMALL, part=(2, 3))
+                write_shards(listing, out, ShardOptions(shard_bytes=SMALL), part=(0, 3))
+            write_shards(listing, out, ShardOptions(shard_bytes=SMALL), part=(2, 3))
 
-    first = write_shards(listing, out, shard_bytes=SMALL, part=(0, 3), on_progress=other_part)
+    first = write_shards(listing, out, ShardOptions(shard_bytes=SMALL), part=(0, 3), on_progress=other_part)
     assert first.part == (0, 3)
     assert not (out / "index.parquet").exists()
     written = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("*.tar")}
     assert len(written) > first.shards_written > 3
-    again = write_shards(listing, out, shard_bytes=SMALL, part=(0, 3))
+    again = write_shards(listing, out, ShardOptions(shard_bytes=SMALL), part=(0, 3))
     assert (again.shards_written, again.shards_reused) == (0, first.shards_written)
-    last = write_shards(listing, out, shard_bytes=SMALL)
+    last = write_shards(listing, out, ShardOptions(shard_bytes=SMALL))
     assert last.shards_reused == len(written)
     assert last.shards_written > 3
     assert {path: path.stat().st_mtime_ns for path in written} == written
@@ -333,14 +335,16 @@ def test_bad_images_of_all_workers_count_together(native: Path, tmp_path: Path) 
         file.write_bytes(b"no photograph")
     listing = read_gsv_cities(tmp_path / "native")
     with pytest.raises(ValueError, match="stopped at 2 unreadable photographs"):
-        write_shards(listing, tmp_path / "set", shard_bytes=SMALL, workers=2, max_bad=1.5 / listing.num_images)
+        write_shards(
+            listing, tmp_path / "set", ShardOptions(shard_bytes=SMALL, workers=2, max_bad=1.5 / listing.num_images)
+        )
     assert not (tmp_path / "set/index.parquet").exists()
 
 
 def _shard(native: Path, out: Path, started: object) -> None:
     listing = read_gsv_cities(native)
     started.set()  # type: ignore[attr-defined]
-    write_shards(listing, out, shard_bytes=SMALL, threads=1)
+    write_shards(listing, out, ShardOptions(shard_bytes=SMALL, threads=1))
 
 
 @pytest.mark.slow
@@ -367,7 +371,7 @@ def test_killed_at_ten_random_moments_and_finished_the_bytes_are_the_same(
         process.kill()
         process.join()
         states.add(len(list((out / "shards").glob("*.tar"))) if out.exists() else -1)
-        write_shards(read_gsv_cities(native), out, shard_bytes=SMALL)
+        write_shards(read_gsv_cities(native), out, ShardOptions(shard_bytes=SMALL))
         assert contents(out) == expected, f"killed run {number}"
     assert len(states) > 2
 
@@ -376,9 +380,11 @@ PARENT = """
 import sys
 from pathlib import Path
 from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 if __name__ == "__main__":
-    write_shards(read_gsv_cities(Path(sys.argv[1])), Path(sys.argv[2]), shard_bytes=3000, workers=2, threads=1)
+    options = ShardOptions(shard_bytes=3000, workers=2, threads=1)
+    write_shards(read_gsv_cities(Path(sys.argv[1])), Path(sys.argv[2]), options)
 """
 
 
@@ -398,8 +404,8 @@ def test_workers_end_with_their_killed_parent(native: Path, tmp_path: Path) -> N
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
     assert not (out / "index.parquet").exists()
-    write_shards(read_gsv_cities(native), out, shard_bytes=3000)
-    write_shards(read_gsv_cities(native), tmp_path / "plain", shard_bytes=3000)
+    write_shards(read_gsv_cities(native), out, ShardOptions(shard_bytes=3000))
+    write_shards(read_gsv_cities(native), tmp_path / "plain", ShardOptions(shard_bytes=3000))
     assert contents(out) == contents(tmp_path / "plain")
 
 

@@ -11,7 +11,8 @@ from data_pipeline.augment import image_seeds, randaugment
 from data_pipeline.images import decode
 from data_pipeline.index import PlaceRange, ShardIndex, read_index
 from data_pipeline.loader import PlaceLoader, TooManyBadImagesError
-from data_pipeline.plan import EpochPlan, plan_epoch
+from data_pipeline.plan import Batching, EpochPlan, plan_epoch
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests.photos import write_gsv_cities
@@ -28,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[s
 
 @pytest.fixture
 def index(source: tuple[Path, object], tmp_path: Path) -> ShardIndex:
-    write_shards(read_gsv_cities(source[0]), tmp_path / "set", shard_bytes=30_000)
+    write_shards(read_gsv_cities(source[0]), tmp_path / "set", ShardOptions(shard_bytes=30_000))
     return read_index(tmp_path / "set")
 
 
@@ -36,11 +37,9 @@ def plan_of(index: ShardIndex) -> EpochPlan:
     return plan_epoch(
         index.place_city,
         index.num_views,
+        Batching(places_per_batch=P, images_per_place=K, composition="city"),
         seed=0,
         epoch=0,
-        places_per_batch=P,
-        images_per_place=K,
-        composition="city",
     )
 
 

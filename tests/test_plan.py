@@ -5,12 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.plan import EpochPlan, plan_epoch
+from data_pipeline.plan import Batching, EpochPlan, plan_epoch
+
+
+def planned(cities: np.ndarray, views: np.ndarray, options: dict) -> EpochPlan:
+    of_epoch = {name: options[name] for name in ("seed", "epoch", "visits") if name in options}
+    batching = Batching(**{name: value for name, value in options.items() if name not in of_epoch})
+    return plan_epoch(cities, views, batching, **of_epoch)
 
 
 def plan(cities: list[int], views: list[int], **changes: object) -> EpochPlan:
     options: dict = {"seed": 0, "epoch": 0, "places_per_batch": 4, "images_per_place": 2, "composition": "city"}
-    return plan_epoch(np.array(cities), np.array(views), **(options | changes))
+    return planned(np.array(cities), np.array(views), options | changes)
 
 
 @st.composite
@@ -34,7 +40,7 @@ def worlds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, dict]:
 def test_each_place_once_and_views_distinct(world: tuple[np.ndarray, np.ndarray, dict]) -> None:
     cities, views, options = world
     p, k = options["places_per_batch"], options["images_per_place"]
-    epoch = plan_epoch(cities, views, **options)
+    epoch = planned(cities, views, options)
     assert epoch.places_SP.shape == (len(cities) // p, p)
     assert epoch.views_SPK.shape == (len(cities) // p, p, k)
     drawn = epoch.places_SP.ravel()
@@ -56,7 +62,7 @@ def test_ranks_share_the_global_batch(world: tuple[np.ndarray, np.ndarray, dict]
     options["places_per_batch"] = max(ranks, len(cities) // ranks * ranks)
     if options["places_per_batch"] > len(cities):
         return
-    epoch = plan_epoch(cities, views, **options)
+    epoch = planned(cities, views, options)
     for step in range(epoch.num_steps):
         shares = [epoch.rank_slice(step, rank, ranks) for rank in range(ranks)]
         assert np.array_equal(np.concatenate([s[0] for s in shares]), epoch.places_SP[step])

@@ -18,6 +18,7 @@ import pytest
 
 from data_pipeline.folder_lock import FolderLock, LockedError
 from data_pipeline.index import read_index
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.verify import verify_shards
@@ -29,11 +30,13 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 def kill(done, total):
     if done >= 25:
         os.kill(os.getpid(), signal.SIGKILL)
-write_shards(read_gsv_cities(Path(sys.argv[1])), Path(sys.argv[2]), shard_bytes=int(sys.argv[3]), on_progress=kill)
+options = ShardOptions(shard_bytes=int(sys.argv[3]))
+write_shards(read_gsv_cities(Path(sys.argv[1])), Path(sys.argv[2]), options, on_progress=kill)
 """
 
 
@@ -47,7 +50,7 @@ def test_a_killed_run_continues_where_it_stopped(native, shard_set, tmp_path):
     finished = {tar: tar.stat().st_mtime_ns for tar in (out / "shards").glob("*.tar")}
     assert finished
     assert list((out / "shards").glob(".*.partial"))
-    summary = write_shards(read_gsv_cities(native[0]), out, shard_bytes=SMALL_SHARD)
+    summary = write_shards(read_gsv_cities(native[0]), out, ShardOptions(shard_bytes=SMALL_SHARD))
     assert summary.shards_reused == len(finished)
     assert summary.shards_written > 0
     assert {tar: tar.stat().st_mtime_ns for tar in finished} == finished
@@ -62,9 +65,9 @@ def test_a_finished_tar_that_was_damaged_before_the_run_continued_is_written_aga
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(listing, out, shard_bytes=SMALL_SHARD, on_progress=stop)
+        write_shards(listing, out, ShardOptions(shard_bytes=SMALL_SHARD), on_progress=stop)
     flip(out / "shards/train-000000.tar", 700)
-    write_shards(listing, out, shard_bytes=SMALL_SHARD)
+    write_shards(listing, out, ShardOptions(shard_bytes=SMALL_SHARD))
     assert contents(out) == contents(shard_set)
 
 
@@ -72,7 +75,7 @@ def test_a_complete_set_is_reused(native, shard_set, tmp_path):
     out = tmp_path / "set"
     shutil.copytree(shard_set, out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    summary = write_shards(read_gsv_cities(native[0]), out, shard_bytes=SMALL_SHARD)
+    summary = write_shards(read_gsv_cities(native[0]), out, ShardOptions(shard_bytes=SMALL_SHARD))
     assert summary.was_complete
     assert (summary.images, summary.places, summary.places_left_out) == (42, 8, 2)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
@@ -99,14 +102,14 @@ def test_a_photograph_swapped_for_one_of_equal_length_is_seen(own_native, tmp_pa
     folder, files = own_native
     pair = of_one_length([files["Oslo", 12][1], files["San-Juan_2", 6][4]])
     files["Alta", 0][2].write_bytes(b"no photograph")
-    out, options = tmp_path / "set", {"shard_bytes": SMALL_SHARD, "max_bad": 0.1} | options
-    write_shards(read_gsv_cities(folder), out, **options)
+    out, options = tmp_path / "set", ShardOptions(shard_bytes=SMALL_SHARD, max_bad=0.1, **options)
+    write_shards(read_gsv_cities(folder), out, options)
     for file in files["Alta", 0]:
         file.touch()
-    assert write_shards(read_gsv_cities(folder), out, **options).was_complete
+    assert write_shards(read_gsv_cities(folder), out, options).was_complete
     swap(pair)
     with pytest.raises(ValueError, match=f"{pair[0].name} is not the photograph that was sharded"):
-        write_shards(read_gsv_cities(folder), out, **options)
+        write_shards(read_gsv_cities(folder), out, options)
 
 
 def test_a_tar_whose_photographs_changed_since_is_written_again(own_native, tmp_path):
@@ -119,11 +122,11 @@ def test_a_tar_whose_photographs_changed_since_is_written_again(own_native, tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(listing, tmp_path / "set", shard_bytes=SMALL_SHARD, on_progress=stop)
+        write_shards(listing, tmp_path / "set", ShardOptions(shard_bytes=SMALL_SHARD), on_progress=stop)
     assert (tmp_path / "set/shards/train-000000.tar").is_file()
     swap(pair)
-    write_shards(listing, tmp_path / "set", shard_bytes=SMALL_SHARD)
-    write_shards(listing, tmp_path / "straight", shard_bytes=SMALL_SHARD)
+    write_shards(listing, tmp_path / "set", ShardOptions(shard_bytes=SMALL_SHARD))
+    write_shards(listing, tmp_path / "straight", ShardOptions(shard_bytes=SMALL_SHARD))
     assert contents(tmp_path / "set") == contents(tmp_path / "straight")
 
 
@@ -140,15 +143,15 @@ def test_a_folder_with_another_set_is_refused(native, shard_set, tmp_path):
     listing = read_gsv_cities(native[0])
     before = contents(shard_set)
     with pytest.raises(ValueError, match="holds another shard set"):
-        write_shards(listing, shard_set, shard_bytes=SMALL_SHARD + 1)
+        write_shards(listing, shard_set, ShardOptions(shard_bytes=SMALL_SHARD + 1))
     with pytest.raises(ValueError, match="holds another shard set"):
-        write_shards(read_gsv_cities(native[0], cities=["Oslo"]), shard_set, shard_bytes=SMALL_SHARD)
+        write_shards(read_gsv_cities(native[0], cities=["Oslo"]), shard_set, ShardOptions(shard_bytes=SMALL_SHARD))
     assert contents(shard_set) == before
     out = tmp_path / "foreign"
     (out / "shards").mkdir(parents=True)
     shutil.copy(shard_set / "shards/train-000000.tar", out / "shards")
     with pytest.raises(ValueError, match=r"train-000000.tar: of another shard set"):
-        write_shards(listing, out, shard_bytes=SMALL_SHARD)
+        write_shards(listing, out, ShardOptions(shard_bytes=SMALL_SHARD))
     assert list(contents(out)) == ["shards/train-000000.tar"]
 
 

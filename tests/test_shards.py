@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.index import read_index
 from data_pipeline.photos import read_photo
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import plan_shards, write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.verify import verify_shards
@@ -116,7 +117,7 @@ def test_tars_say_nothing_of_the_machine(shard_set):
 def test_bytes_are_the_same_every_time(shard_set, own_native, tmp_path):
     for file in own_native[0].rglob("*.jpg"):
         os.utime(file, (1, 1))
-    write_shards(read_gsv_cities(own_native[0]), tmp_path / "again", shard_bytes=SMALL_SHARD, threads=1)
+    write_shards(read_gsv_cities(own_native[0]), tmp_path / "again", ShardOptions(shard_bytes=SMALL_SHARD, threads=1))
     assert contents(tmp_path / "again") == contents(shard_set)
 
 
@@ -169,7 +170,9 @@ def damage(files: dict[tuple[str, int], list[Path]]) -> list[tuple[Path, str]]:
 def test_bad_photographs_are_named_with_their_csv_row_and_left_out(own_native, tmp_path):
     folder, files = own_native
     bad = damage(files)
-    summary = write_shards(read_gsv_cities(folder), tmp_path / "set", shard_bytes=SMALL_SHARD, max_bad=0.1)
+    summary = write_shards(
+        read_gsv_cities(folder), tmp_path / "set", ShardOptions(shard_bytes=SMALL_SHARD, max_bad=0.1)
+    )
     named = [(b.csv, b.row, b.file, b.reason) for b in summary.bad]
     assert named == [
         (f"Dataframes/{f.parent.name}.csv", csv_row(f, folder), f.relative_to(folder).as_posix(), reason)
@@ -181,7 +184,10 @@ def test_bad_photographs_are_named_with_their_csv_row_and_left_out(own_native, t
     index = read_index(tmp_path / "set")
     assert index.num_places == summary.places
     assert verify_shards(tmp_path / "set") == []
-    assert write_shards(read_gsv_cities(folder), tmp_path / "set", shard_bytes=SMALL_SHARD).bad == summary.bad
+    assert (
+        write_shards(read_gsv_cities(folder), tmp_path / "set", ShardOptions(shard_bytes=SMALL_SHARD)).bad
+        == summary.bad
+    )
 
 
 @pytest.mark.parametrize(("spoilt", "reason"), [(1, "missing"), (2, "truncated or damaged JPEG"), (3, "not a JPEG")])
@@ -207,11 +213,11 @@ def test_after_max_bad_only_finished_tars_remain_and_are_reused_once_it_is_repai
     file.write_bytes(whole[: len(whole) // 2])
     listing = read_gsv_cities(folder)
     with pytest.raises(ValueError, match="truncated or damaged JPEG"):
-        write_shards(listing, tmp_path / "set", shard_bytes=SMALL_SHARD)
+        write_shards(listing, tmp_path / "set", ShardOptions(shard_bytes=SMALL_SHARD))
     assert not (tmp_path / "set" / "index.parquet").exists()
     assert not list((tmp_path / "set").rglob("*.partial"))
     file.write_bytes(whole)
-    assert write_shards(listing, tmp_path / "set", shard_bytes=SMALL_SHARD).shards_reused > 2
+    assert write_shards(listing, tmp_path / "set", ShardOptions(shard_bytes=SMALL_SHARD)).shards_reused > 2
     assert contents(tmp_path / "set") == contents(shard_set)
 
 
@@ -292,7 +298,7 @@ def test_options_that_cannot_be_are_refused(native, tmp_path):
         read_gsv_cities(native[0], min_images_per_place=0)
     listing = read_gsv_cities(native[0])
     with pytest.raises(ValueError, match="max_bad is 2"):
-        write_shards(listing, tmp_path / "set", max_bad=2)
+        write_shards(listing, tmp_path / "set", ShardOptions(max_bad=2))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file: a file"):
         write_shards(listing, tmp_path / "file")
