@@ -153,11 +153,11 @@ def test_a_run_hangs_under_the_trainings_where_the_store_has_it(
     assert "the training's run is not in this store" in console.export_text()
     assert nested.data.params == {"model": "step-00000007", "eval.image_size": "42"}
     assert nested.data.metrics == {
-        "eval/mine_ all/recall_1": 50.0,
-        "eval/mine_ all/reranked_recall_1": 100.0,
-        "eval/mine_ all/gain_1": 50.0,
-        "eval/mine_ all/rerank_s_per_query": 0.25,
-        "eval/mine_ all/mb_per_image": 0.0,
+        "eval/mine: all/recall_1": 50.0,
+        "eval/mine: all/reranked_recall_1": 100.0,
+        "eval/mine: all/gain_1": 50.0,
+        "eval/mine: all/rerank_s_per_query": 0.25,
+        "eval/mine: all/mb_per_image": 0.0,
     }
     assert {file.path for file in client.list_artifacts(str(runs[0]))} == {"pictures", "results.csv", "results.json"}
     assert [f.path for f in client.list_artifacts(str(runs[0]), "pictures/mine")] == ["pictures/mine/matches.png"]
