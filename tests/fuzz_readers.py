@@ -25,6 +25,7 @@ from data_pipeline.images import read_image
 from data_pipeline.index import INDEX, digest_line, read_index, read_table, write_table
 from data_pipeline.loader import PlaceLoader, TooManyBadImagesError
 from data_pipeline.photos import read_photo
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.sources.manifest import read_manifest
@@ -36,8 +37,9 @@ from eval.benchmarks.layouts import gsv_lists, manifest, netvlad_mat, patch_netv
 from eval.benchmarks.msls import msls_11k
 from eval.features import StoredFeatures, open_folder, shard_is_whole
 from model.network import build_model
-from model.weights import build_backbone, facebook_layout, infer_backbone
+from model.weights import facebook_layout, infer_backbone
 from tests.fuzzing import Reader
+from tests.networks import backbone
 from tests.photos import jpeg, write_gsv_cities
 from tests.stored import store
 from trainer.checkpoint import checkpoint_weights
@@ -68,7 +70,7 @@ def _read_recipe(folder: Path, file: Path) -> bool:
 
 def _shard_set(folder: Path) -> list[Path]:
     write_gsv_cities(folder / "native", {"Oslo": {3: 4, 12: 5}, "Alta": {0: 6}})
-    write_shards(read_gsv_cities(folder / "native"), folder / "set", shard_bytes=6000)
+    write_shards(read_gsv_cities(folder / "native"), folder / "set", ShardOptions(shard_bytes=6000))
     return [folder / "set" / INDEX]
 
 
@@ -135,12 +137,12 @@ def _rows(folder: Path) -> list[Path]:
     """What an interrupted sharding left: a tar's index rows."""
     _shard_set(folder)
     native = read_gsv_cities(folder / "native")
-    write_shards(native, folder / "half", shard_bytes=6000, part=(0, 2))
+    write_shards(native, folder / "half", ShardOptions(shard_bytes=6000), part=(0, 2))
     return sorted((folder / "half" / "shards").glob("*.rows.parquet"))
 
 
 def _read_rows(folder: Path, file: Path) -> bool:
-    write_shards(read_gsv_cities(folder / "native"), folder / "half", shard_bytes=6000, part=(0, 2))
+    write_shards(read_gsv_cities(folder / "native"), folder / "half", ShardOptions(shard_bytes=6000), part=(0, 2))
     return False
 
 
@@ -353,7 +355,7 @@ def _read_photographs(folder: Path, file: Path) -> bool:
 
 
 def _weights(folder: Path) -> list[Path]:
-    state = facebook_layout({k: v.clone() for k, v in build_backbone("tiny14", "random").state_dict().items()})
+    state = facebook_layout({k: v.clone() for k, v in backbone("tiny14", "random").state_dict().items()})
     save_file(state, folder / "tiny.safetensors")
     torch.save(state, folder / "tiny.pth")
     torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)

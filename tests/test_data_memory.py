@@ -21,10 +21,12 @@ import numpy as np
 from configs.schema import EvalConfig
 from data_pipeline.images import decode_into, empty_batch, read_image
 from data_pipeline.photos import read_photo
-from eval.extract import load_image
+from eval.pixels import load_image
 from data_pipeline.sources.gsv_cities import read_gsv_cities
+from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 
+one = ShardOptions(max_bad=1.0, threads=1)
 small, large, source, out = map(Path, sys.argv[1:])
 read_photo(small), read_image(small, 28), load_image(small, EvalConfig(resize="native"))
 data, buffer = large.read_bytes(), empty_batch(1, 28)[0]
@@ -37,7 +39,7 @@ for name, run in {
     "train": lambda: decode_into(buffer, data),
     "eval square": lambda: read_image(large, 28),
     "eval native": lambda: load_image(large, EvalConfig(resize="native")),
-    "write_shards": lambda: write_shards(read_gsv_cities(source, min_images_per_place=2), out, max_bad=1.0, threads=1),
+    "write_shards": lambda: write_shards(read_gsv_cities(source, min_images_per_place=2), out, one),
 }.items():
     try:
         ends[name] = str(run())

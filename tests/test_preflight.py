@@ -14,7 +14,7 @@ from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from launch.plan_command import main as plan
 from launch.submit import main as submit
-from model.weights import build_backbone
+from tests.networks import backbone
 from tests.photos import jpeg, write_gsv_cities
 
 CITIES = {"Aachen": dict.fromkeys(range(4), 4), "Bergen": dict.fromkeys(range(4), 4)}
@@ -32,7 +32,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images.mkdir(parents=True)
         for i in range(3):
             (images / f"@{500000 + 100 * i}@4000000@33@T@@@{i}@@@@@@@@.jpg").write_bytes(jpeg(rng))
-    state = build_backbone("vits14", "random").state_dict()
+    state = backbone("vits14", "random").state_dict()
     save_file({key: value.clone() for key, value in state.items()}, folder / "vits14.safetensors")
     recipe = {
         "name": "small",

@@ -15,7 +15,8 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from model.weights import build_backbone, facebook_layout
+from model.weights import facebook_layout
+from tests.networks import backbone
 from tests.photos import jpeg
 from tests.training import ROOT, kill_all
 
@@ -24,7 +25,7 @@ IMAGES = 3000
 
 def test_a_rank_that_is_stopped_in_an_evaluation_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save_file(facebook_layout(dict(build_backbone("tiny14", "random").state_dict())), tmp_path / "tiny.safetensors")
+    save_file(facebook_layout(dict(backbone("tiny14", "random").state_dict())), tmp_path / "tiny.safetensors")
     rng = np.random.default_rng(0)
     for part in ("database", "queries"):
         folder = tmp_path / "town" / "images" / "test" / part
