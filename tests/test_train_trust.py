@@ -100,7 +100,7 @@ def test_a_training_that_diverges_has_failed_and_keeps_its_good_checkpoints(work
     status, said = ended(train(workplace, "run", "--resume", *flags, "--optim.weight-decay", "0"))
     assert status == 2, said
     (line,) = our_lines(said)
-    assert "the network holds numbers that are not finite: the training has diverged" in line
+    assert "not finite" in line  # the end's own look at the weights, or a validation before it
     assert last_checkpoint(trained).name == good
     assert not faults(last_checkpoint(trained))
     assert events(trained, "end")[-1]["status"] == "FAILED"
