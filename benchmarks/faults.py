@@ -1,13 +1,15 @@
-"""Effective training time under injected failures: all ranks killed at an interval, restarted by a plain loop.
+"""Effective training time under injected failures, and what a restart takes, by part.
 
-`python -m benchmarks.faults` trains a small ViT on the rendered town with two ranks for `--minutes`. Every `--every`
-seconds launcher and ranks get SIGKILL, and the same command with `--resume` is run again at once. Effective training
-time is what the steps that were kept would have taken without failures (their number times the median seconds of a
-step), as a share of all time; the rest is start-up, reading the checkpoint and steps done twice.
+`python -m benchmarks.faults` trains a small ViT on the rendered town with two ranks, once per scenario, and sends
+SIGKILL every `--every` seconds. While the agent lives, it starts the ranks again from its warm fork server; with the
+agent killed too, the same command is run again at once, which imports everything anew. Effective training time is what
+the steps that were kept would have taken without failures (their number times the median seconds of a step), as a share
+of all time, the first start included; the rest is restarts and steps done twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +37,81 @@ RANKS = 2
 
 
 @dataclass(frozen=True)
-class Options:
-    """Effective training time under SIGKILL to all ranks at an interval, and restarts by a plain loop."""
+class Scenario:
+    """Who is killed, and how ranks are started."""
 
-    minutes: float = 10
-    """How long to train."""
+    name: str
+    victims: str  # all ranks, one rank, agent
+    start_method: str = "forkserver"
+
+
+SCENARIOS = {
+    "all": Scenario("all ranks killed", "all ranks"),
+    "one": Scenario("one rank killed", "one rank"),
+    "agent": Scenario("agent and ranks killed", "agent"),
+    "cold": Scenario("all ranks killed, cold starts", "all ranks", "spawn"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Effective training time under SIGKILL at an interval, and restarts by part."""
+
+    seconds: float = 600
+    """How long to train in each scenario."""
     every: float = 60
     """Seconds from one failure to the next."""
-    checkpoint_every: int = 20
-    """Steps from one checkpoint to the next."""
+    scenarios: tuple[str, ...] = tuple(SCENARIOS)
+    """Of all, one, agent, cold."""
     json: Path | None = None
     """File for the figures."""
 
 
-def prepare(folder: Path, checkpoint_every: int) -> Path:
+@dataclass
+class Outcome:
+    """What one scenario left."""
+
+    seconds: float
+    kept: int
+    done: int
+    step_s: float
+    outages_s: list[float] = field(default_factory=list)  # from each kill to the end of the first step after it
+    parts: list[dict[str, float]] = field(
+        default_factory=list
+    )  # of each start but the first, as the training logs them
+
+    def figures(self) -> dict[str, float]:
+        """By name; medians over restarts. `agent` is the part before the processes of the ranks begin."""
+        outage = _median(self.outages_s)
+        parts = {name: _median([one[name] for one in self.parts if name in one]) for name in _names(self.parts)}
+        return {
+            "failures": float(len(self.outages_s)),
+            "seconds": self.seconds,
+            "steps_kept": float(self.kept),
+            "steps_done": float(self.done),
+            "step_s": self.step_s,
+            "effective_training_time": self.kept * self.step_s / self.seconds,
+            "steps_lost": 1 - self.kept / max(1, self.done),
+            "restart_s": outage,
+            "restart_agent_s": outage - parts.pop("restart_s", outage),
+            **parts,
+        }
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else 0.0
+
+
+def _names(parts: Sequence[dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(name for one in parts for name in one))
+
+
+def prepare(folder: Path, every: float) -> Path:
     """Shards and a recipe that never ends."""
     render_town(folder / "town", Town(seed=3, places=48, views=4, held_out_places=0), processes=1)
     write_shards(read_gsv_cities(folder / "town" / "train", min_images_per_place=4), folder / "shards")
     recipe: dict[str, Any] = {
         "name": "faults",
-        "output": str(folder / "run"),
         "data": {
             "shards": str(folder / "shards"),
             "places_per_batch": 16,
@@ -64,7 +122,13 @@ def prepare(folder: Path, checkpoint_every: int) -> Path:
         },
         "model": {"backbone": "tiny14", "weights": "random", "aggregator": "gem"},
         "memory": {"size": 512, "start_epoch": 1},
-        "trainer": {"epochs": 100_000, "validate_every_epochs": 0, "checkpoint_every_steps": checkpoint_every},
+        "trainer": {
+            "epochs": 100_000,
+            "validate_every_epochs": 0,
+            "checkpoint_every_steps": 1_000_000,
+            "checkpoint_every_s": "auto",
+            "mean_time_between_failures_s": every,
+        },
         "tracking": {"enabled": False},
     }
     path = folder / "recipe.yaml"
@@ -72,63 +136,112 @@ def prepare(folder: Path, checkpoint_every: int) -> Path:
     return path
 
 
-def start(recipe: Path) -> subprocess.Popen[bytes]:
+def start(recipe: Path, output: Path, start_method: str) -> subprocess.Popen[bytes]:
     """The training, from its newest checkpoint."""
-    command = [sys.executable, "-m", "rerankvpr", "launch", "--nproc-per-node", str(RANKS), "--"]
-    return subprocess.Popen(
-        [*command, "train", str(recipe), "--resume"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    command = [sys.executable, "-m", "rerankvpr", "launch", "--nproc-per-node", str(RANKS), "--max-restarts", "10000"]
+    command += ["--start-method", start_method, "--", "train", str(recipe), "--output", str(output), "--resume"]
+    with output.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+
+
+def kill(process: subprocess.Popen[bytes], victims: str) -> None:
+    """SIGKILL to one rank, to all ranks, or to the launcher and all that it has started."""
+    agent = psutil.Process(process.pid)
+    family = agent.children(recursive=True)
+    ranks = [one for one in family if {"train", "trainer"} & set(_command(one))]
+    chosen = {"one rank": ranks[-1:], "all ranks": ranks, "agent": [*family, agent]}[victims]
+    for victim in chosen:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(signal.SIGKILL)
+    if victims == "agent":
+        process.wait()
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
+
+
+def step_lines(output: Path) -> list[dict[str, float]]:
+    """The whole lines of the training's metrics so far."""
+    metrics = output / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}") and "train/step_s" in line]
+
+
+def written(output: Path, start: int) -> bytes:
+    """The training's metrics from a byte on."""
+    metrics = output / "metrics.jsonl"
+    if not metrics.exists():
+        return b""
+    with metrics.open("rb") as file:
+        file.seek(start)
+        return file.read()
+
+
+def run(recipe: Path, output: Path, scenario: Scenario, options: Options) -> Outcome:
+    """One training under one scenario; kills come at multiples of `every` after the first start."""
+    began = time.monotonic()
+    process = start(recipe, output, scenario.start_method)
+    killed_at: float | None = None
+    size_before, outages_s = 0, []
+    next_kill = began + options.every
+    while (now := time.monotonic()) < began + options.seconds:
+        if process.poll() is not None:
+            sys.exit(f"the training ended by itself:\n{output.with_suffix('.log').read_text()[-3000:]}")
+        if killed_at is not None and b"train/restart_s" in written(output, size_before):
+            outages_s.append(time.monotonic() - killed_at)
+            killed_at = None
+        if now >= next_kill and killed_at is None and written(output, 0):
+            killed_at = time.monotonic()
+            kill(process, scenario.victims)
+            size_before = len(written(output, 0))
+            if scenario.victims == "agent":
+                process = start(recipe, output, scenario.start_method)
+            while next_kill <= now:
+                next_kill += options.every
+        time.sleep(0.05)
+    seconds = time.monotonic() - began
+    kill(process, "agent")
+    steps = step_lines(output)
+    _first, *restarts = [line for line in steps if "train/restart_s" in line] or [{}]
+    found, _ = newest_valid(output / "checkpoints")
+    return Outcome(
+        seconds,
+        kept=int(found.name.removeprefix("step-")) if found else 0,
+        done=len(steps),
+        step_s=statistics.median(line["train/step_s"] for line in steps),
+        outages_s=outages_s,
+        parts=[
+            {name.removeprefix("train/"): value for name, value in line.items() if name.startswith("train/restart_")}
+            for line in restarts
+        ],
     )
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the launcher and all ranks."""
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        victim.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def main() -> None:
     """Trains, kills, and prints what was kept."""
     options = tyro.cli(Options, prog="python -m benchmarks.faults")
+    wrong = [name for name in options.scenarios if name not in SCENARIOS]
+    if wrong:
+        sys.exit(f"--scenarios {wrong[0]}: expected some of {', '.join(SCENARIOS)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = prepare(folder, options.checkpoint_every)
-        metrics = folder / "run" / "metrics.jsonl"
-        began, failures = time.monotonic(), 0
-        restarts_s: list[float] = []
-        while (left := options.minutes * 60 - (time.monotonic() - began)) > 1:
-            launched, size = time.monotonic(), metrics.stat().st_size if metrics.exists() else 0
-            process = start(recipe)
-            end = launched + min(options.every, left)
-            while time.monotonic() < end:
-                if process.poll() is not None:
-                    sys.exit("the training ended by itself; run the same recipe by hand to see why")
-                if len(restarts_s) == failures and metrics.exists() and metrics.stat().st_size > size:
-                    restarts_s.append(time.monotonic() - launched)
-                time.sleep(0.05)
-            kill(process)
-            failures += 1
-        seconds = time.monotonic() - began
-        lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
-        steps = [line for line in lines if "train/step_s" in line]
-        done, step_s = len(steps), statistics.median(line["train/step_s"] for line in steps)
-        found, _ = newest_valid(folder / "run" / "checkpoints")
-        kept = int(found.name.removeprefix("step-")) if found else 0
-    figures = {
-        "failures": float(failures),
-        "seconds": seconds,
-        "steps_kept": float(kept),
-        "steps_done": float(done),
-        "step_s": step_s,
-        "restart_s": statistics.median(restarts_s),
-        "effective_training_time": kept * step_s / seconds,
-    }
-    title = f"{RANKS} ranks, SIGKILL to all every {options.every:g} s for {options.minutes:g} min"
-    print_table(title, ("figure", "value"), [(name, f"{value:.3f}") for name, value in figures.items()])
-    write_json(options.json, figures)
+        recipe = prepare(folder, options.every)
+        results = {}
+        for key in options.scenarios:
+            results[key] = run(recipe, folder / key, SCENARIOS[key], options).figures()
+    rows = [
+        (figure, *(f"{one[figure]:.3f}" if figure in one else "" for one in results.values()))
+        for figure in _names(list(results.values()))
+    ]
+    title = f"{RANKS} ranks, SIGKILL every {options.every:g} s for {options.seconds:g} s"
+    print_table(title, ("figure", *(SCENARIOS[key].name for key in results)), rows)
+    if "all" in results and "cold" in results:
+        warm, cold = (results[key]["effective_training_time"] for key in ("all", "cold"))
+        print(f"effective training time, warm over cold starts: {warm / cold:.2f}" if cold else "no cold step was kept")
+    write_json(options.json, {f"{key}/{name}": value for key, one in results.items() for name, value in one.items()})
 
 
 if __name__ == "__main__":

@@ -137,8 +137,8 @@ def clean_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:
-            encoding, errors, by_line = stream.encoding, stream.errors, stream.line_buffering
-            clean = _CleanStream(stream.detach(), encoding=encoding, errors=errors, line_buffering=by_line)
+            kept = {key: getattr(stream, key) for key in ("encoding", "errors", "line_buffering", "write_through")}
+            clean = _CleanStream(stream.detach(), **kept)
             setattr(sys, name, clean)
             setattr(sys, f"__{name}__", clean)
 

@@ -1,20 +1,24 @@
-"""`rerankvpr launch`: a verb on many processes, by torchrun."""
+"""`rerankvpr launch`: a verb on many processes, by torchrun's agent, from a warm fork server."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
 import sys
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from configs.flags import parse_flags, parse_known_flags
 from configs.recipe_flags import parse_over_recipe
+from configs.schema import Recipe
 from configs.secrets import hidden, without_secrets
+from launch import fork_server
 from launch.rendezvous import end_when_cut_off
 from trainer.command import TrainCommand
 from trainer.routes import has_infiniband, interface_environment, loopback, route_to
@@ -25,6 +29,8 @@ PORT = 29400
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 CUT_OFF_S = 120
 STOPPING = (15, 10)  # SIGTERM, SIGUSR1
+OF_EVERY_RANK = ("torch.distributed", "launch.rank", "launch.doctor")
+SERVER_GONE = 255  # how multiprocessing reports a process whose fork server has ended
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,9 @@ class LaunchCommand:
     """torchrun's, KEY=VALUE,...; last_call_timeout is 10 here: seconds to wait for further nodes of a range."""
     shutdown_timeout: int = 120
     """Seconds that processes have to save after SIGTERM or SIGUSR1."""
+    start_method: Literal["forkserver", "spawn"] = "forkserver"
+    """forkserver: one process per node imports PyTorch and the rest once, while nodes meet; ranks, first and restarted,
+    are forks of it. spawn: each rank imports for itself, as under torchrun."""
     dry_run: bool = False
     """Prints the torchrun command alone."""
 
@@ -71,7 +80,9 @@ class Launch:
     """A launch as torchrun understands it."""
 
     arguments: list[str]
+    verb: list[str]  # what ranks run, at the end of `arguments` too
     environment: dict[str, str] = field(default_factory=dict)
+    start_method: str = "forkserver"
     rendezvous: tuple[str, int] | None = None  # another host's, which this node must reach
 
     def command(self) -> str:
@@ -103,11 +114,12 @@ def main(argv: list[str]) -> int:
     print(launch.command(), flush=True)
     if ours.dry_run:
         return 0
+    warm = start_server(launch, preload(verb, recipe))
     if recipe and recipe.model.weights == "timm":
         from model.weights import find_weights
 
         find_weights(recipe.model.backbone, recipe.model.weights)  # downloads them once, not once in each rank
-    return start(launch)
+    return start(launch, warm)
 
 
 def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
@@ -120,7 +132,8 @@ def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
 
 def run(flags: list[str], verb: list[str]) -> int:
     """Runs `rerankvpr VERB` under torchrun; returns 0, or the status of the first process that failed."""
-    return start(plan(flags, verb))
+    launch = plan(flags, verb)
+    return start(launch, start_server(launch, preload(verb)))
 
 
 def plan(flags: list[str], verb: list[str]) -> Launch:
@@ -153,7 +166,19 @@ def plan_launch(ours: LaunchCommand, others: list[str], verb: list[str]) -> Laun
         verb = resuming(verb)
     if high > 1 and verb[0] != "doctor":
         verb = ["rank", *(["--fit"] if low < high else []), "--", *verb]
-    return Launch([*arguments, *others, "-m", "rerankvpr", *verb], environment, rendezvous)
+    torchrun = [*arguments, *others, "-m", "rerankvpr", *verb]
+    return Launch(torchrun, verb, environment, ours.start_method, rendezvous=rendezvous)
+
+
+def preload(verb: Sequence[str], recipe: Recipe | None = None) -> list[str]:
+    """What ranks of a verb import, `recipe` the one of a training, in the form that `fork_server.start` takes."""
+    tracked = recipe is None or recipe.tracking.enabled
+    if verb[0] == "train":
+        ours = ["trainer.loop", "trainer.command:warm_up", "trainer.engine:import_deepspeed"]
+        return [*ours, *(["mlflow", "mlflow.store.tracking.sqlalchemy_store"] if tracked else []), *OF_EVERY_RANK]
+    if verb[0] == "eval":
+        return ["eval.evaluate", "eval.report.pictures", "launch.eval_command", "launch.eval_tracking", *OF_EVERY_RANK]
+    return list(OF_EVERY_RANK)
 
 
 def resuming(verb: list[str]) -> list[str]:
@@ -223,24 +248,38 @@ def _rendezvous(ours: LaunchCommand, elastic: bool) -> tuple[list[str], str, tup
     return [*arguments, f"--local-addr={route.local_address}"], route.interface, elsewhere
 
 
-def start(launch: Launch) -> int:
-    """Runs torchrun in this process; 0, 75 after a polite stop, or the status of the first process that failed."""
+def start_server(launch: Launch, modules: Sequence[str]) -> bool:
+    """Starts the fork server that ranks come from, and returns at once; False where they start cold, with the reason.
+
+    Call it before this process imports torch, which takes seconds too.
+    """
+    os.environ.update(launch.environment)
+    if launch.start_method == "spawn":
+        return False
+    if reason := fork_server.unavailable():
+        print(f"rerankvpr: ranks start cold: {reason}", file=sys.stderr, flush=True)
+        return False
+    fork_server.start(modules)
+    return True
+
+
+def start(launch: Launch, warm: bool) -> int:
+    """Runs torchrun's agent in this process; 0, 75 after a polite stop, or the status of the first process that failed.
+
+    Ranks are forks of the server that `start_server` has started if `warm`.
+    """
+    if launch.rendezvous:
+        end_when_cut_off(*launch.rendezvous, limit_s=CUT_OFF_S)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.run import get_args_parser
-    from torch.distributed.run import run as torchrun
 
-    os.environ.update(launch.environment)
-    if launch.rendezvous:
-        end_when_cut_off(*launch.rendezvous, limit_s=CUT_OFF_S)
-    parser = get_args_parser()
-    parser.allow_abbrev = False  # a verb's flag may begin as one of torchrun's
     try:
-        torchrun(parser.parse_args(hidden(launch.arguments)))  # a rank's command line is for all to see
+        _run_agent(launch, warm)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"rerankvpr: rank {rank} ended the job with status {failure.exitcode}", file=sys.stderr)
+        gone = ", or the fork server that it came from was killed" if warm and failure.exitcode == SERVER_GONE else ""
+        print(f"rerankvpr: rank {rank} ended the job with status {failure.exitcode}{gone}", file=sys.stderr)
         return failure.exitcode if 0 < failure.exitcode < 128 else 1
     except SignalException as stopped:  # passed on to the processes, which had time to save
         return REQUEUE_STATUS if int(stopped.sigval) in STOPPING else 128 + int(stopped.sigval)
@@ -248,7 +287,44 @@ def start(launch: Launch) -> int:
         endpoint = _value_of("--rdzv-endpoint", launch.arguments)
         print(f"rerankvpr: the rendezvous of nodes at {endpoint} failed: {error}", file=sys.stderr)
         return 1
+    except (EOFError, ConnectionError) as error:
+        if not warm:
+            raise
+        print(
+            f"rerankvpr: the fork server ended while it started ranks ({error or 'no answer'}); if it does so again, "
+            "use --start-method spawn, which shows a rank's own error",
+            file=sys.stderr,
+        )
+        return 1
     return 0
+
+
+def _run_agent(launch: Launch, warm: bool) -> None:
+    """torchrun as it is, or torchrun with ranks that are forks: it takes a function for these, not a program."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, get_args_parser
+    from torch.distributed.run import run as torchrun
+
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # a verb's flag may begin as one of torchrun's
+    asked = parser.parse_args(launch.arguments)
+    if not warm:
+        torchrun(parser.parse_args(hidden(launch.arguments)))  # a rank's command line is for all to see
+        return
+    static = asked.rdzv_backend == "static" and not asked.rdzv_endpoint and asked.master_port is None
+    if asked.standalone or (static and asked.nnodes == "1"):  # as torchrun does before it reads the rest
+        asked.rdzv_backend, asked.rdzv_endpoint, asked.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+    asked.master_port = asked.master_port or 29500
+    config, _, _ = config_from_args(asked)
+    config.start_method = "forkserver"
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_traceback)
+    elastic_launch(config, fork_server.run_rank)(*launch.verb)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Leaves out the agent's own traceback of a rank's failure, which a program's failure has not; the line stays."""
+    record.exc_info = None
+    return True
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
@@ -30,6 +29,7 @@ from tests.training import (
     logged,
     make_workplace,
     one_rank,
+    ranks_of,
     same_state,
     two_ranks,
     warm_ranks,
@@ -136,8 +136,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(workplace: Path, straight: Pat
         assert process.poll() is None, process.communicate(timeout=10)[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    workers = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
-    workers[-1].send_signal(signal.SIGUSR1)
+    ranks_of(process)[-1].send_signal(signal.SIGUSR1)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 75, text
     assert "asked to stop; saved at step" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -94,8 +95,15 @@ def kill_all(process: Process) -> None:
         process.kill()
         return
     for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        victim.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # ranks end with the fork server that they come from
+            victim.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def ranks_of(process: forked.Command) -> list[psutil.Process]:
+    """The ranks of a `rerankvpr launch ... -- train`, in their order."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    return sorted((one for one in family if "train" in one.cmdline()), key=lambda one: one.pid)
 
 
 def finish(process: Process, timeout: float = TIMEOUT_S) -> str:

@@ -58,6 +58,11 @@ def parse(argv: Sequence[str]) -> TrainCommand:
     return command
 
 
+def warm_up() -> None:
+    """Parses a recipe, for a fork server: the parsers keep what they learn of the schema."""
+    parse(["demo"])
+
+
 def main(argv: list[str]) -> int:
     """Runs one rank of a training."""
     with one_line_errors():
@@ -68,13 +73,17 @@ def main(argv: list[str]) -> int:
     from trainer.loop import train
     from trainer.process_group import start_process_group, stop_process_group
     from trainer.resume import Resume
+    from trainer.start_time import StartTime
     from trainer.stop_signal import REQUEUE_STATUS, Stopped, StoppedInEvaluation
 
     console, recipe = Console(), command.recipe
     with one_line_errors(TooManyBadImagesError, TrainingError, folder=recipe.output):
+        start_time = StartTime()
         rank = start_process_group(recipe.engine.collective_timeout_s, tf32=recipe.engine.tf32)
+        start_time.part_done("group")
         try:
-            summary = train(recipe, rank, console, resume=Resume(command.checkpoint) if command.resume else None)
+            resume = Resume(command.checkpoint) if command.resume else None
+            summary = train(recipe, rank, console, resume=resume, start_time=start_time)
         except Stopped as stopped:
             if rank.is_main:
                 console.print(str(stopped), soft_wrap=True, highlight=False)

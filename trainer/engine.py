@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import math
 import os
@@ -111,19 +112,47 @@ def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_p
     return settings
 
 
-def _deepspeed(timeout_s: int) -> Any:
-    """DeepSpeed, told to bound its groups' operations by `timeout_s`: it would leave them torch's half an hour."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+def import_deepspeed() -> Any:
+    """DeepSpeed's module, quiet, and without the seconds that it would spend on what no recipe uses.
+
+    A fork server calls it too: whatever takes time here belongs before the forks.
+    """
+    if "DS_ACCELERATOR" not in os.environ:  # a fork server without GPUs does not ask: CUDA would know
+        os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # A kernel for inference on CPU only, which would be compiled in every first run (about 40 s).
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # A kernel for inference on CPU only, which would be compiled in every first run (about 40 s). Asked for by name,
+    # the table would be filled by running a compiler, in every start; nothing else in DeepSpeed reads it.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
+    return deepspeed
+
+
+def _deepspeed(timeout_s: int) -> Any:
+    """DeepSpeed, told to bound its groups' operations by `timeout_s`: it would leave them torch's half an hour."""
+    deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist_backend=dist.get_backend())  # takes the group that is there
     deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=timedelta(seconds=timeout_s))
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """Imports DeepSpeed's Muon, which the engine asks after for every optimizer, without torch.compile.
+
+    Its functions are compiled where they are defined, and that imports the whole compiler: most of a start's seconds,
+    and memory of every rank, for an optimizer that no recipe can name.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_function = compiler.compile
+    compiler.compile = lambda *_args, **_kwargs: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_function
 
 
 def partitioner(engine: EngineConfig) -> Callable[[nn.Module], None] | None:

@@ -27,6 +27,7 @@ from trainer.resume import Resume, checkpoint_to_resume, restore
 from trainer.saving import Saving
 from trainer.schedule import learning_rate, validations_since_best
 from trainer.skipped_steps import SkippedSteps
+from trainer.start_time import StartTime
 from trainer.state import Progress, build_state
 from trainer.step import StepOutcome, TrainingStep
 from trainer.stop_signal import Stopped, StopSignal
@@ -47,23 +48,32 @@ class Summary:
 class Training:
     """One training: its parts, and where it stands."""
 
-    def __init__(self, recipe: Recipe, rank: Rank, console: Console, *, resume: Resume | None) -> None:
+    def __init__(
+        self, recipe: Recipe, rank: Rank, console: Console, *, resume: Resume | None, start_time: StartTime
+    ) -> None:
         say = main_rank_says(rank, console)
         num_images = images_per_rank(recipe, rank.world_size)
         checkpoint = checkpoint_to_resume(recipe, resume, say)
+        start_time.part_done("checkpoint")
         loss = GlobalLoss(recipe.loss, recipe.memory)
         if loss.note:
             say(f"[yellow]{loss.note}")
         benchmarks = load_benchmarks(recipe.eval.benchmarks, recipe.eval.data_root)
         self.recipe, self.rank = recipe, rank
         self.batches = Batches(recipe, rank)
+        start_time.part_done("index")
         self.state = build_state(recipe, rank, images_per_rank=num_images)
-        changes = restore(self.state, recipe, rank, checkpoint, dataset=self.batches.places.digest)
+        start_time.part_done("model")
+        changes = restore(self.state, recipe, rank, checkpoint, dataset=self.batches.places.digest, say=say)
         if changes:
             say(f"[yellow]resumed with another recipe: {escape(', '.join(f'{k} {v}' for k, v in changes.items()))}")
+        start_time.part_done("weights")
         self.bad_images_before = self.progress.bad_images
         self.stop_signal = StopSignal()
         self.context = open_context(recipe, rank, console, self.progress, self.stop_signal, changes=changes)
+        start_time.part_done("tracking")
+        self.start_time: StartTime | None = start_time  # until the first step is done
+        self.start_metrics: dict[str, float] = {}  # until they are logged
         self.step = TrainingStep(self.context, loss, self.state, steps_per_epoch=self.batches.steps_per_epoch)
         self.skipped = SkippedSteps(self.context)
         self.metrics = StepMetrics(recipe, images_per_rank=num_images)
@@ -80,20 +90,22 @@ class Training:
         """Trains to the end from wherever it stands; every rank calls this."""
         self._evaluate_untrained()
         self._validate_if_due()  # a run that was killed in a validation resumes with it
+        self._part_of_start_done("evaluation")
         with progress_bar(self.context.console, "training", self.batches.total_steps, active=self.rank.is_main) as bar:
             for batch, waited_s in self.batches.from_step(self.progress.step, self.context.watchdog):
                 if self.validation.brings_no_more():
                     break
+                self._part_of_start_done("batch")
                 began = time.perf_counter() - waited_s
                 lr = self._learning_rate()
                 outcome = self.step(batch, lr)
-                votes = exchange_votes(self.batches, self.stop_signal, self.saving.writer, self.rank.device)
+                votes = exchange_votes(self.batches, self.stop_signal, self.saving, self.rank.device)
                 self.progress.bad_images = self.bad_images_before + votes.bad_images
                 if not outcome.updated:
                     self.skipped.note(outcome, self.progress)
                 self.progress.step += 1
                 self._log(outcome, lr, time.perf_counter() - began, waited_s, bar)
-                self.saving.save_if_due(asked_to_stop=votes.asked_to_stop)
+                self.saving.save_if_due(asked_to_stop=votes.asked_to_stop, by_time=votes.save_is_due)
                 self._validate_if_due()
         self._say_why_it_ends()
         self.saving.save_at_the_end()
@@ -131,12 +143,25 @@ class Training:
     def _log(self, outcome: StepOutcome, lr: float, seconds: float, waited_s: float, bar: OnProgress) -> None:
         """The step that is just done, to the tracker and to the progress bar."""
         step = self.progress.step
+        self._note_start()
         if step % self.recipe.trainer.log_every_steps == 0:
             epoch = (step - 1) // self.batches.steps_per_epoch
             metrics = self.metrics.of(outcome, self.progress, epoch=epoch, lr=lr, seconds=seconds, waited_s=waited_s)
-            self.context.tracker.metrics(metrics, step)
+            self.context.tracker.metrics(metrics | self.start_metrics, step)
+            self.start_metrics = {}
         queue = f"queue {len(self.state.queue)}" if outcome.queue_used else "queue off"
         bar(step, note=f"loss {outcome.loss:.3f}  {outcome.num_images / seconds:.0f} images/s  {queue}")
+
+    def _part_of_start_done(self, name: str) -> None:
+        if self.start_time:
+            self.start_time.part_done(name)
+
+    def _note_start(self) -> None:
+        """After this process's first step: how long it took to get there."""
+        if self.start_time:
+            self._part_of_start_done("step")
+            self.context.say(self.start_time.line())
+            self.start_metrics, self.start_time = self.start_time.metrics(), None
 
     def _say_what_is_trained(self, resumed_from: Path | None) -> None:
         recipe, batches = self.recipe, self.batches
@@ -170,13 +195,16 @@ class Training:
         return Summary(progress.step, checkpoint, progress.before, [result.as_dict() for result in results])
 
 
-def train(recipe: Recipe, rank: Rank, console: Console, *, resume: Resume | None) -> Summary:
+def train(
+    recipe: Recipe, rank: Rank, console: Console, *, resume: Resume | None, start_time: StartTime | None = None
+) -> Summary:
     """Trains a recipe on all ranks, from a checkpoint if `resume`, and evaluates it before and after.
 
-    Raises LockedError if another process writes to the recipe's output.
+    `start_time` is the process's, if its caller keeps one. Raises LockedError if another process writes to the
+    recipe's output.
     """
     with held_by_rank_0(recipe.output, "rerankvpr train"):
-        training = Training(recipe, rank, console, resume=resume)
+        training = Training(recipe, rank, console, resume=resume, start_time=start_time or StartTime())
         tracker = training.context.tracker
         try:
             with training.stop_signal, training.context.watchdog:

@@ -146,7 +146,7 @@ def plan(recipe: Recipe, assumed: Assumed, sizes: Sizes | None = None) -> Traini
     sizes = sizes or parameter_sizes(recipe)
     per_epoch, total, shard_bytes, source = count_steps(recipe)
     every = recipe.trainer.checkpoint_every_steps or per_epoch
-    saves_between_steps = every is None or total is None or every < total
+    saves_between_steps = recipe.trainer.checkpoint_every_s != 0 or every is None or total is None or every < total
 
     def memory_of(other: Recipe) -> MemoryPlan:
         return plan_memory(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from configs.ranks import from_rank_0
 from configs.schema import Recipe
 from eval.scratch import remove_leftovers
@@ -42,7 +44,13 @@ def checkpoint_to_resume(recipe: Recipe, resume: Resume | None, say: Callable[[s
 
 
 def restore(
-    state: TrainingState, recipe: Recipe, rank: Rank, checkpoint: Path | None, *, dataset: str
+    state: TrainingState,
+    recipe: Recipe,
+    rank: Rank,
+    checkpoint: Path | None,
+    *,
+    dataset: str,
+    say: Callable[[str], None],
 ) -> dict[str, str]:
     """Puts a checkpoint into a new state, if there is one, and sets newer ones of the output folder aside.
 
@@ -54,8 +62,20 @@ def restore(
     if checkpoint:
         changes = recipe_changes(recipe, checkpoint)
         load_checkpoint(checkpoint, state, recipe, dataset)
+        if note := threads_note(state.progress.num_threads, torch.get_num_threads()):
+            say(f"[yellow]{checkpoint.name} {note}")
     state.progress.dataset = dataset
     if rank.is_main:
         set_aside_newer(recipe.output / "checkpoints", checkpoint)
         remove_leftovers(recipe.output)
     return changes
+
+
+def threads_note(stored: int, here: int) -> str:
+    """What another number of threads than the checkpoint's means; empty if it is the same, or was not stored (0)."""
+    if stored in (0, here):
+        return ""
+    return (
+        f"was computed with {stored} thread(s) per rank, this start has {here}: sums are added in another order and "
+        f"the last bits will differ; OMP_NUM_THREADS={stored} keeps them"
+    )

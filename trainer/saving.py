@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 
+import torch
+
 from configs.ranks import from_rank_0
 from trainer.batches import Batches
 from trainer.checkpoint import checkpoint_contents
@@ -13,6 +15,7 @@ from trainer.checkpoint_writer import CheckpointWriter
 from trainer.context import Context
 from trainer.engine import weights_are_finite
 from trainer.errors import TrainingError
+from trainer.save_interval import SaveClock
 from trainer.state import TrainingState
 from trainer.stop_signal import Stopped, how_to_resume
 
@@ -27,7 +30,10 @@ class Saving:
         self.tracker, self.watchdog, self.state = context.tracker, context.watchdog, state
         self.folder = self.recipe.output / "checkpoints"
         self.total_steps = batches.total_steps
-        self.every = self.recipe.trainer.checkpoint_every_steps or batches.steps_per_epoch
+        trainer = self.recipe.trainer
+        self.every = trainer.checkpoint_every_steps or batches.steps_per_epoch
+        self.clock = SaveClock(trainer.checkpoint_every_s, trainer.mean_time_between_failures_s)
+        self._held_s = 0.0
         self.writer = CheckpointWriter(self.folder, keep_last=self.recipe.trainer.keep_last, say=self.say)
 
     def save(self) -> None:
@@ -35,6 +41,8 @@ class Saving:
 
         A network that holds infinities or NaN is not written: it would push the good checkpoints out.
         """
+        began = time.monotonic()
+        self.clock.saving()
         progress = self.state.progress
         if not weights_are_finite(self.state.engine):
             self.say(f"[yellow]step {progress.step}: the network holds numbers that are not finite; not saved")
@@ -42,13 +50,35 @@ class Saving:
         self.watchdog.enter("save", progress.step)
         self.tracker.flush()  # a killed run resumes from here, and its curves with it
         progress.training, progress.mlflow_run_id = self.tracker.training, self.tracker.run_id
+        progress.num_threads = torch.get_num_threads()
         self.writer.begin(progress.step, checkpoint_contents(self.state, self.recipe))
+        self._held_s = time.monotonic() - began
 
-    def save_if_due(self, *, asked_to_stop: bool) -> None:
-        """Saves at the recipe's interval and at the last step; a request to stop saves too, and raises Stopped."""
+    def is_due_by_time(self) -> bool:
+        """Whether this rank votes for a checkpoint by the clock; only rank 0 ever does."""
+        return self.rank.is_main and self.clock.is_due()
+
+    def settle(self, written: float, failed: float) -> None:
+        """Makes what is being written valid or void once the sums of all ranks' votes say that it is done."""
+        began = time.monotonic()
+        if not self.writer.settle(written, failed):
+            return
+        first = self.clock.held_s is None
+        self.clock.saved(self._held_s + time.monotonic() - began)
+        if first and self.clock.every_s == "auto":
+            self.say(
+                f"a checkpoint holds the training for {self.clock.held_s:.2f} s and is valid after "
+                f"{self.clock.written_s:.1f} s: one every {self.clock.interval_s:.0f} s"
+            )
+
+    def save_if_due(self, *, asked_to_stop: bool, by_time: bool) -> None:
+        """Saves at the recipe's intervals and at the last step; a request to stop saves too, and raises Stopped.
+
+        `by_time` is what all ranks have agreed on: that the interval in seconds has passed.
+        """
         step = self.state.progress.step
         last = step == self.total_steps
-        if step % self.every == 0 or last or asked_to_stop:
+        if step % self.every == 0 or last or asked_to_stop or by_time:
             self.save()
         if asked_to_stop and not last:
             saved = self.writer.finish()

@@ -28,6 +28,7 @@ class Progress:
     mlflow_run_id: str | None = None  # None if the store had not answered yet
     dataset: str = ""  # digest of the shard sets trained on
     before: list[dict[str, Any]] = field(default_factory=list)  # results of the untrained model
+    num_threads: int = 0  # of rank 0, in a sum: another number adds in another order, so that last bits differ
 
     @property
     def optimizer_step(self) -> int:

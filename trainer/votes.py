@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.batches import Batches
-from trainer.checkpoint_writer import CheckpointWriter
+from trainer.saving import Saving
 from trainer.stop_signal import StopSignal
 
 
@@ -18,13 +18,14 @@ class Votes:
 
     bad_images: int  # met by all ranks since this process started
     asked_to_stop: bool  # whether any rank was
+    save_is_due: bool  # by the clock of rank 0
 
 
-def exchange_votes(batches: Batches, stop_signal: StopSignal, writer: CheckpointWriter, device: torch.device) -> Votes:
+def exchange_votes(batches: Batches, stop_signal: StopSignal, saving: Saving, device: torch.device) -> Votes:
     """The sums over ranks; a checkpoint that all ranks have written becomes valid. Every rank must call this."""
-    mine = [batches.num_bad_images, bool(stop_signal.name), *writer.vote()]
+    mine = [batches.num_bad_images, bool(stop_signal.name), saving.is_due_by_time(), *saving.writer.vote()]
     sums = torch.tensor(mine, dtype=torch.float32, device=device)
     dist.all_reduce(sums)
-    bad_images, asked_to_stop, written, failed = sums.tolist()
-    writer.settle(written, failed)
-    return Votes(int(bad_images), asked_to_stop > 0)
+    bad_images, asked_to_stop, save_is_due, written, failed = sums.tolist()
+    saving.settle(written, failed)
+    return Votes(int(bad_images), asked_to_stop > 0, save_is_due > 0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.schema.section import NonNegative, Positive, Section
 
@@ -16,6 +16,14 @@ class TrainerConfig(Section):
     max_steps: NonNegative = Field(0, description="Stop after this many optimizer steps; 0 is no limit.")
     validate_every_epochs: NonNegative = Field(1, description="Epochs between validations; 0 validates never.")
     checkpoint_every_steps: NonNegative = Field(0, description="Steps between checkpoints; 0 is once an epoch.")
+    checkpoint_every_s: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        0,
+        description="Seconds between checkpoints, besides those by steps; 0 is by steps alone. auto: the interval at "
+        "which saves, as long as they take, and steps done twice after a failure cost least in sum (Young and Daly).",
+    )
+    mean_time_between_failures_s: Annotated[float, Field(ge=0)] = Field(
+        0, description="Mean seconds from one failure of the job to the next, for checkpoint_every_s auto."
+    )
     keep_last: Positive = Field(2, description="Newest checkpoints kept, besides the best one.")
     early_stop_evals: NonNegative = Field(
         0, description="Validations without a better mean recall at the smallest K after which a run ends; 0 is never."
@@ -27,3 +35,13 @@ class TrainerConfig(Section):
         600, description="Seconds that the last checkpoint is tried again where the disk is full or gone."
     )
     log_every_steps: Positive = Field(1, description="Steps between logged metrics.")
+
+    @model_validator(mode="after")
+    def _interval_has_its_rate(self) -> TrainerConfig:
+        automatic = self.checkpoint_every_s == "auto"
+        if automatic != (self.mean_time_between_failures_s > 0):
+            raise ValueError(
+                "checkpoint_every_s auto and mean_time_between_failures_s, above 0, are given together: the one is "
+                "computed from the other"
+            )
+        return self

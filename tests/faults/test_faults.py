@@ -8,7 +8,6 @@ import shutil
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests import forked
@@ -21,6 +20,7 @@ from tests.training import (
     logged,
     make_workplace,
     one_rank,
+    ranks_of,
     same_state,
     two_ranks,
 )
@@ -117,8 +117,7 @@ def test_asked_to_stop_it_has_saved_within_half_a_minute(workplace: Path) -> Non
     while not (folder / "metrics.jsonl").exists() or not logged(folder):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    workers = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
-    workers[0].terminate()
+    ranks_of(process)[0].terminate()
     asked = time.monotonic()
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 75, text
