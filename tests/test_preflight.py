@@ -54,7 +54,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--loss.name CosFaceLoss --memory.placement sharded", "CosFaceLoss"),
         ("--eval.benchmarks twon", "unknown benchmark 'twon'; nearest: town"),
         ("--eval.benchmarks msls_val/nonsense", "msls_val takes no options|unknown variant 'nonsense'"),
-        ("--eval.recall-at 1 10", "eval.recall_at 10: town has 3 database images"),
         ("--eval.rerank.layer 9", "eval.rerank: layer 9: the backbone has"),
         ("--model.weights {folder}/vits14.safetensors", "does not fit the model"),
         ("--model.finetune-last-n-blocks 99", "99"),

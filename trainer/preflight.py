@@ -11,7 +11,6 @@ from configs.schema import Recipe
 from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
 from data_pipeline.storage import StorageError
 from eval.benchmarks.load import load_benchmarks
-from eval.evaluate import check_depth
 from memory.global_loss import GlobalLoss
 from model.facets import FacetReader
 from model.network import PlaceModel, meta_model
@@ -42,7 +41,7 @@ def check_training(
     if places:
         EpochPlans(places, recipe.data, seed=recipe.seed)
     for spec in recipe.eval.benchmarks:
-        _unless_absent(partial(_check_benchmark, spec, recipe), absent)
+        _unless_absent(partial(load_benchmarks, [spec], recipe.eval.data_root), absent)
     _unless_absent(lambda: _check_weights(recipe, model), absent)
     _check_output(recipe, places, resume=resume, checkpoint=checkpoint)
     return absent
@@ -64,10 +63,6 @@ def _check_facets(recipe: Recipe, model: PlaceModel) -> None:
             FacetReader(model.backbone, layer=rerank.layer, facet=rerank.facet, saliency_layer=rerank.saliency_layer)
         except ValueError as error:
             raise ValueError(f"eval.rerank: {error}") from error
-
-
-def _check_benchmark(spec: str, recipe: Recipe) -> None:
-    check_depth(load_benchmarks([spec], recipe.eval.data_root), recipe.eval)
 
 
 def _check_weights(recipe: Recipe, model: PlaceModel) -> None:
