@@ -112,7 +112,7 @@ def test_a_fork_has_the_state_of_a_new_process(tmp_path: Path) -> None:
         assert state == cold
     assert cold["cuda"] is False
     assert [line for line in lines if line.startswith("status")] == ["status 0", "status 0", "status 2"]
-    assert "rerankvpr: unknown verb 'dance'; nearest: rank" in lines
+    assert any(line.startswith("rerankvpr: unknown verb 'dance'; nearest: ") for line in lines)
 
 
 def test_what_cannot_be_forked_is_said_and_runs_cold(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_the_flags_of_a_start() -> None:
     cold = plan(["--nproc-per-node", "1", "--start-method", "spawn"], ["train", "demo"])
     assert cold.start_method == "spawn"
     assert not any("start-method" in argument for argument in cold.arguments)
-    with pytest.raises(ValueError, match="--start-method fork: expected forkserver or spawn"):
+    with pytest.raises(ValueError, match="--start-method: 'fork' is not one of forkserver, spawn"):
         plan(["--start-method", "fork"], ["train", "demo"])
     assert "mlflow" in preload(["train", "demo"])
     assert "mlflow" not in preload(["doctor"])
@@ -235,8 +235,7 @@ def leaks(starts: int, folder: Path) -> None:
         assert after <= before + 2, f"{name}: {before} in the first {third} starts, {after} in the last"
     until(lambda: set(Path("/dev/shm").iterdir()) <= shared, 30)  # others on the machine use it too
     assert [f.name for f in temporary.iterdir() if not re.match("torchelastic_", f.name)] == []  # torchrun's own logs
-    left = [one for one in psutil.process_iter() if in_session(one, process.pid)]
-    assert left == []
+    until(lambda: not any(in_session(one, process.pid) for one in psutil.process_iter()), 30)  # the kernel ends them
 
 
 def in_session(process: psutil.Process, session: int) -> bool:
