@@ -193,7 +193,7 @@ def run(recipe: Path, output: Path, scenario: Scenario, options: Options) -> Out
         if killed_at is not None and b"train/restart_s" in written(output, size_before):
             outages_s.append(time.monotonic() - killed_at)
             killed_at = None
-        if now >= next_kill and killed_at is None and written(output, 0):
+        if now >= next_kill and killed_at is None and b"train/restart_s" in written(output, 0):
             killed_at = time.monotonic()
             kill(process, scenario.victims)
             size_before = len(written(output, 0))
