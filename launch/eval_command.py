@@ -144,7 +144,7 @@ def _evaluate(
     from eval.pixels import as_trained, pixel_differences
     from eval.report.pictures import draw_pictures
     from eval.report.tables import results_table, write_csv, write_results
-    from launch.eval_tracking import log_evaluation
+    from launch.eval_tracking import Evaluation, log_evaluation
     from model.network import build_model
     from trainer.checkpoint import load_model_weights
     from trainer.engine import DTYPES
@@ -213,10 +213,12 @@ def _evaluate(
             log_evaluation(
                 command.track,
                 recipe.tracking.experiment,
-                results,
-                model=str(checkpoint or command.weights),
-                params={f"eval.{key}": value for key, value in config.model_dump(mode="json").items()},
-                out=command.out,
+                Evaluation(
+                    model=str(checkpoint or command.weights),
+                    params={f"eval.{key}": value for key, value in config.model_dump(mode="json").items()},
+                    results=results,
+                    out=command.out,
+                ),
                 parent=run_of(checkpoint) if checkpoint else None,
                 console=console,
             )

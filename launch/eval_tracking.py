@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -17,16 +18,18 @@ from eval.result import Result
 from trainer.mlflow_store import DeletedError, active_experiment, check_active, metric_name, open_client
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation was made of and came to; `out` is its folder of pictures."""
+
+    model: str
+    params: dict[str, object]
+    results: list[Result]
+    out: Path | None
+
+
 def log_evaluation(
-    uri: str,
-    experiment: str,
-    results: list[Result],
-    *,
-    model: str,
-    params: dict[str, object],
-    out: Path | None,
-    parent: str | None,
-    console: Console,
+    uri: str, experiment: str, evaluation: Evaluation, *, parent: str | None, console: Console
 ) -> str | None:
     """Logs parameters, recalls, timings, results and pictures; returns the run's id, None if the store failed.
 
@@ -34,7 +37,7 @@ def log_evaluation(
     experiment, otherwise in `experiment`. A store that fails is reported in one line; the results stay where they are.
     """
     try:
-        return _log(uri, experiment, results, model, params, out, parent, console)
+        return _log(uri, experiment, evaluation, parent, console)
     except DeletedError as error:
         console.print(f"[yellow]{escape(str(error))}; this evaluation is not in it", soft_wrap=True)
         return None
@@ -44,16 +47,8 @@ def log_evaluation(
         return None
 
 
-def _log(
-    uri: str,
-    experiment: str,
-    results: list[Result],
-    model: str,
-    params: dict[str, object],
-    out: Path | None,
-    parent: str | None,
-    console: Console,
-) -> str:
+def _log(uri: str, experiment: str, evaluation: Evaluation, parent: str | None, console: Console) -> str:
+    model, results, out = evaluation.model, evaluation.results, evaluation.out
     client = open_client(uri, retries=2)
     from mlflow.entities import Metric, Param
 
@@ -66,7 +61,9 @@ def _log(
             console.print("MLflow: the training's run is not in this store; the evaluation gets a run of its own")
         experiment_id = active_experiment(client, experiment)
     run: str = client.create_run(experiment_id, run_name=f"eval {model}", tags=tags).info.run_id
-    texts = {"model": model} | {name: json.dumps(shareable(value), default=str) for name, value in params.items()}
+    texts = {"model": model} | {
+        name: json.dumps(shareable(value), default=str) for name, value in evaluation.params.items()
+    }
     now = int(time.time() * 1000)
     metrics = [
         Metric(metric_name(f"eval/{result.name}/{name}"), value, now, 0)

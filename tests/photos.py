@@ -38,6 +38,16 @@ def jpeg(rng: np.random.Generator) -> bytes:
     return data.getvalue()
 
 
+def write_noise_benchmark(folder: Path) -> None:
+    """A benchmark of noise in the field's UTM layout: 7 database images 100 m apart, 5 queries at the first ones."""
+    rng = np.random.default_rng(0)
+    for part, count in (("database", 7), ("queries", 5)):
+        images = folder / "images" / "test" / part
+        images.mkdir(parents=True)
+        for i in range(count):
+            (images / f"@{500000 + 100 * i}@4000000@33@T@@@{i}@@@@@@@@.jpg").write_bytes(jpeg(rng))
+
+
 def write_gsv_cities(
     folder: Path, cities: Mapping[str, Mapping[int, int]] = THREE_CITIES, seed: int = 0
 ) -> dict[tuple[str, int], list[Path]]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from eval.recall import Figure, Recall
 from eval.result import Result
-from launch.eval_tracking import log_evaluation
+from launch.eval_tracking import Evaluation, log_evaluation
 from tests import forked
 from tests.networks import backbone
 from tests.test_eval_features import write_photos
@@ -134,10 +134,7 @@ def test_a_run_hangs_under_the_trainings_where_the_store_has_it(
         log_evaluation(
             "sqlite:///child.db",
             "evaluations",
-            [_result()],
-            model="step-00000007",
-            params={"eval.image_size": 42},
-            out=tmp_path / "out",
+            Evaluation("step-00000007", {"eval.image_size": 42}, [_result()], tmp_path / "out"),
             parent=of,
             console=console,
         )
@@ -167,7 +164,6 @@ def test_a_run_hangs_under_the_trainings_where_the_store_has_it(
 def test_a_store_that_fails_is_one_line_and_no_end() -> None:
     console = Console(record=True, width=300)
     for uri in ("http://127.0.0.1:9", "nonsense://nowhere"):
-        assert (
-            log_evaluation(uri, "x", [_result()], model="m", params={}, out=None, parent=None, console=console) is None
-        )
+        evaluation = Evaluation("m", {}, [_result()], None)
+        assert log_evaluation(uri, "x", evaluation, parent=None, console=console) is None
     assert console.export_text().count("MLflow does not answer (") == 2

@@ -115,24 +115,23 @@ def test_one_of_many_that_come_at_once_gets_it(tmp_path: Path) -> None:
     assert (held, len(refused)) == ([1], 7)
 
 
-@pytest.mark.parametrize("locks", ["flock", "none"])
-def test_a_living_holder_on_another_machine_is_heard(
-    tmp_path: Path, locks: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if locks == "none":
+@pytest.fixture(params=["flock", "none"])
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system with locks, and one without."""
+    if request.param == "none":
         monkeypatch.setattr(fcntl, "flock", no_locks)
+
+
+@pytest.mark.usefixtures("locks")
+def test_a_living_holder_on_another_machine_is_heard(tmp_path: Path) -> None:
     with beating(tmp_path):
         with pytest.raises(LockedError, match=r"rerankvpr train, pid 4242 on node7, since 2026-01-01"):
             FolderLock(tmp_path, "test", dead_s=20).acquire()
         assert holder(tmp_path, dead_s=20) == ELSEWHERE
 
 
-@pytest.mark.parametrize("locks", ["flock", "none"])
-def test_the_lock_of_a_dead_machine_is_explained_and_taken_over(
-    tmp_path: Path, locks: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if locks == "none":
-        monkeypatch.setattr(fcntl, "flock", no_locks)
+@pytest.mark.usefixtures("locks")
+def test_the_lock_of_a_dead_machine_is_explained_and_taken_over(tmp_path: Path) -> None:
     beat_of(tmp_path, 5)
     said: list[str] = []
     with FolderLock(tmp_path, "test", say=said.append, dead_s=0.4):

@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 import yaml
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests import forked
-from tests.photos import jpeg, write_gsv_cities
+from tests.photos import write_gsv_cities, write_noise_benchmark
 from trainer.ports import free_port
 
 ROOT = forked.ROOT
@@ -30,12 +29,7 @@ def make_workplace(folder: Path) -> None:
     """Shards, a benchmark of noise, and a recipe that visits every part of a training."""
     write_gsv_cities(folder / "native", {"Aachen": dict.fromkeys(range(9), 4), "Bergen": dict.fromkeys(range(8), 5)})
     write_shards(read_gsv_cities(folder / "native"), folder / "shards")
-    rng = np.random.default_rng(0)
-    for part, count in (("database", 7), ("queries", 5)):
-        images = folder / "town" / "images" / "test" / part
-        images.mkdir(parents=True)
-        for i in range(count):
-            (images / f"@{500000 + 100 * i}@4000000@33@T@@@{i}@@@@@@@@.jpg").write_bytes(jpeg(rng))
+    write_noise_benchmark(folder / "town")
     recipe = {
         "name": "test",
         "data": {"shards": str(folder / "shards"), "places_per_batch": 4, "images_per_place": 3, "image_size": 28},

@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import yaml
 
-from tests.photos import jpeg, write_gsv_cities
+from tests.photos import write_gsv_cities, write_noise_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -19,12 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def write_workplace(folder: Path) -> Path:
     """Writes native/, town/ and recipe.yaml; a constant schedule: a shorter run is a longer one's start."""
     write_gsv_cities(folder / "native", {"Aachen": dict.fromkeys(range(9), 4), "Bergen": dict.fromkeys(range(8), 5)})
-    rng = np.random.default_rng(0)
-    for part, count in (("database", 7), ("queries", 5)):
-        images = folder / "town" / "images" / "test" / part
-        images.mkdir(parents=True)
-        for i in range(count):
-            (images / f"@{500000 + 100 * i}@4000000@33@T@@@{i}@@@@@@@@.jpg").write_bytes(jpeg(rng))
+    write_noise_benchmark(folder / "town")
     recipe = {
         "name": "noise",
         "data": {"shards": str(folder / "shards"), "places_per_batch": 4, "images_per_place": 3, "image_size": 28},
