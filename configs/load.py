@@ -25,7 +25,7 @@ class RecipeError(ValueError):
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file; a bare name such as `demo` means the recipe shipped under that name.
 
-    Raises RecipeError naming file, key and the nearest valid one; a renamed key is told its name.
+    Raises RecipeError naming file, key and the nearest valid one; a renamed key gets its present name.
     """
     file = find_recipe(path)
     return _validated(_read(file), file)

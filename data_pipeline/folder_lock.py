@@ -1,9 +1,9 @@
 """One writer per folder: a lock that a crash releases, on local disks and on file systems that hosts share.
 
 The lock is a hidden file that its holder keeps locked by `flock`. It names the holder and its machine, and carries a
-beat that goes on while the holder lives. Within one machine `flock` decides: the kernel drops it with the process.
+beat while the holder lives. Within one machine `flock` decides: the kernel drops it with the process.
 Between machines it proves nothing (some file systems keep it to one machine, some for minutes after a machine died), so
-a lock of another machine counts as long as its beat goes on, by the monotonic clock of the machine that looks.
+a lock of another machine counts while its beat continues, by the monotonic clock of the machine that looks.
 """
 
 from __future__ import annotations

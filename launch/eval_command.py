@@ -178,7 +178,7 @@ def _evaluate(
         first_limit_s=command.stall_s,
         folder=command.out or Path(tempfile.gettempdir()),
         setting="--stall-s",
-        remedy="with --features, features that are whole stay and the same command goes on from there",
+        remedy="with --features, features that are whole stay and the same command resumes",
     )
     with watchdog:
         for number, benchmark in enumerate(benchmarks):

@@ -1,4 +1,4 @@
-"""How a verb ends that is told to stop by SIGTERM or Ctrl-C: with one line, in bounded time."""
+"""How a verb ends that is asked to stop by SIGTERM or Ctrl-C: with one line, in bounded time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ GRACE_S = 10.0
 
 KEPT = {
     "train": "before its first step in this start, so nothing is lost; add --resume where it was started before",
-    "shard": "tars that are whole stay, the same command goes on from there",
-    "eval": "with --features, features that are whole stay and the same command goes on from there",
-    "sync": "what is sent stays sent, the same command goes on from there",
-    "demo": "what is whole stays, the same command goes on from there",
+    "shard": "tars that are whole stay, the same command resumes",
+    "eval": "with --features, features that are whole stay and the same command resumes",
+    "sync": "what is sent stays sent, the same command resumes",
+    "demo": "what is whole stays, the same command resumes",
     "submit": "jobs that are submitted stay in the queue: squeue --me shows them",
-    "launch": "its processes are told to stop",
+    "launch": "its processes are asked to stop",
 }
 
 

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     if command[0] == "train" and not {"-h", "--help"} & set(command):
         from trainer.command import parse
 
-        recipe = parse(command[1:]).recipe  # a mistake in it is told before anything starts
+        recipe = parse(command[1:]).recipe  # a mistake in it is reported before anything starts
         used = fitting_world(recipe.data.places_per_batch, world) if ours.fit else world
         shared = [recipe.output, *([recipe.eval.features] if recipe.eval.features else [])]
         scratch = [recipe.data.cache] if recipe.data.cache else []

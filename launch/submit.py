@@ -34,7 +34,7 @@ well. Flags before the first `--` hold for all stages; a stage may have further 
       --then --nodes 1 -- eval --checkpoint runs/a --benchmarks town
 
 `shard` runs on one node without GPUs: --array 16 makes sixteen tasks that write the tars, and a job that writes the
-index. `eval` of several checkpoints is an array. A training is checked as `rerankvpr plan` does it; it is told to save
+index. `eval` of several checkpoints is an array. A training is checked as `rerankvpr plan` does it; it is asked to save
 before its time limit and on preemption, is put back in the queue and resumes."""
 
 PROG = "rerankvpr submit"
@@ -110,7 +110,7 @@ def stage_jobs(verb: list[str], want: Resources) -> list[Job]:
 def _train_job(verb: list[str], want: Resources) -> Job:
     from trainer.command import parse
 
-    command = parse(verb[1:])  # a mistake in it is told before torch is loaded
+    command = parse(verb[1:])  # a mistake in it is reported before torch is loaded
     from trainer.preflight import check_training
     from trainer.tracking import open_command
 

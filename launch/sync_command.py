@@ -75,7 +75,7 @@ def _sync(folder: Path, uri: str, console: Console) -> None:
     except Exception as error:
         raise ValueError(
             f"{folder}: MLflow at {store} does not answer ({first_line(error)}); {sender.offset} of "
-            f"{log.stat().st_size} bytes are sent, the same command goes on from there"
+            f"{log.stat().st_size} bytes are sent, the same command resumes"
         ) from error
     finally:
         sender.close()

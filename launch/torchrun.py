@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
         )
     ours, others = parse_known_flags(LaunchCommand, flags, prog=PROG)
     recipe = None
-    if verb[0] == "train" and not ours.dry_run:  # a mistake is told once, not by each rank after each restart
+    if verb[0] == "train" and not ours.dry_run:  # a mistake is reported once, not by each rank after each restart
         recipe = parse_over_recipe(TrainCommand, verb[1:], verb="train")[0].recipe
     launch = plan_launch(ours, others, verb)
     print(launch.command(), flush=True)
@@ -182,7 +182,7 @@ def preload(verb: Sequence[str], recipe: Recipe | None = None) -> list[str]:
 
 
 def resuming(verb: list[str]) -> list[str]:
-    """A `train` verb that goes on from its output's newest checkpoint each time that it is started.
+    """A `train` verb that resumes from its output's newest checkpoint each time that it is started.
 
     Raises ValueError where it names another checkpoint, which each restart would go back to.
     """
@@ -191,7 +191,7 @@ def resuming(verb: list[str]) -> list[str]:
     named = verb[verb.index("--resume") + 1 :][:1]
     if named and named[0] != "auto" and not named[0].startswith("-"):
         raise ValueError(
-            f"--resume {named[0]}: a training that may be restarted goes on from its own output's newest checkpoint; "
+            f"--resume {named[0]}: a training that may be restarted resumes from its own output's newest checkpoint; "
             f"start it once by `rerankvpr train` with --resume {named[0]}, or leave the folder out"
         )
     return verb

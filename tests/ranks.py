@@ -39,7 +39,7 @@ COLLECTIVE_TIMEOUT_S = 60
 
 
 class Group:
-    """Processes in one gloo group, each of which runs the checks that it is told."""
+    """Processes in one gloo group, each of which runs the checks that it is sent."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size

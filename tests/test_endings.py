@@ -68,7 +68,7 @@ def test_a_signal_ends_a_verb_with_one_line(number: signal.Signals) -> None:
     assert process.returncode == 128 + number
     assert err == (
         f"rerankvpr: eval: stopped by {number.name}; with --features, features that are whole stay and the same "
-        "command goes on from there\n"
+        "command resumes\n"
     )
 
 

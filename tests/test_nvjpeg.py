@@ -33,7 +33,7 @@ def test_nvjpeg_gives_nearly_the_pixels_of_the_cpu() -> None:
 def test_decoding_and_a_training_leave_each_other_s_memory_alone(gpu: int) -> None:
     """Threads decode ahead while the default stream is always behind: its kernels read memory that it has freed.
 
-    The threads are told of no device, as a pool's are not, and the GPU need not be the first.
+    The threads have no current device, as a pool's are not, and the GPU need not be the first.
     """
     from data_pipeline.nvjpeg import decode_on_gpu, empty_on_gpu, hand_over
 

@@ -54,7 +54,7 @@ def _buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def choose_checkpoint(folder: Path, given: Path | None) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from: `given`, else the newest of `folder` that verifies; with notes on damaged ones.
+    """The checkpoint to resume from: `given`, else the newest of `folder` that verifies; with notes on damaged ones.
 
     Read and verified by rank 0, for all; every rank must call this. Raises CheckpointError if `given` is damaged.
     """

@@ -89,7 +89,7 @@ class CheckpointWriter:
         if errors:
             if dist.get_rank() == 0:
                 shutil.rmtree(part.folder, ignore_errors=True)
-            self.say(f"[yellow]checkpoint of step {part.step} could not be written ({errors[0]}); training goes on")
+            self.say(f"[yellow]checkpoint of step {part.step} could not be written ({errors[0]}); training continues")
         return not errors
 
     def finish(self) -> bool:

@@ -33,7 +33,7 @@ def one_line_errors(*extra: type[Exception], folder: Path | None = None) -> Iter
     `folder`, or among the temporary files, which the line names. RERANKVPR_TRACEBACK=1 shows any of them at once.
 
     Where all ranks make the same mistake, rank 0 speaks and the launcher ends the others while they wait; a mistake
-    that only another rank meets is told by that rank. A rank of several leaves at once: threads or collectives that
+    that only another rank meets is reported by that rank. A rank of several leaves at once: threads or collectives that
     still wait would hold it, and with it all others.
     """
     try:

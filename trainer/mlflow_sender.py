@@ -253,7 +253,7 @@ class Sender:
         except Exception as error:  # noqa: BLE001 - each kind of artifact store has its own; told, and tried again
             self._client.get_run(self.run_id)  # raises where the whole store does not answer
             self.left.append(offset)
-            self._say(f"{path} could not be sent ({first_line(error)}); the rest goes on")
+            self._say(f"{path} could not be sent ({first_line(error)}); the rest is sent")
 
     def _artifact(self, path: Path, folder: str | None) -> None:
         if not path.is_file():

@@ -27,7 +27,7 @@ FIXED = (
     "engine.precision",
     "optim.name",
 )
-# Where things lie and what they are called; the shards are told by their digest.
+# Where things lie and what they are called; the shards are known by their digest.
 OF_NO_MATTER = ("name", "output", "data.shards", "tracking.")
 SHOWN = 80
 

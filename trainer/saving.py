@@ -101,7 +101,7 @@ class Saving:
         if not weights_are_finite(self.state.engine):
             raise TrainingError(
                 f"step {self.state.progress.step}: the network holds numbers that are not finite: the training has "
-                "diverged; go on from the last checkpoint with --resume and a lower optim.lr"
+                "diverged; resume from the last checkpoint and a lower optim.lr"
             )
         retry_s = self.recipe.trainer.save_retry_s
         for tries_left in range(math.ceil(retry_s / SAVE_AGAIN_S), -1, -1):

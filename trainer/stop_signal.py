@@ -74,9 +74,9 @@ def how_to_resume() -> str:
     """What to do after a stop: the command that the user typed, with --resume, where it is known."""
     words = shlex.split(os.environ.get(COMMAND, ""))
     if "train" not in words:
-        return "--resume goes on from the last checkpoint"
+        return "--resume continues from the last checkpoint"
     if "--resume" in words:
         at = words.index("--resume")
         named = words[at + 1 : at + 2]
         del words[at : at + 1 + (bool(named) and not named[0].startswith("-"))]
-    return f"to go on: {shlex.join(without_secrets(word, is_address=True) for word in [*words, '--resume'])}"
+    return f"to resume: {shlex.join(without_secrets(word, is_address=True) for word in [*words, '--resume'])}"

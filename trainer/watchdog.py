@@ -88,7 +88,7 @@ class Watchdog:
         folder: Path,
         asked_to_stop: Callable[[], str] = str,
         setting: str = "engine.stall_s",
-        remedy: str = "--resume goes on from the last checkpoint",
+        remedy: str = "--resume continues from the last checkpoint",
     ) -> None:
         """`limit_s` is how long a section may last without a sign of progress (0: for ever); `first_limit_s`, if more,
         holds for evaluations and until a second step. Stack traces go to `folder`. `asked_to_stop` names the signal

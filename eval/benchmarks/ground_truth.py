@@ -15,7 +15,7 @@ from configs.reading import reading, shown
 
 EARTH_RADIUS_M = 6_371_008.8
 MAX_NAME_BYTES = 1024
-FARTHEST_M = 1e10  # from an origin: beyond any map, also of cities that are told apart by 1e9 m
+FARTHEST_M = 1e10  # from an origin: beyond any map, also of cities that are set apart by 1e9 m
 
 _ARRAYS_ALONE = {
     ("numpy", "ndarray"),
