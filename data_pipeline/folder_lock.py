@@ -21,8 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from configs.ranks import from_rank_0
-
 LOCK = ".rerankvpr.lock"
 BEAT_S = 5.0
 DEAD_S = 45.0  # without a beat, the holder on another machine is taken for dead
@@ -215,6 +213,8 @@ def held_by_rank_0(folder: Path, what: str) -> Iterator[None]:
     lock = FolderLock(folder, what)
     restarts = (os.environ.get(key, "0") for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     patience_s = _RESTARTED_S if any(count not in ("", "0") for count in restarts) else 0.0
+    from configs.ranks import from_rank_0  # torch, which other holders of folders need not wait for
+
     from_rank_0(lambda: _acquire(lock, patience_s))
     try:
         yield

@@ -16,7 +16,6 @@ from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help and mistakes should not wait for pyarrow
     from data_pipeline.listing import PlaceListing
-    from data_pipeline.shard_options import ShardOptions
     from data_pipeline.shards import ShardSummary
     from data_pipeline.sources.cells import Grid
 
@@ -173,6 +172,7 @@ def write_shard_set(console: Console, command: Any) -> ShardSummary:
     """Shards a data set under a progress bar; the command is one of KINDS."""
     part = _part(command.part)
     from data_pipeline.listing import shuffle_places
+    from data_pipeline.shard_options import ShardOptions
     from data_pipeline.shards import write_shards
 
     listing = command.listing()
