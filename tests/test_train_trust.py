@@ -100,16 +100,28 @@ def test_a_training_that_diverges_has_failed_and_keeps_its_good_checkpoints(work
     status, said = ended(train(workplace, "run", "--resume", *flags, "--optim.weight-decay", "0"))
     assert status == 2, said
     (line,) = our_lines(said)
-    assert "not finite" in line  # the end's own look at the weights, or a validation before it
+    assert "step 20: the network holds numbers that are not finite: the training has diverged" in line
     assert last_checkpoint(trained).name == good
     assert not faults(last_checkpoint(trained))
     assert events(trained, "end")[-1]["status"] == "FAILED"
 
 
-def test_a_training_that_skips_too_much_has_failed(workplace: Path, trained: Path) -> None:
-    flags = ("--optim.lr", "1e38", "--trainer.epochs", "8", "--trainer.max-skipped-steps", "3")
+def test_a_validation_of_a_network_that_has_diverged_blames_no_image(workplace: Path, trained: Path) -> None:
+    good = last_checkpoint(trained).name
+    flags = ("--optim.lr", "1e38", "--trainer.epochs", "8", "--trainer.max-skipped-steps", "100")
     status, said = ended(train(workplace, "run", "--resume", *flags, "--optim.weight-decay", "0"))
-    assert status == 2
+    assert status == 2, said
+    (line,) = our_lines(said)
+    assert "step 20: the network holds numbers that are not finite: the training has diverged" in line
+    assert last_checkpoint(trained).name == good
+    assert events(trained, "end")[-1]["status"] == "FAILED"
+
+
+def test_a_training_that_skips_too_much_has_failed(workplace: Path, trained: Path) -> None:
+    """The first step takes the weights away; the next two have no loss, and the epoch has a fourth."""
+    flags = ("--optim.lr", "1e38", "--trainer.epochs", "8", "--trainer.max-skipped-steps", "1")
+    status, said = ended(train(workplace, "run", "--resume", *flags, "--optim.weight-decay", "0"))
+    assert status == 2, said
     assert "more than trainer.max_skipped_steps" in our_lines(said)[0]
     assert events(trained, "end")[-1]["status"] == "FAILED"
 

@@ -265,8 +265,12 @@ def whole_weights(engine: Any) -> Iterator[None]:
 
 
 def weights_are_finite(engine: Any) -> bool:
-    """Whether the trained weights of all ranks are finite numbers; every rank must call this."""
+    """Whether the trained weights of all ranks are numbers that fp32 can compute with; every rank must call this.
+
+    Weights above 1e19 count as infinite: their squares are, and what the network makes of an image is NaN.
+    """
     mine = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters() if p.requires_grad]
-    spoilt = torch.tensor(float(not all(bool(torch.isfinite(part).all()) for part in mine)), device=engine.device)
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in mine]
+    spoilt = torch.tensor(float(not all(bool(norm.isfinite()) for norm in norms)), device=engine.device)
     dist.all_reduce(spoilt)
     return spoilt.item() == 0

@@ -118,6 +118,7 @@ class Training:
 
     def _validate_if_due(self) -> None:
         if self.validation.is_due():
+            self.saving.check_network()  # else an image would be blamed
             self.saving.writer.finish()  # who leaves the evaluation could not make a checkpoint valid
             self._keep_if_best(self.validation.validate())
 

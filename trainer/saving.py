@@ -85,6 +85,14 @@ class Saving:
             where = f"saved at step {step} of {self.total_steps}" if saved else f"step {step} could not be saved"
             raise Stopped(f"asked to stop; {where}; {how_to_resume()}")
 
+    def check_network(self) -> None:
+        """Raises TrainingError, on every rank, if the network holds infinities or NaN."""
+        if not weights_are_finite(self.state.engine):
+            raise TrainingError(
+                f"step {self.state.progress.step}: the network holds numbers that are not finite: the training has "
+                "diverged; resume from the last checkpoint with a lower optim.lr"
+            )
+
     def save_whole(self) -> bool:
         """Saves the present step unless that is done, and waits for the disks; False if they did not take it."""
         self.writer.finish()
@@ -98,11 +106,7 @@ class Saving:
 
         Raises TrainingError if it could not be written, or if the network holds infinities or NaN.
         """
-        if not weights_are_finite(self.state.engine):
-            raise TrainingError(
-                f"step {self.state.progress.step}: the network holds numbers that are not finite: the training has "
-                "diverged; resume from the last checkpoint and a lower optim.lr"
-            )
+        self.check_network()
         retry_s = self.recipe.trainer.save_retry_s
         for tries_left in range(math.ceil(retry_s / SAVE_AGAIN_S), -1, -1):
             if self.save_whole():
