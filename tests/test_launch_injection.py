@@ -92,7 +92,7 @@ def test_no_value_of_a_training_is_read_as_code(
     except ValueError:
         return
     got = run_script(job, stubs)
-    srun = ["--kill-on-bad-exit=0", "--wait=60", "--ntasks-per-node=1"]
+    srun = ["--kill-on-bad-exit=0", "--wait=60", "--ntasks-per-node=1", "--cpu-bind=none"]
     srun += [f"--container-image={image}"] if image else []
     launch = [python or "/env/python", *shlex.split("-m rerankvpr launch --nnodes 2 --nproc-per-node 1 --rdzv")]
     launch += [*shlex.split("127.0.0.1:20007 --rdzv-id 7.0 --max-restarts 3 --"), "train", *verb]

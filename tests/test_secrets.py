@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -147,8 +148,9 @@ def test_secrets_are_not_in_ps(tmp_path: Path) -> None:
                     seen.add(one.pid)
             time.sleep(0.05)
     finally:
-        for one in [*top.children(recursive=True), top]:
-            one.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+            for one in [*top.children(recursive=True), top]:
+                one.kill()
         said, _ = process.communicate()
     assert len(seen) == 3, said
     assert CANARY not in said
