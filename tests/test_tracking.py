@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import save_file
 
+from configs.files import file_sha256
 from configs.load import recipe_text
 from configs.schema import Recipe
 from configs.secrets import without_secrets
@@ -30,6 +31,7 @@ from model.network import build_model
 from tests import forked
 from tests.mlflow_server import Server, wait_until
 from trainer import tracking
+from trainer.manifest import FORMAT, MANIFEST
 from trainer.metrics_log import read_records
 from trainer.mlflow_sender import Sender, read_state
 from trainer.provenance import provenance
@@ -284,19 +286,29 @@ def test_a_training_whose_server_was_away_has_one_run(server: Server, tmp_path: 
     (run,) = runs_of(client, recipe_for(server.uri, tmp_path / "one"))
     assert {moved.run_id, third.run_id} == {run.info.run_id}
     assert steps_of(client, run.info.run_id) == [1, 2, 3]
-    assert not runs_of(client, renamed)
+    assert client.get_experiment_by_name("another") is None
     (child,) = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
     assert child.data.metrics == {"recall_1": 50.0}
 
 
-def test_what_a_store_refuses_holds_nothing_up(server: Server, tmp_path: Path) -> None:
+def test_what_a_store_refuses_holds_nothing_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = io.StringIO()
     tracker = track(recipe_for(server.uri, tmp_path / "run"), said)
-    for step in range(4):
-        tracker.metrics({"bad$name": 1.0} if step == 2 else {"train/loss": 1.0}, step)
+    for step in range(6):
+        with monkeypatch.context() as patch:
+            if step in (2, 4):
+                patch.setattr(tracking, "_now_ms", lambda: -1)  # a clock before 1970
+            tracker.metrics({"train/loss": 1.0, "bad$name": 2.0}, step)
+    tracker.metrics({"train/loss": 10**400}, 6)  # MLflow holds no such number
+    tracker.metrics({"train/loss": 1.0}, 2**63)
+    tracker.metrics({"train/loss": 1.0}, 7)
     tracker.close("FINISHED")
-    assert steps_of(MlflowClient(server.uri), tracker.run_id) == [0, 1, 3]
+    client = MlflowClient(server.uri)
+    assert steps_of(client, tracker.run_id) == [0, 1, 3, 5, 7]
+    assert steps_of(client, tracker.run_id, "bad_name") == [0, 1, 3, 5]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert said.getvalue().count("refuses a line") == 1, said.getvalue()
+    assert said.getvalue().count("\n") == 1, said.getvalue()
 
 
 def test_a_store_that_lost_the_run_gets_all_of_it(server: Server, tmp_path: Path) -> None:
@@ -334,10 +346,12 @@ def test_the_best_model_is_logged_loaded_and_registered(
     network = build_model(recipe.model, seed=5).eval()
     checkpoint = folder / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
-    save_file(
-        {k: v.contiguous() for k, v in network.state_dict().items()}, checkpoint / "model-00000-of-00001.safetensors"
-    )
+    part = checkpoint / "model-00000-of-00001.safetensors"
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, part)
     (checkpoint / "recipe.yaml").write_text(recipe_text(recipe))
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in checkpoint.iterdir()}
+    manifest = {"format": FORMAT, "step": 1, "world_size": 1, "files": files}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     said = io.StringIO()
     tracker = track(recipe, said)
     tracker.model(checkpoint)
@@ -372,6 +386,27 @@ def test_the_best_model_is_logged_loaded_and_registered(
     assert loaded.predict(example).shape == (1, network.descriptor_size)
     assert not [path for path in Path(local).rglob("*") if path.suffix in (".pkl", ".pyc")]
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+def test_a_model_that_cannot_be_read_is_told_and_not_counted(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, said = tmp_path / "run", io.StringIO()
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    tracker = track(recipe_for(server.uri, folder), said)
+    tracker.model(checkpoint)
+    tracker.close("FINISHED")
+    assert f"the model of {checkpoint} is not logged: {checkpoint} has no manifest.json" in said.getvalue()
+    (folder / "metrics.sent").unlink()
+    capsys.readouterr()
+    assert sync([str(folder), "--uri", server.uri]) == 0
+    assert "models" not in capsys.readouterr().out
+    client = MlflowClient(server.uri)
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    (logged,) = client.search_logged_models([run.info.experiment_id])
+    assert logged.status == "FAILED"
 
 
 # What is told

@@ -32,11 +32,11 @@ def log_model(
     register_as: str,
     tags: dict[str, str],
     say: Callable[[str], None],
-) -> None:
+) -> bool:
     """Logs a checkpoint's network as the model `best` of a run, and as a new version of `register_as` unless empty.
 
     `tags` tell one logged model of a run from another: the model that carries them already is completed, not doubled.
-    A checkpoint that cannot be read is told and passed over; errors of the store are raised.
+    Returns whether it is logged: a checkpoint that cannot be read is told and passed over. Raises errors of the store.
     """
     experiment = client.get_run(run_id).info.experiment_id
     of_this = " AND ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
@@ -55,7 +55,7 @@ def log_model(
             except (OSError, ValueError, SafetensorError) as error:
                 say(f"the model of {checkpoint} is not logged: {error}")
                 client.finalize_logged_model(model.model_id, "FAILED")
-                return
+                return False
             client.log_model_artifacts(model.model_id, str(scratch / "model"))
             _attach(client, run_id, model.model_id)
             client.finalize_logged_model(model.model_id, "READY")
@@ -63,6 +63,7 @@ def log_model(
             shutil.rmtree(scratch, ignore_errors=True)
     if register_as:
         _register(client, register_as, run_id, model)
+    return True
 
 
 def save_pyfunc(network: Path, config: ModelConfig, out: Path, run_id: str, model_id: str) -> None:

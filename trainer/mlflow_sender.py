@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from configs.files import write_whole
@@ -263,12 +264,12 @@ class Sender:
 
     def _evaluation(self, record: Record, offset: int) -> None:
         """A run of its own under the training's."""
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Param
 
         name, step, time_ms = f"{record['name']}, step {record['step']}", record["step"], record["time_ms"]
         tags = {"mlflow.parentRunId": str(self.run_id), "mlflow.source.name": "rerankvpr train"}
         run = self._run(EVENT_TAG, f"{self.run_id}:{offset}", name, time_ms, tags)
-        metrics = [Metric(metric_name(key), value, time_ms, step) for key, value in record["metrics"].items()]
+        metrics = _values(record["metrics"], step, time_ms)
         params = [Param(key, value) for key, value in record["params"].items()]
         self._client.log_batch(run, metrics=metrics, params=params)
         self._client.set_terminated(run, "FINISHED", end_time=time_ms)
@@ -276,8 +277,11 @@ class Sender:
     def _model(self, checkpoint: Path, record: Record, offset: int) -> None:
         from trainer.logged_model import log_model
 
+        logged = False
+
         def log() -> None:
-            log_model(
+            nonlocal logged
+            logged = log_model(
                 self._client,
                 str(self.run_id),
                 checkpoint,
@@ -286,7 +290,7 @@ class Sender:
                 say=self._say,
             )
 
-        if self._accepted(log):
+        if self._accepted(log) and logged:
             self.sent["models"] += 1
 
     def end(self, status: str, time_ms: int) -> None:
@@ -302,21 +306,31 @@ class Sender:
 
 def _metrics(record: Record) -> list[Any]:
     """A line's metrics; empty for a line that is none or has no time."""
+    step, time_ms = record.get("step"), record.get("time_ms")
+    if not _is_number(step, int) or not _is_number(time_ms, int):
+        return []
+    return _values({key: value for key, value in record.items() if key not in ("step", "time_ms")}, step, time_ms)
+
+
+def _values(values: dict[str, Any], step: Any, time_ms: Any) -> list[Any]:
+    """The numbers among a step's values as MLflow's metrics."""
     from mlflow.entities import Metric
 
-    step, time_ms = record.get("step"), record.get("time_ms")
-    if not isinstance(step, int) or not isinstance(time_ms, int):
-        return []
-    values = {key: value for key, value in record.items() if key not in ("step", "time_ms")}
-    return [
-        Metric(metric_name(key), float(v), time_ms, step) for key, v in values.items() if isinstance(v, int | float)
-    ]
+    return [Metric(metric_name(key), float(v), time_ms, step) for key, v in values.items() if _is_number(v)]
+
+
+def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
+    """Whether MLflow can hold a number: its whole ones have 64 bits, Python's and JSON's any."""
+    return isinstance(value, kind) and (not isinstance(value, int) or abs(value) < 2**63)
 
 
 def is_whole_event(record: Record) -> bool:
     """Whether an event's line holds what sending it needs."""
     wanted = EVENTS.get(record["event"]) if isinstance(record["event"], str) else None
-    return wanted is not None and all(isinstance(record.get(key), kind) for key, kind in wanted.items())
+    return wanted is not None and all(
+        _is_number(record.get(key), int) if kind is int else isinstance(record.get(key), kind)
+        for key, kind in wanted.items()
+    )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
