@@ -275,6 +275,10 @@ def test_a_training_whose_server_was_away_has_one_run(server: Server, tmp_path: 
 
     moved = track(recipe_for(server.uri, tmp_path / "two"), training=away.training)
     moved.metrics({"train/loss": 1.0}, 2)
+    wait_until(lambda: steps_of(MlflowClient(server.uri), moved.run_id) == [1, 2] if moved.run_id else False)
+    (tmp_path / "one" / "metrics.sent").unlink()
+    assert sync([str(tmp_path / "one"), "--uri", server.uri]) == 0
+    assert MlflowClient(server.uri).get_run(moved.run_id).info.status == "RUNNING"
     moved.close("FINISHED")
     renamed = recipe_for(server.uri, tmp_path / "three", experiment="another")
     third = track(renamed, training=away.training)
@@ -283,7 +287,10 @@ def test_a_training_whose_server_was_away_has_one_run(server: Server, tmp_path: 
     third.close("FINISHED")
 
     client = MlflowClient(server.uri)
+    (tmp_path / "one" / "metrics.sent").unlink()
+    assert sync([str(tmp_path / "one"), "--uri", server.uri]) == 0  # its older end is not the training's
     (run,) = runs_of(client, recipe_for(server.uri, tmp_path / "one"))
+    assert run.info.status == "FINISHED"
     assert {moved.run_id, third.run_id} == {run.info.run_id}
     assert steps_of(client, run.info.run_id) == [1, 2, 3]
     assert client.get_experiment_by_name("another") is None

@@ -28,6 +28,7 @@ STATE = "metrics.sent"
 METRICS_A_CALL = 1000
 TRAINING_TAG = "rerankvpr.training"
 EVENT_TAG = "rerankvpr.event"
+STATUS_TAG = "rerankvpr.status_time_ms"
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 Record = dict[str, Any]
@@ -204,8 +205,7 @@ class Sender:
         run = self._client.get_run(self.run_id)
         check_active(self._client, run)
         self._experiment_id = run.info.experiment_id  # a resume may name another
-        if run.info.status != "RUNNING":
-            self._client.update_run(self.run_id, status="RUNNING")
+        self._set_status("RUNNING", record["time_ms"])
         had, tags = run.data.params, dict(record["facts"])
         # A parameter cannot change in MLflow; a training that goes on with another value says so in a tag.
         tags |= {f"changed.{key}": value for key, value in record["params"].items() if had.get(key, value) != value}
@@ -294,8 +294,19 @@ class Sender:
             self.sent["models"] += 1
 
     def end(self, status: str, time_ms: int) -> None:
-        """Ends the run as FINISHED, FAILED or KILLED at a time in milliseconds since 1970."""
-        self._client.set_terminated(self.run_id, status, end_time=time_ms)
+        """Ends the run as FINISHED, FAILED or KILLED at a time in milliseconds since 1970, unless it went on since."""
+        self._set_status(status, time_ms)
+
+    def _set_status(self, status: str, time_ms: int) -> None:
+        """Unless a later line did: an older folder of the training may be sent after the one that goes on from it."""
+        run = self._client.get_run(self.run_id)
+        if time_ms < int(run.data.tags.get(STATUS_TAG, 0)):
+            return
+        self._client.set_tag(self.run_id, STATUS_TAG, str(time_ms))
+        if status != "RUNNING":
+            self._client.set_terminated(self.run_id, status, end_time=time_ms)
+        elif run.info.status != status:
+            self._client.update_run(self.run_id, status=status)
 
     def _keep_state(self) -> None:
         uri = without_secrets(self.uri, is_address=True)
