@@ -11,7 +11,11 @@ from pathlib import Path
 
 from configs.secrets import without_secrets
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "Unable to allocate", "Insufficient memory")
+NO_THREAD = "can't start new thread"  # no memory for its stack, or at the system's limit of threads
+_OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "bad_alloc", "Unable to allocate", "Insufficient memory"),
+    *(os.strerror(errno.ENOMEM), NO_THREAD),
+)
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LONGEST = 300  # characters of a reason, and of a value that a message shows
 
@@ -27,14 +31,13 @@ def reading(file: str | Path, expected: str, kind: type[ValueError] = ValueError
     """
     try:
         yield
-    except MemoryError as error:
-        raise kind(f"{file}: not {expected}, or too large for this machine's memory ({reason(error)})") from error
     except Exception as error:
         if isinstance(error, kind) and str(file) in str(error):
             raise
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
             raise
-        raise kind(f"{file}: not {expected} ({reason(error)})") from error
+        too_large = ", or too large for this machine's memory" if is_out_of_memory(error) else ""
+        raise kind(f"{file}: not {expected}{too_large} ({reason(error)})") from error
 
 
 def open_regular(path: str | Path) -> int:
@@ -66,7 +69,7 @@ def reason(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, in the words of torch, numpy, libjpeg or the C++ library."""
+    """Whether an error says that memory could not be had, in the words of torch, numpy, libjpeg, C++ or the system."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 

@@ -12,7 +12,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms.v2.functional import resize
 
-from configs.reading import read_regular, reason
+from configs.reading import is_out_of_memory, read_regular, reason
 from data_pipeline.decode_errors import damage
 from data_pipeline.images import check_pixels
 
@@ -53,6 +53,8 @@ def read_photo(path: Path, max_side: int | None = None, quality: int = 95) -> Ph
     except FileNotFoundError:
         return "missing"
     except OSError as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"{path}: {error.strerror}") from error
         return f"unreadable ({error.strerror})"
     except ValueError as error:  # a name that no file can have
         return f"unreadable ({reason(error)})"

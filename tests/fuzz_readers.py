@@ -390,6 +390,9 @@ def _checkpoint(folder: Path) -> list[Path]:
     (checkpoint / "state.json").write_text(json.dumps(state))
     recipe = Recipe().model_copy(update={"model": TINY})
     (checkpoint / "recipe.yaml").write_text(recipe_text(recipe))
+    for kind in ("optimizer", "random", "queue"):
+        save_file({kind: torch.zeros(1)}, checkpoint / f"{kind}-00000-of-00001.safetensors")
+    (checkpoint / "optimizer.json").write_text(json.dumps({"counts": {}, "scaler": {}}))
     _list_files(checkpoint / "state.json")
     point(folder / "checkpoints" / "latest", checkpoint)
     point(folder / "checkpoints" / "best", checkpoint, 50.0)

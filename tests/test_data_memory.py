@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ import json, resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
+from configs.reading import NO_THREAD, is_out_of_memory
 from configs.schema import EvalConfig
 from data_pipeline.images import decode_into, empty_batch, read_image
 from data_pipeline.photos import read_photo
@@ -44,7 +47,8 @@ for name, run in {
     try:
         ends[name] = str(run())
     except BaseException as error:
-        ends[name] = type(error).__name__
+        no_thread = str(error) == NO_THREAD and is_out_of_memory(error)  # there was no memory for its stack
+        ends[name] = "MemoryError" if no_thread else type(error).__name__
 print(json.dumps(ends))
 """
 
@@ -77,6 +81,19 @@ def test_a_header_that_claims_more_than_a_photograph_has_is_damaged() -> None:
     with pytest.raises(MemoryError, match="photograph of 640 x 480 pixels"):
         damage(RuntimeError("DefaultCPUAllocator: can't allocate memory"), bomb(640, 480))
     assert damage(RuntimeError("Not a JPEG\nmore"), b"") == "Not a JPEG"
+
+
+def test_a_photograph_that_the_system_has_no_memory_to_open_is_not_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipeline import photos
+
+    def refuse(path: Path) -> bytes:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path))
+
+    monkeypatch.setattr(photos, "read_regular", refuse)
+    with pytest.raises(MemoryError, match=r"a\.jpg: Cannot allocate memory"):
+        photos.read_photo(tmp_path / "a.jpg")
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -94,6 +94,7 @@ def test_a_verb_that_hangs_in_c_code_ends_all_the_same() -> None:
         ("KeyError('files')", 1, "KeyError: no 'files', at"),
         ("RecursionError()", 1, "RecursionError: nested too deeply, at"),
         ("MemoryError('Unable to allocate 7 TiB')", 1, "out of memory (Unable to allocate 7 TiB), at"),
+        ("RuntimeError('can\\'t start new thread')", 1, "out of memory, or at the system's limit of threads (can't"),
         ("RuntimeError('[enforce fail] . DefaultCPUAllocator: can\\'t allocate memory')", 1, "out of memory ("),
         ("RuntimeError('gloo: Connection closed by peer [10.0.0.1]')", 1, "another rank is gone"),
         ("Exception('a\\nb\\nc')", 1, "Exception: a, at"),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from configs.reading import FULL, is_out_of_memory, reason, shown
+from configs.reading import FULL, NO_THREAD, is_out_of_memory, reason, shown
 from configs.secrets import without_secrets
 
 USER_ERRORS = (ValueError, OSError)
@@ -84,7 +84,8 @@ def _unexpected(error: Exception, folder: Path | None, rank: int) -> str:
     """One line on an error that is not the user's: what it means where that is known, else where it was raised."""
     text = str(error)
     if is_out_of_memory(error):
-        what = f"out of memory ({reason(error)})"
+        threads = ", or at the system's limit of threads" if NO_THREAD in text else ""
+        what = f"out of memory{threads} ({reason(error)})"
     elif any(sign in text for sign in LOST_PEER):
         what = f"another rank is gone ({reason(error)}); the first line of its own log says why"
     else:
