@@ -163,6 +163,26 @@ def check_a_gradient_that_is_not_finite_updates_nothing() -> None:
         assert 0 < result.norm < math.inf
 
 
+def check_weights_that_are_not_finite_are_found_at_every_stage() -> None:
+    """On one rank alone, and weights alone: what fills up the last partition is no weight."""
+    from trainer.engine import weights_are_finite
+
+    for stage in (0, 2, 3):
+        engine = build((stage, "none"), "adamw")
+        bias = engine.module[4].bias  # 5 numbers, which no world of more than one divides
+        part = getattr(bias, "ds_tensor", bias.data)
+        holder, place = divmod(4, part.numel())  # of its last number
+        if stage == 3 and dist.get_rank() >= holder:
+            part[place + 1 if dist.get_rank() == holder else 0 :] = math.nan
+        assert weights_are_finite(engine), stage
+        for value in (math.nan, math.inf, 1e30):  # the square of the last is infinite
+            good = part[place].clone()
+            part[place] = value if dist.get_rank() == holder else good
+            assert not weights_are_finite(engine), (stage, value)
+            part[place] = good
+        assert weights_are_finite(engine), stage
+
+
 def check_whole_weights_let_ranks_work_by_themselves() -> None:
     """At ZeRO-3, ranks with unequal numbers of forward passes: the same outputs as before, and training goes on."""
     from trainer.engine import whole_weights

@@ -27,6 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 BUCKET = 50_000_000  # elements reduced or gathered at a time; DeepSpeed's own 5e8 is 2 GB a buffer in fp32
 GIVEN_BACK = 1 << 20  # bytes from which ZeRO-3 has glibc return freed memory to the system
 LIVE = 100_000_000  # elements that ZeRO-3 keeps whole on a rank: the largest ViT's block has 28e6
+LARGEST_WEIGHT = 1e19  # the square of 1.9e19 is infinite in fp32
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -267,10 +268,18 @@ def whole_weights(engine: Any) -> Iterator[None]:
 def weights_are_finite(engine: Any) -> bool:
     """Whether the trained weights of all ranks are numbers that fp32 can compute with; every rank must call this.
 
-    Weights above 1e19 count as infinite: their squares are, and what the network makes of an image is NaN.
+    Weights beyond `LARGEST_WEIGHT` count as infinite: their squares are, and what the network makes of an image is NaN.
     """
-    mine = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters() if p.requires_grad]
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in mine]
-    spoilt = torch.tensor(float(not all(bool(norm.isfinite()) for norm in norms)), device=engine.device)
+    mine = [_own_part(p) for p in engine.module.parameters() if p.requires_grad]
+    largest = [torch.linalg.vector_norm(part, math.inf, dtype=torch.float32).item() for part in mine if part.numel()]
+    spoilt = torch.tensor(float(not all(size <= LARGEST_WEIGHT for size in largest)), device=engine.device)
     dist.all_reduce(spoilt)
     return spoilt.item() == 0
+
+
+def _own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter's numbers, without what DeepSpeed fills its partition up with, at random."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    part = parameter.ds_tensor
+    return part[: max(0, parameter.ds_numel - part.numel() * dist.get_rank())]  # type: ignore[attr-defined]
