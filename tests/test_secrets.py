@@ -127,7 +127,8 @@ def test_secrets_are_not_in_ps(tmp_path: Path) -> None:
     """A launch of two ranks: the command lines of all processes, from the first to the ranks, while they wait."""
     address = f"http://ann:{CANARY}'x@10.255.255.1/set"  # which nobody answers
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"output": str(tmp_path / "run"), "tracking": {"enabled": False}}))
+    model = {"backbone": "tiny14", "weights": "random"}  # nothing to download
+    recipe.write_text(yaml.safe_dump({"output": str(tmp_path / "run"), "model": model, "tracking": {"enabled": False}}))
     command = [sys.executable, "-m", "rerankvpr", "launch", "--nproc-per-node", "2", "--", "train", str(recipe)]
     command += ["--data.shards", address, "--data.remote-retry-s", "30"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
