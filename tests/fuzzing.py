@@ -25,9 +25,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests import forked
 from trainer.errors import lines_of
 
 LIMIT_S = 10.0  # for one mutation; these files take milliseconds
+HANGS_S = 300.0  # beyond all mutations together
 LIMIT_BYTES = 2 << 30  # of address space beyond what the process has once the reader is warm
 LONGEST_LINE, MOST_LINES = 2100, 41
 
@@ -282,31 +284,32 @@ def _limit_memory() -> None:
 
 
 def fuzz_in_child(name: str, mutations: int, seed: int, folder: Path) -> Outcome:
-    """`fuzz` in a forked process; one that dies is a failure of the mutation that it was at."""
-    from tests.fuzz_readers import READERS
-
+    """`fuzz` in a process of its own; one that dies or hangs is a failure of the mutation that it was at."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    child = os.fork()
-    if child == 0:
-        try:
-            os.chdir(folder)
-            with (folder / "stderr.txt").open("w") as quiet:
-                os.dup2(quiet.fileno(), 2)
-            outcome = fuzz(name, READERS[name], mutations, seed, folder)
-            (folder / "outcome.json").write_text(json.dumps(asdict(outcome)))
-            os._exit(0)
-        except BaseException:  # noqa: BLE001 - told by the parent
-            (folder / "error.txt").write_text(traceback.format_exc())
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
+    # From a server without threads: a fork of this process could wait for a lock that another thread held.
+    child = forked.fork(_fuzz_here, name, mutations, seed, folder)
+    child.join(HANGS_S + mutations)
+    ended = "no end" if child.exitcode is None else f"status {child.exitcode}"
+    forked.kill(child)
     if (folder / "outcome.json").is_file():
         return Outcome(**json.loads((folder / "outcome.json").read_text()))
     last = (folder / "last.txt").read_text() if (folder / "last.txt").is_file() else "none"
     error = (folder / "error.txt").read_text() if (folder / "error.txt").is_file() else ""
-    ended = f"signal {status & 127}" if status & 127 else f"status {status >> 8}"
     return Outcome(name, failures=[f"the process ended with {ended} at mutation {last}; see {folder}\n{error}"])
+
+
+def _fuzz_here(name: str, mutations: int, seed: int, folder: Path) -> None:
+    from tests.fuzz_readers import READERS
+
+    os.chdir(folder)
+    forked.redirect(folder / "stderr.txt", 2)
+    try:
+        outcome = fuzz(name, READERS[name], mutations, seed, folder)
+    except BaseException:  # reported by the parent
+        (folder / "error.txt").write_text(traceback.format_exc())
+        raise
+    (folder / "outcome.json").write_text(json.dumps(asdict(outcome)))
 
 
 def main() -> int:
