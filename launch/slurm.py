@@ -177,7 +177,7 @@ def array_job(
         program += f" launch --nproc-per-node {want.processes_per_node} --"
     options = [f"array=0-{len(verbs) - 1}"] if len(verbs) > 1 else []
     options += ["nodes=1", "ntasks-per-node=1", *resource_options(want), "requeue"]
-    srun = _words(["srun", *container_flags(want)])
+    srun = _words(["srun", *core_flags(want), *container_flags(want)])
     lines = [f"{srun} {program} {_words(verb)}" for verb in verbs]
     work = lines[0]
     if len(verbs) > 1:

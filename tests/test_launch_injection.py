@@ -116,7 +116,8 @@ def test_no_value_of_an_array_is_read_as_code(stubs: Path, verbs: list[list[str]
         return
     for task, verb in enumerate(verbs):
         launch = shlex.split("p -m rerankvpr launch --nproc-per-node 1 -- eval")
-        assert run_script(job, stubs, task) == [*([f"--container-mounts={mounts}"] if mounts else []), *launch, *verb]
+        flags = ["--cpu-bind=none", *([f"--container-mounts={mounts}"] if mounts else [])]
+        assert run_script(job, stubs, task) == [*flags, *launch, *verb]
     assert directives(job)[-2:] == [*([f"--{option}"] if option else ["--ntasks-per-node=1"]), "--requeue"]
     assert len(directives(job)) == 7 + (len(verbs) > 1) + bool(option)
 
