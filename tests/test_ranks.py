@@ -1,4 +1,4 @@
-"""The groups of ranks themselves: what a failing, hanging or dying check is told as, and that others go on after it."""
+"""The groups of ranks themselves: how a check that fails, hangs or dies is reported, and that later ones still run."""
 
 from __future__ import annotations
 

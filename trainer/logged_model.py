@@ -36,7 +36,7 @@ def log_model(
     """Logs a checkpoint's network as the model `best` of a run, and as a new version of `register_as` unless empty.
 
     `tags` tell one logged model of a run from another: the model that carries them already is completed, not doubled.
-    Returns whether it is logged: a checkpoint that cannot be read is told and passed over. Raises errors of the store.
+    Returns whether it is logged: a checkpoint that cannot be read is reported and left out. Raises errors of the store.
     """
     experiment = client.get_run(run_id).info.experiment_id
     of_this = " AND ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())

@@ -298,7 +298,7 @@ class Sender:
         self._set_status(status, time_ms)
 
     def _set_status(self, status: str, time_ms: int) -> None:
-        """Unless a later line did: an older folder of the training may be sent after the one that goes on from it."""
+        """Unless a later line did: an older folder of the training may be sent after the one that resumed it."""
         run = self._client.get_run(self.run_id)
         if time_ms < int(run.data.tags.get(STATUS_TAG, 0)):
             return
