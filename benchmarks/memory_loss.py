@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 
-from benchmarks.report import print_table, write_json
+from benchmarks.report import figures_of, print_table, write_json
 from configs.schema import LossConfig, MemoryConfig
 from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
@@ -138,11 +137,7 @@ def apart(part: str, size: str, options: Options) -> dict[str, float]:
     """The figures of one part from a process of its own."""
     command = [sys.executable, "-m", "benchmarks.memory_loss", "--part", part, "--sizes", size]
     command += ["--repeats", str(options.repeats), "--tile-mb", str(options.tile_mb)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{part} at {size} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    return figures_of(command, f"{part} at {size}")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         console = Console(width=160)
     console.print(machine(), highlight=False, soft_wrap=True)
     console.print(table)
+
+
+def figures_of(command: Sequence[str], what: str, env: Mapping[str, str] | None = None) -> dict[str, float]:
+    """The figures that a process prints as its last line; `what` names it if it ends otherwise."""
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{what} ended with status {done.returncode}")
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def write_json(path: Path | None, figures: Mapping[str, float]) -> None:

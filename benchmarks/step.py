@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ import torch.distributed as dist
 import tyro
 
 from benchmarks.giant import write_noise
-from benchmarks.report import print_table, write_json
+from benchmarks.report import figures_of, print_table, write_json
 from configs.schema import DataConfig, EngineConfig, EvalConfig, MemoryConfig, ModelConfig, Recipe
 from data_pipeline.images import normalise
 from data_pipeline.loader import PlaceBatch, PlaceLoader
@@ -171,13 +170,7 @@ def measured(world: int, options: Options) -> dict[str, float]:
         command += ["--size", str(options.size), "--steps", str(options.steps)]
         command += ["--backbone", options.backbone, "--precision", options.precision]
         threads = str(max(1, (os.cpu_count() or 1) // world))
-        done = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.PIPE, text=True, check=False
-        )
-    if done.returncode:
-        raise SystemExit(f"the run on {world} rank(s) ended with status {done.returncode}")
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+        return figures_of(command, f"the run on {world} rank(s)", {**os.environ, "OMP_NUM_THREADS": threads})
 
 
 def main() -> None:

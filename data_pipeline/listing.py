@@ -21,9 +21,7 @@ SCHEMA = pa.schema(
     [
         ("city", pa.string()),
         ("place", pa.int64()),
-        ("year", pa.int64()),
-        ("month", pa.int64()),
-        ("northdeg", pa.int64()),
+        *((name, pa.int64()) for name in ("year", "month", "northdeg")),
         ("lat", pa.float64()),
         ("lon", pa.float64()),
         ("panoid", pa.string()),

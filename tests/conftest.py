@@ -26,6 +26,16 @@ def single_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that a training needs."""
+    from tests.training import make_workplace
+
+    folder = tmp_path_factory.mktemp("train")
+    make_workplace(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def groups_of_ranks() -> Iterator[None]:
     """Ends the processes that checks ran in."""

@@ -74,10 +74,7 @@ class Outcome:
     """What the mutations of a reader ended in."""
 
     reader: str
-    mutations: int = 0
-    values: int = 0
-    skips: int = 0
-    errors: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("mutations", "values", "skips", "errors"), 0))
     seconds: float = 0.0
     slowest_s: float = 0.0
     peak_mb: float = 0.0
@@ -236,14 +233,13 @@ def fuzz(name: str, reader: Reader, mutations: int, seed: int, folder: Path) -> 
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except (ValueError, OSError) as error:
             failure = _not_one_line(error, reader.names(file) if reader.names else [file.name, str(file.parent)])
-            outcome.errors += 1
+            outcome.counts["errors"] += 1
         except BaseException as error:  # noqa: BLE001 - what must not be
             failure = f"{type(error).__name__}: {error!s:.300}\n{_where(error)}"
         else:
-            outcome.skips += skipped
-            outcome.values += not skipped
+            outcome.counts["skips" if skipped else "values"] += 1
         outcome.slowest_s = max(outcome.slowest_s, time.monotonic() - started)
-        outcome.mutations += 1
+        outcome.counts["mutations"] += 1
         if failure:
             kept = folder / f"failure-{number}-{file.name}"
             shutil.copy(file, kept)
@@ -330,12 +326,12 @@ def main() -> int:
     for name in args.readers or READERS:
         one = fuzz_in_child(name, args.mutations, args.seed, (home / name).resolve())
         outcomes.append(one)
-        counts = (one.mutations, one.values, one.skips, one.errors, len(one.failures))
+        counts = (*one.counts.values(), len(one.failures))
         figures = (f"{one.seconds:.1f}", f"{one.slowest_s:.2f}", f"{one.peak_mb:.0f}")
         print(("{:<18}" + "{:>10}" * 8).format(name, *counts, *figures), flush=True)
         for failure in one.failures:
             print(f"  {failure}", flush=True)
-    total = sum(one.mutations for one in outcomes)
+    total = sum(one.counts["mutations"] for one in outcomes)
     print(f"{len(outcomes)} readers, {total:,} mutations, {sum(one.seconds for one in outcomes):.0f} s")
     if args.json:
         args.json.write_text(json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")

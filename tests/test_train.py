@@ -27,7 +27,6 @@ from tests.training import (
     kill_all,
     last_checkpoint,
     logged,
-    make_workplace,
     one_rank,
     ranks_of,
     same_state,
@@ -38,14 +37,6 @@ from trainer.checkpoint import checkpoint_weights
 from trainer.checkpoint_folder import find_checkpoint
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that a training needs."""
-    folder = tmp_path_factory.mktemp("train")
-    make_workplace(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

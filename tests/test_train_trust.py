@@ -11,15 +11,8 @@ import pytest
 
 from data_pipeline.folder_lock import LOCK
 from tests.forked import Command
-from tests.training import last_checkpoint, logged, make_workplace
+from tests.training import last_checkpoint, logged
 from trainer.manifest import faults
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trust")
-    make_workplace(folder)
-    return folder
 
 
 def train(workplace: Path, output: str, *flags: str) -> Command:

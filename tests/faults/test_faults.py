@@ -10,20 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import forked
-from tests.training import (
-    STEPS,
-    faulty_ranks,
-    finish,
-    kill_all,
-    last_checkpoint,
-    logged,
-    make_workplace,
-    one_rank,
-    ranks_of,
-    same_state,
-    two_ranks,
-)
+from tests import forked, training
 from trainer.checkpoint import checkpoint_weights
 from trainer.checkpoint_folder import newest_valid
 
@@ -32,17 +19,9 @@ LONG = ("--trainer.epochs", "12", "--trainer.keep-last", "3", "--tracking.enable
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that a training needs."""
-    folder = tmp_path_factory.mktemp("faults")
-    make_workplace(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def unbroken(workplace: Path) -> Path:
     """A training of 48 steps, a checkpoint every second and an evaluation every fourth of them."""
-    finish(two_ranks(workplace, "unbroken", *LONG))
+    training.finish(training.two_ranks(workplace, "unbroken", *LONG))
     return workplace / "unbroken"
 
 
@@ -50,7 +29,7 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(workplace: Path, unbroke
     """SIGKILL at random moments, in steps, saves and evaluations; each resumption has to get on before the next."""
     rng = random.Random(0)
     folder = workplace / "killed"
-    process = two_ranks(workplace, "killed", *LONG, "--resume")
+    process = training.two_ranks(workplace, "killed", *LONG, "--resume")
     kills = 0
     while kills < KILLS:
         seen = (folder / "metrics.jsonl").stat().st_size if (folder / "metrics.jsonl").exists() else 0
@@ -63,16 +42,16 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(workplace: Path, unbroke
         if process.poll() is not None:
             assert process.returncode == 0, process.communicate()[0]
             break  # came to its end between two kills
-        kill_all(process)
+        training.kill_all(process)
         kills += 1
-        print(f"kill {kills}: at step {max(logged(folder), default=0)}", flush=True)
-        process = two_ranks(workplace, "killed", *LONG, "--resume")
+        print(f"kill {kills}: at step {max(training.logged(folder), default=0)}", flush=True)
+        process = training.two_ranks(workplace, "killed", *LONG, "--resume")
     if process.poll() is None:
-        finish(process)
+        training.finish(process)
     assert kills >= KILLS // 2
-    same_state(last_checkpoint(unbroken), last_checkpoint(folder))
-    one, other = logged(unbroken), logged(folder)
-    assert sorted(one) == sorted(other) == list(range(1, 4 * STEPS + 1))
+    training.same_state(training.last_checkpoint(unbroken), training.last_checkpoint(folder))
+    one, other = training.logged(unbroken), training.logged(folder)
+    assert sorted(one) == sorted(other) == list(range(1, 4 * training.STEPS + 1))
     assert [one[s]["train/loss"] for s in one] == [other[s]["train/loss"] for s in sorted(other)]
 
 
@@ -84,16 +63,16 @@ def test_it_goes_on_at_another_world_size_and_stage(workplace: Path, unbroken: P
     shutil.copytree(source, folder / "checkpoints" / source.name)
     flags = (*LONG, "--resume", "--engine.zero-stage", "3", "--eval.benchmarks")
     if ranks == 1:
-        finish(one_rank(workplace, folder.name, *flags))
+        training.finish(training.one_rank(workplace, folder.name, *flags))
     else:
         launcher = ("rerankvpr", "launch", "--nproc-per-node", "4", "--")
         recipe = str(workplace / "recipe.yaml")
-        finish(forked.Command(workplace, *launcher, "train", recipe, "--output", str(folder), *flags))
-    one, two = logged(folder), logged(unbroken)
+        training.finish(forked.Command(workplace, *launcher, "train", recipe, "--output", str(folder), *flags))
+    one, two = training.logged(folder), training.logged(unbroken)
     assert len(one) >= 2
     # float32 sums in another order, amplified by Adam over the steps that remain
     assert [one[s]["train/loss"] for s in one] == pytest.approx([two[s]["train/loss"] for s in one], rel=1e-3)
-    ours, theirs = (checkpoint_weights(last_checkpoint(f)) for f in (folder, unbroken))
+    ours, theirs = (checkpoint_weights(training.last_checkpoint(f)) for f in (folder, unbroken))
     largest = max((ours[name] - theirs[name]).abs().max().item() for name in ours if "qkv.bias" not in name)
     assert largest < 1e-4  # a key bias has no true gradient: Adam moves it by rounding alone
 
@@ -102,7 +81,7 @@ def test_it_goes_on_at_another_world_size_and_stage(workplace: Path, unbroken: P
 def test_a_stopped_rank_is_named_in_time(workplace: Path, rank: int) -> None:
     """Rank 0 keeps the store that the others read; stopped, it is named as rank 1 is."""
     faults = {"stop": {"rank": rank, "step": 5}}
-    process = faulty_ranks(workplace, workplace / f"stop_{rank}", faults, *LONG, "--engine.stall-s", "8")
+    process = training.faulty_ranks(workplace, workplace / f"stop_{rank}", faults, *LONG, "--engine.stall-s", "8")
     text, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert re.search(rf"rerankvpr: rank {rank}.*its process is stopped, or its node is gone", text), text
@@ -113,11 +92,11 @@ def test_a_stopped_rank_is_named_in_time(workplace: Path, rank: int) -> None:
 
 def test_asked_to_stop_it_has_saved_within_half_a_minute(workplace: Path) -> None:
     folder = workplace / "asked"
-    process = two_ranks(workplace, "asked", *LONG)
-    while not (folder / "metrics.jsonl").exists() or not logged(folder):
+    process = training.two_ranks(workplace, "asked", *LONG)
+    while not (folder / "metrics.jsonl").exists() or not training.logged(folder):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    ranks_of(process)[0].terminate()
+    training.ranks_of(process)[0].terminate()
     asked = time.monotonic()
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 75, text

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests import forked
 from tests.test_warm_starts import leaks
@@ -18,7 +17,6 @@ from tests.training import (
     kill_all,
     last_checkpoint,
     logged,
-    make_workplace,
     ranks_of,
     same_state,
     two_ranks,
@@ -28,14 +26,6 @@ KILLS = 15
 STARTS = 200
 LONG = ("--trainer.epochs", "12", "--tracking.enabled", "False")
 TIMED = ("--trainer.checkpoint-every-s", "auto", "--trainer.mean-time-between-failures-s", "2")
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that a training needs."""
-    folder = tmp_path_factory.mktemp("warm")
-    make_workplace(folder)
-    return folder
 
 
 def test_ranks_and_servers_killed_under_one_agent_end_with_the_same_bits(workplace: Path) -> None:
