@@ -16,7 +16,7 @@ from configs.reading import read_regular
 from data_pipeline.decode_errors import damage
 
 JPEG = b"\xff\xd8"
-PILLOW_READS = ("PNG", "WEBP", "GIF")
+PILLOW_READS = ("PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM")
 MAX_PIXELS = 2**28  # 805 MB of RGB
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -57,7 +57,7 @@ def decode_into(out_3HW: torch.Tensor, data: bytes, interpolation: str = "biline
 
 
 def decode_rgb(data: bytes) -> torch.Tensor:
-    """An image file's bytes as uint8 [3, H, W] of its own size: JPEG, PNG, WebP or GIF.
+    """An image file's bytes as uint8 [3, H, W] of its own size: JPEG, PNG, WebP, GIF, AVIF, TIFF, BMP or PPM.
 
     Raises ValueError where they are no complete image, or an animation, MemoryError where this machine has no memory
     for it.
