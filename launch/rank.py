@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.flags import parse_flags
-from launch.torchrun import split_at_dashes
+from launch.stages import split_at_dashes
 from trainer.lifeline import end_with_parent
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from configs.flags import is_given, parse_flags, parse_known_flags
 from configs.secrets import has_secret, without_secrets
 from launch.slurm import Job, Resources, array_job, torchrun_job
-from launch.torchrun import resuming, split_at_dashes
+from launch.stages import resuming, split_at_dashes, split_stages
 
 if TYPE_CHECKING:
     from configs.schema import Recipe
@@ -38,7 +38,6 @@ index. `eval` of several checkpoints is an array. A training is checked as `rera
 before its time limit and on preemption, is put back in the queue and resumes."""
 
 PROG = "rerankvpr submit"
-STAGES = ("shard", "train", "eval")
 
 
 def main(argv: list[str]) -> int:
@@ -63,25 +62,6 @@ def main(argv: list[str]) -> int:
     for job in jobs:
         after = f"afterok:{_submit(job, after)}"
     return 0
-
-
-def split_stages(argv: list[str]) -> list[tuple[list[str], list[str]]]:
-    """The flags and the verb of each stage."""
-    parts: list[list[str]] = [[]]
-    for word in argv:
-        if word == "--then":
-            parts.append([])
-        else:
-            parts[-1].append(word)
-    stages = []
-    for part in parts:
-        cut = part.index("--") if part and part[0].startswith("-") and "--" in part else -1
-        flags, verb = part[: max(cut, 0)], part[cut + 1 :]
-        if not verb or verb[0] not in STAGES:
-            said = " ".join(verb) or "nothing"
-            raise ValueError(f"submit: a stage is one of {', '.join(STAGES)}, got {said!r}")
-        stages.append((flags, verb))
-    return stages
 
 
 def stage_jobs(verb: list[str], want: Resources) -> list[Job]:

@@ -20,6 +20,7 @@ from configs.schema import Recipe
 from configs.secrets import hidden, without_secrets
 from launch import fork_server
 from launch.rendezvous import end_when_cut_off
+from launch.stages import resuming, split_at_dashes
 from trainer.command import TrainCommand
 from trainer.routes import has_infiniband, interface_environment, loopback, route_to
 from trainer.stop_signal import REQUEUE_STATUS
@@ -122,14 +123,6 @@ def main(argv: list[str]) -> int:
     return start(launch, warm)
 
 
-def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """The words before the first `--` and those after it, None if there is none."""
-    if "--" not in argv:
-        return list(argv), None
-    cut = list(argv).index("--")
-    return list(argv[:cut]), list(argv[cut + 1 :])
-
-
 def run(flags: list[str], verb: list[str]) -> int:
     """Runs `rerankvpr VERB` under torchrun; returns 0, or the status of the first process that failed."""
     launch = plan(flags, verb)
@@ -179,22 +172,6 @@ def preload(verb: Sequence[str], recipe: Recipe | None = None) -> list[str]:
     if verb[0] == "eval":
         return ["eval.evaluate", "eval.report.pictures", "launch.eval_command", "launch.eval_tracking", *OF_EVERY_RANK]
     return list(OF_EVERY_RANK)
-
-
-def resuming(verb: list[str]) -> list[str]:
-    """A `train` verb that resumes from its output's newest checkpoint each time that it is started.
-
-    Raises ValueError where it names another checkpoint, which each restart would go back to.
-    """
-    if "--resume" not in verb:
-        return [*verb, "--resume"]
-    named = verb[verb.index("--resume") + 1 :][:1]
-    if named and named[0] != "auto" and not named[0].startswith("-"):
-        raise ValueError(
-            f"--resume {named[0]}: a training that may be restarted resumes from its own output's newest checkpoint; "
-            f"start it once by `rerankvpr train` with --resume {named[0]}, or leave the folder out"
-        )
-    return verb
 
 
 def _nodes(text: str) -> tuple[int, int]:

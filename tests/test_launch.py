@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from launch.rank import fitting_world, release, wait_for_the_end
 from launch.slurm import Resources, torchrun_job
-from launch.submit import eval_verbs, main, split_stages, stage_jobs
+from launch.stages import split_stages
+from launch.submit import eval_verbs, main, stage_jobs
 from launch.torchrun import main as launch_main
 from launch.torchrun import plan
 from trainer.routes import interface_environment, interface_of, loopback, route_to
