@@ -47,7 +47,7 @@ class GlobalLoss:
     """The recipe's loss over all ranks; its parameter gradient is that of one process that holds the whole batch.
 
     The engine behind it may average gradients over ranks (`engine_reduces` "mean", as DeepSpeed and DDP do) or add them
-    up ("sum"). A loss and miner of LOSSES and MINERS are computed in tiles; any other of pytorch-metric-learning that
+    up ("sum"). A loss and miner of configs/registry.py are computed in tiles; any other of pytorch-metric-learning that
     takes a reference set is computed by the library, and `note` says what that means. Raises ValueError for a name,
     argument or combination that does not exist.
     """

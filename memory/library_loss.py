@@ -9,9 +9,9 @@ import pytorch_metric_learning.miners
 import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils
 
+from configs.registry import LOSSES, MINERS, Registry
 from configs.schema import LossConfig
 from memory.pairing import GlobalBatch
-from memory.registry import build
 
 
 class LibraryLoss:
@@ -27,11 +27,11 @@ class LibraryLoss:
         *,
         gradient_scale: float,
     ) -> None:
-        self.loss = build("loss.name", config.name, config.args, _classes(pytorch_metric_learning.losses))
+        self.loss = _with_library(LOSSES, pytorch_metric_learning.losses).build(config.name, config.args)
         self.miner = None
         if config.miner != "none":
-            miners = _classes(pytorch_metric_learning.miners)
-            self.miner = build("loss.miner", config.miner, config.miner_args, miners)
+            miners = _with_library(MINERS, pytorch_metric_learning.miners)
+            self.miner = miners.build(config.miner, config.miner_args)
         self.gradient_scale = gradient_scale
         if any(True for _ in self.loss.parameters()):
             raise ValueError(f"{config.name} has parameters of its own, which no optimizer here would train")
@@ -81,5 +81,7 @@ class LibraryLoss:
         return loss
 
 
-def _classes(module: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, type)}
+def _with_library(ours: Registry[Any], module: Any) -> Registry[Any]:
+    """The library's classes, and our names, for what is nearest to one that is unknown."""
+    classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    return Registry(ours.kind, dict.fromkeys(ours, "") | classes, key=ours.key, more=ours.more)

@@ -1,13 +1,12 @@
 """Metric-learning losses over tiles, with the age weight on memory negatives.
 
 Named and defined as in pytorch-metric-learning, whose defaults they keep unless said otherwise. A loss is a callable
-that takes a `Tile` and what its miner kept, and returns its `Term`s, differentiable in the tile's similarities. An
-entry in LOSSES makes it known by name; a dataclass's fields are its arguments in a recipe.
+that takes a `Tile` and what its miner kept, and returns its `Term`s, differentiable in the tile's similarities. A
+line of LOSSES in configs/registry.py makes it known by name; a dataclass's fields are its arguments in a recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,11 +158,3 @@ class NCALoss:
         counted_A = place_A > -torch.inf
         loss_A = _log_add(place_A, others_A) - place_A.masked_fill(~counted_A, 0)
         return [Term((tile.anchor_weight_A * loss_A)[counted_A].sum(), counted_A.sum())]
-
-
-LOSSES: dict[str, Callable[..., Any]] = {
-    "MultiSimilarityLoss": MultiSimilarityLoss,
-    "TripletMarginLoss": TripletMarginLoss,
-    "ContrastiveLoss": ContrastiveLoss,
-    "NCALoss": NCALoss,
-}

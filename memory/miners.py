@@ -1,14 +1,13 @@
 """Miners: which of an anchor's pairs enter the loss. Named and defined as in pytorch-metric-learning.
 
-A miner is a callable that takes a `Tile` and returns `Mined`. An entry in MINERS makes it known by name; a dataclass's
-fields are its arguments in a recipe.
+A miner is a callable that takes a `Tile` and returns `Mined`. A line of MINERS in configs/registry.py makes it known by
+name; a dataclass's fields are its arguments in a recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -85,10 +84,3 @@ class TripletMarginMiner:
             count_AR += kept_AR
         count_AP = tile.ranks.sum(count_AP)
         return Mined(count_AP.clamp(max=1), count_AR.clamp(max=1), count_AP, count_AR, triplets)
-
-
-MINERS: dict[str, Callable[..., Any]] = {
-    "MultiSimilarityMiner": MultiSimilarityMiner,
-    "TripletMarginMiner": TripletMarginMiner,
-    "none": AllPairs,
-}

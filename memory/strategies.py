@@ -8,14 +8,13 @@ from typing import Protocol
 
 import torch
 
+from configs.names import nearest
+from configs.registry import LOSSES, MINERS
 from configs.schema import LossConfig, MemoryConfig
 from memory.decay import half_life, log_weight
 from memory.gather import all_gather, all_gather_with_grad
-from memory.losses import LOSSES
-from memory.miners import MINERS
 from memory.pairing import GlobalBatch, Memory, Pairing
 from memory.queue import MemoryQueue
-from memory.registry import build
 from memory.tiled_loss import TiledLoss
 
 
@@ -44,6 +43,12 @@ def choose_strategy(loss: LossConfig, memory: MemoryConfig, gradient_scale: floa
     """
     if loss.name in LOSSES and loss.miner in MINERS:
         return InTiles(loss, memory, gradient_scale)
+    for own, name, others, other in ((LOSSES, loss.name, MINERS, loss.miner), (MINERS, loss.miner, LOSSES, loss.name)):
+        if own.origin(name):
+            raise ValueError(
+                f"{own.key} {name} is a plug-in's, for tiles, and {others.key} {other} is none for tiles; "
+                f"{nearest(other, others)}"
+            )
     return ByLibrary(loss, memory, gradient_scale)
 
 
@@ -55,8 +60,8 @@ class InTiles:
     def __init__(self, loss: LossConfig, memory: MemoryConfig, gradient_scale: float) -> None:
         self.memory = memory
         self.tiled = TiledLoss(
-            build("loss.name", loss.name, loss.args, LOSSES),
-            build("loss.miner", loss.miner, loss.miner_args, MINERS),
+            LOSSES.build(loss.name, loss.args),
+            MINERS.build(loss.miner, loss.miner_args),
             tile_bytes=memory.tile_mb << 20,
             gradient_scale=gradient_scale,
         )

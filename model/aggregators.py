@@ -1,4 +1,4 @@
-"""From tokens to one global descriptor."""
+"""From tokens to one global descriptor; a line of AGGREGATORS in configs/registry.py makes one known by name."""
 
 from __future__ import annotations
 
@@ -34,6 +34,3 @@ class GemAggregator(nn.Module):
         wide = torch.promote_types(patches_BND.dtype, torch.float32)
         power = self.p.to(wide)
         return patches_BND.to(wide).clamp(min=self.eps).pow(power).mean(dim=1).pow(1 / power)
-
-
-AGGREGATORS: dict[str, type[nn.Module]] = {"cls": ClsAggregator, "gem": GemAggregator}

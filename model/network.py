@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configs.registry import AGGREGATORS
 from configs.schema import ModelConfig
-from model.aggregators import AGGREGATORS
 from model.dinov2 import DinoViT
 from model.finetune import choose_trained
 from model.materialise import materialise
@@ -86,7 +86,7 @@ def meta_model(config: ModelConfig) -> PlaceModel:
     """
     frozen_dtype = torch.bfloat16 if config.frozen_precision == "bf16" else None
     with torch.device("meta"):
-        model = PlaceModel(DinoViT(config.backbone), AGGREGATORS[config.aggregator](), frozen_dtype)
+        model = PlaceModel(DinoViT(config.backbone), AGGREGATORS.get(config.aggregator)(), frozen_dtype)
     choose_trained(model.backbone, model.aggregator, config)
     model.cast_frozen()
     return model

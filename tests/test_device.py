@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
+from configs.registry import LOSSES, MINERS
 from configs.schema import EvalConfig, LossConfig, MemoryConfig, ModelConfig, RerankConfig
 from data_pipeline.images import decode, empty_batch
 from data_pipeline.nvjpeg import decode_on_gpu
@@ -29,8 +30,6 @@ from eval.extract import extract
 from eval.rerank import rerank
 from eval.search import search_rows
 from memory.global_loss import GlobalLoss
-from memory.losses import LOSSES
-from memory.miners import MINERS
 from memory.queue import MemoryQueue
 from model.network import build_model
 from tests import forked

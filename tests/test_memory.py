@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from configs.registry import LOSSES, MINERS
 from configs.schema import LossConfig, MemoryConfig
 from memory.decay import exponential_log_weight, half_life, measured_log_weight
 from memory.drift import DriftProbe
 from memory.global_loss import GlobalLoss
 from memory.gradient_cache import GradientCache
-from memory.losses import LOSSES
-from memory.miners import MINERS
 from memory.queue import MemoryQueue
 from memory.tiles import Mined, Term, Tile
 from tests.ranks import on_ranks
@@ -246,9 +245,10 @@ class HardestPair:
         return [Term((negative_A - positive_A + self.margin).relu().sum(), len(positive_A))]
 
 
-def test_one_entry_adds_a_loss_and_a_miner(single_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LOSSES, "HardestPair", HardestPair)
-    monkeypatch.setitem(MINERS, "Everything", MINERS["none"])
+def test_one_entry_adds_a_loss_and_a_miner(single_process: None, request: pytest.FixtureRequest) -> None:
+    LOSSES.register("HardestPair", HardestPair)
+    MINERS.register("Everything", MINERS["none"])
+    request.addfinalizer(lambda: (LOSSES.forget("HardestPair"), MINERS.forget("Everything")))
     config = LossConfig(name="HardestPair", args={"margin": 0.3}, miner="Everything")
     loss, gradient, _ = run(config, UNIT, [0, 0, 1, 1, 2, 2], MemoryConfig(size=0))
     similar = UNIT @ UNIT.T

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+from configs.registry import AGGREGATORS
 from configs.schema import ModelConfig, RerankConfig
 from eval.local_features import read_local
-from model.aggregators import AGGREGATORS
 from model.dinov2 import DinoViT
 from model.network import PlaceModel, build_model
 from model.weights import WeightsError, facebook_layout, infer_backbone

@@ -10,9 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from configs.registry import LOSSES
 from configs.schema import Recipe
-from memory.losses import LOSSES
-from memory.registry import build
 from model.dinov2 import SIZES
 from model.network import PlaceModel, meta_model
 from trainer.engine import BUCKET, GIVEN_BACK, LIVE, parameter_groups
@@ -312,7 +311,7 @@ def _memory_parts(recipe: Recipe, ranks: int) -> list[Part]:
     shards = ranks if memory.placement == "sharded" else 1
     queue = memory.size * FP32 * size / shards + memory.size * 16
     loss = recipe.loss.name
-    arrays = build("loss", loss, recipe.loss.args, LOSSES).arrays if loss in LOSSES else 4
+    arrays = LOSSES.build(loss, recipe.loss.args).arrays if loss in LOSSES else 4
     anchors = batch if shards > 1 else batch // ranks
     columns = (batch + memory.size) / shards if shards > 1 else batch + memory.size
     tile = min(memory.tile_mb << 20, anchors * columns * FP32 * arrays)

@@ -1,0 +1,140 @@
+"""Names of a recipe and what they stand for: aggregators, backbones, losses, miners, benchmarks, sources.
+
+A built-in is a line of a table here, `name: "module:attribute"`, and is imported when it is used, so that help and the
+schema know every name without importing torch. A plug-in registers its own under a name that is free:
+
+    from configs.registry import AGGREGATORS
+
+    @AGGREGATORS.register("mean")
+    class Mean(nn.Module): ...
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar, overload
+
+from configs.names import nearest
+
+T = TypeVar("T")
+Thing = TypeVar("Thing")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """What a kind of thing is called, in the order of registration.
+
+    `key` is where a recipe names one (`loss.name`), for messages; `more` is their last words.
+    """
+
+    def __init__(self, kind: str, built_in: Mapping[str, str | T], *, key: str = "", more: str = "") -> None:
+        self.kind, self.key, self.more = kind, key or kind, f" ({more})" if more else ""
+        self._known: dict[str, str | T] = dict(built_in)
+        self._origin: dict[str, str] = {}  # module that registered a name which is not built in
+
+    @overload
+    def register(self, name: str) -> Callable[[Thing], Thing]: ...
+    @overload
+    def register(self, name: str, thing: Thing) -> Thing: ...
+    def register(self, name: str, thing: Any = None) -> Any:
+        """Makes `thing` known as `name` and returns it; without a thing, a decorator that does.
+
+        Raises ValueError for a name that is taken.
+        """
+        if thing is None:
+            return lambda decorated: self.register(name, decorated)
+        if name in self._known:
+            raise ValueError(
+                f"{self.kind} {name!r} exists already ({self.origin(name) or 'built in'}); choose another name"
+            )
+        self._known[name] = thing
+        self._origin[name] = getattr(thing, "__module__", None) or type(thing).__module__
+        return thing
+
+    def forget(self, name: str) -> None:
+        """Frees a name; one that is not known is fine."""
+        self._known.pop(name, None)
+        self._origin.pop(name, None)
+
+    def names(self) -> list[str]:
+        """All names; nothing is imported."""
+        return list(self._known)
+
+    def origin(self, name: str) -> str:
+        """The module of what a name stands for, if it was registered; empty for a built-in."""
+        return self._origin.get(name, "")
+
+    def check(self, name: str) -> str:
+        """`name`, if it is known; nothing is imported. Raises ValueError naming the nearest."""
+        if name not in self._known:
+            raise ValueError(f"unknown {self.key} {name!r}; {nearest(name, self._known)}{self.more}")
+        return name
+
+    def get(self, name: str) -> T:  # type: ignore[override]
+        """What a name stands for. Raises ValueError naming the nearest."""
+        return self[self.check(name)]
+
+    def build(self, name: str, arguments: Mapping[str, Any], *given: Any) -> Any:
+        """`get(name)(*given, **arguments)`. Raises ValueError that names what is wrong and what would be right."""
+        factory: Any = self.get(name)
+        parameters = list(inspect.signature(factory).parameters.values())[len(given) :]
+        accepted = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        for argument in arguments if len(accepted) == len(parameters) else ():
+            if argument not in accepted:
+                raise ValueError(
+                    f"{name} takes no argument {argument!r}; {nearest(argument, accepted)} (it takes "
+                    f"{', '.join(accepted) or 'none'})"
+                )
+        try:
+            return factory(*given, **arguments)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def __getitem__(self, name: str) -> T:
+        thing = self._known[name]
+        if isinstance(thing, str):
+            module, _, attribute = thing.partition(":")
+            thing = self._known[name] = getattr(importlib.import_module(module), attribute)
+        return thing
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+AGGREGATORS: Registry[Any] = Registry(
+    "aggregator",
+    {"cls": "model.aggregators:ClsAggregator", "gem": "model.aggregators:GemAggregator"},
+    key="model.aggregator",
+)
+BACKBONES: Registry[Any] = Registry("backbone", {}, key="model.backbone")
+LOSSES: Registry[Any] = Registry(
+    "loss",
+    {
+        "MultiSimilarityLoss": "memory.losses:MultiSimilarityLoss",
+        "TripletMarginLoss": "memory.losses:TripletMarginLoss",
+        "ContrastiveLoss": "memory.losses:ContrastiveLoss",
+        "NCALoss": "memory.losses:NCALoss",
+    },
+    key="loss.name",
+    more="docs/memory.md lists all",
+)
+MINERS: Registry[Any] = Registry(
+    "miner",
+    {
+        "MultiSimilarityMiner": "memory.miners:MultiSimilarityMiner",
+        "TripletMarginMiner": "memory.miners:TripletMarginMiner",
+        "none": "memory.miners:AllPairs",
+    },
+    key="loss.miner",
+    more="docs/memory.md lists all",
+)
+BENCHMARKS: Registry[Any] = Registry("benchmark", {}, key="benchmark")
+SOURCES: Registry[Any] = Registry("source", {}, key="kind of data set")
+REGISTRIES = (AGGREGATORS, BACKBONES, LOSSES, MINERS, BENCHMARKS, SOURCES)
