@@ -31,6 +31,7 @@ import tyro
 from numpy.typing import NDArray
 
 from benchmarks.report import print_table, write_json
+from eval.approximate import train_index
 from eval.search import agreement, search_blocks, search_ranks
 
 ROWS_PER_SEED = 1 << 16
@@ -151,7 +152,7 @@ def _approximate(options: Options) -> dict[str, float]:
     for name in options.indices:
         factory, _, params = name.partition(":")
         start = time.perf_counter()
-        _, ids = search_blocks(queries_QD, [(0, rows_ND)], 10, factory, params)
+        _, ids = search_blocks(queries_QD, [(0, rows_ND)], 10, train_index(factory, params, rows_ND))
         seconds, recall = time.perf_counter() - start, agreement(ids, exact)
         rows.append([name, f"{recall:.1f}", f"{seconds:.2f}"])
         figures[f"recall_{factory.replace(',', '_').lower()}"] = recall

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from configs.progress import OnProgress, PartOf, untold
 from configs.ranks import on_all_ranks
 from configs.schema import EvalConfig
+from eval.approximate import Trained
 from eval.benchmarks.benchmark import Benchmark
 from eval.clock import Clock
 from eval.extract import extract, fit_projection
@@ -24,6 +25,7 @@ from eval.recall import gain_of, recall_of
 from eval.rerank import Reranked, learn_margin, rerank
 from eval.result import Result
 from eval.search import agreement, search_ranks
+from eval.train_index import train_together
 from model.network import PlaceModel
 
 # What of the re-ranking's settings decides which local features are stored.
@@ -185,17 +187,19 @@ def _search(
     with on_all_ranks():
         queries_QD = queries.descriptors()
 
-    def search(factory: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(trained: Trained | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         blocks = database.blocks(dist.get_rank(), dist.get_world_size(), block_bytes)
-        return search_ranks(queries_QD, blocks, k, factory, config.faiss_params)
+        return search_ranks(queries_QD, blocks, k, trained)
 
-    similarities_QK, predictions_QK = search(config.faiss_index)
+    exact = config.faiss_index == "Flat"
+    trained = None if exact else train_together(config.faiss_index, config.faiss_params, database)
+    similarities_QK, predictions_QK = search(trained)
     timings["retrieval_s_per_query"] = clock.lap() / len(queries)
     found = FirstStage(database, queries, predictions_QK, similarities_QK)
-    if config.faiss_index == "Flat":
+    if exact:
         return found, None
     shown = slice(config.recall_at[-1])
-    agreed = agreement(predictions_QK[:, shown], search("Flat")[1][:, shown])
+    agreed = agreement(predictions_QK[:, shown], search()[1][:, shown])
     clock.lap()
     return found, agreed
 

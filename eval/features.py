@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ MAX_SHARD_IMAGES = 1024  # at 400 kB an image, half a gigabyte in memory while i
 SHARDS_WANTED = 64  # so that many ranks have work, and an interrupted run loses little
 _WHOLE = "a whole shard of features"
 INDEX = "index.json"
-DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8, "I64": np.int64}
+DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8, "I64": np.int64, "F64": np.float64}
 
 
 class FeatureError(ValueError):
@@ -143,13 +143,39 @@ class StoredFeatures:
     """
 
     def __init__(self, folder: Path, bounds: list[tuple[int, int]]) -> None:
-        self.folder, self.bounds = folder, bounds
+        self.folder = folder
+        self.paths = [shard_path(folder, number) for number in range(len(bounds))]
+        mapped = [map_shard(path, stop - first) for path, (first, stop) in zip(self.paths, bounds, strict=True)]
+        self._hold(bounds, [arrays for arrays, _ in mapped], [metadata for _, metadata in mapped])
+
+    def _hold(
+        self, bounds: list[tuple[int, int]], shards: list[dict[str, NDArray[Any]]], metadata: list[dict[str, str]]
+    ) -> None:
+        self.bounds, self.shards, self._metadata = bounds, shards, metadata
         self.starts = np.array([first for first, _ in bounds], dtype=np.int64)
-        mapped = [map_shard(shard_path(folder, n), stop - first) for n, (first, stop) in enumerate(bounds)]
-        self.shards = [arrays for arrays, _ in mapped]
-        self._metadata = [metadata for _, metadata in mapped]
         self._checked_shards: set[int] = set()
         self._checked = np.zeros(len(self), dtype=bool)
+
+    @classmethod
+    def joined(cls, parts: Sequence[StoredFeatures]) -> StoredFeatures:
+        """The images of several lists under one numbering, one list after another."""
+        whole = cls.__new__(cls)
+        whole.folder = parts[0].folder if parts else Path()
+        whole.paths = [path for part in parts for path in part.paths]
+        before = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+        bounds = [(a + n, b + n) for n, part in zip(before, parts, strict=False) for a, b in part.bounds]
+        whole._hold(bounds, [s for part in parts for s in part.shards], [m for part in parts for m in part._metadata])
+        return whole
+
+    @classmethod
+    def in_memory(cls, arrays: dict[str, NDArray[Any]]) -> StoredFeatures:
+        """Features that were just made, as the one shard of a list: nothing on disk, nothing to check."""
+        made = cls.__new__(cls)
+        made.folder, made.paths = Path(), [Path("features in memory")]
+        made._hold([(0, len(arrays["descriptors"]))], [arrays], [{}])
+        made._checked_shards.add(0)
+        made._checked[:] = True
+        return made
 
     def __len__(self) -> int:
         return self.bounds[-1][1] if self.bounds else 0
@@ -179,7 +205,7 @@ class StoredFeatures:
     @property
     def bytes_per_image(self) -> float:
         """Mean bytes on disk of an image's descriptor and local features."""
-        return sum(shard_path(self.folder, n).stat().st_size for n in range(len(self.bounds))) / max(1, len(self))
+        return sum(path.stat().st_size for path in self.paths) / max(1, len(self))
 
     @property
     def local_bytes_per_image(self) -> float:
@@ -189,7 +215,7 @@ class StoredFeatures:
 
     def _check_shard(self, number: int) -> None:
         if number not in self._checked_shards:
-            check_shard(shard_path(self.folder, number), self.shards[number], self._metadata[number])
+            check_shard(self.paths[number], self.shards[number], self._metadata[number])
             self._checked_shards.add(number)
 
     def _check_image(self, image: int, number: int) -> None:
@@ -197,7 +223,7 @@ class StoredFeatures:
             return
         shard, row, offsets = self.shards[number], image - int(self.starts[number]), self.offsets[number]
         if image_sum(shard, int(offsets[row]), int(offsets[row + 1])) != shard[SUMS][row]:
-            path = shard_path(self.folder, number)
+            path = self.paths[number]
             raise FeatureError(
                 f"feature shard {path} is damaged (local features of its image {row}); remove it and it is made again"
             )
@@ -212,6 +238,17 @@ class StoredFeatures:
                 self._check_shard(number)
                 parts.append(np.asarray(self.shards[number]["descriptors"][max(first - low, 0) : stop - low]))
         return np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
+
+    def rows(self, images_X: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Global descriptors [X, D] of some images."""
+        shard_X = np.searchsorted(self.starts, images_X, side="right") - 1
+        size = int(self.shards[0]["descriptors"].shape[1]) if self.shards else 0
+        rows_XD = np.empty((len(images_X), size), dtype=np.float32)
+        for number in np.unique(shard_X).tolist():
+            self._check_shard(number)
+            here = shard_X == number
+            rows_XD[here] = self.shards[number]["descriptors"][images_X[here] - self.starts[number]]
+        return rows_XD
 
     def blocks(self, rank: int, world_size: int, block_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """First image and descriptors of the runs of shards that a rank searches, a bounded block at a time."""

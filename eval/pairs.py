@@ -69,15 +69,19 @@ def pair_blocks(
     memory_mb: int,
     device: torch.device,
     on_progress: OnProgress = untold,
+    share: tuple[int, int] | None = None,
 ) -> Iterator[PairBlock]:
     """This rank's blocks: blocks of queries go to ranks in turn, so that each pair is one rank's.
+
+    `share` is (rank, world size); those of the process group without it.
 
     `on_progress` gets the queries up to the last one of each block.
     """
     count, depth = candidates_QT.shape
     plan = plan_batches(queries, database, depth, memory_mb, device)
     blocks = [slice(first, min(count, first + plan.queries)) for first in range(0, count, plan.queries)]
-    for rows in blocks[dist.get_rank() :: dist.get_world_size()]:
+    rank, world = share or (dist.get_rank(), dist.get_world_size())
+    for rows in blocks[rank::world]:
         own = queries.patches(query_ids_Q[rows], device)
         for start in range(0, depth, plan.candidates):
             columns = slice(start, start + plan.candidates)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,17 +57,51 @@ def score_candidates(
 
     Each score comes from one rank, so it is the same at any number of them.
     """
-    scores_QT = torch.zeros(candidates_QT.shape, device=device)
+    share = dist.get_rank(), dist.get_world_size()
     with on_all_ranks():
-        for block in pair_blocks(queries, query_ids_Q, database, candidates_QT, config.memory_mb, device, on_progress):
-            scores_QT[block.rows, block.columns] = match_scores(block.queries, block.candidates, config)
+        scores_QT = _scores(queries, query_ids_Q, database, candidates_QT, config, device, on_progress, share)
     dist.all_reduce(scores_QT)
     return scores_QT.cpu().numpy()
+
+
+@torch.inference_mode()
+def score_here(
+    queries: StoredFeatures,
+    query_ids_Q: NDArray[np.int64],
+    database: StoredFeatures,
+    candidates_QT: NDArray[np.int64],
+    config: RerankConfig,
+    device: torch.device,
+    on_progress: OnProgress = untold,
+) -> NDArray[np.float32]:
+    """The same by this process alone; needs no process group."""
+    return _scores(queries, query_ids_Q, database, candidates_QT, config, device, on_progress, (0, 1)).cpu().numpy()
+
+
+def _scores(
+    queries: StoredFeatures,
+    query_ids_Q: NDArray[np.int64],
+    database: StoredFeatures,
+    candidates_QT: NDArray[np.int64],
+    config: RerankConfig,
+    device: torch.device,
+    on_progress: OnProgress,
+    share: tuple[int, int],
+) -> torch.Tensor:
+    """Scores [Q, T] of the pairs that are this rank's by its `share` (rank, world size); 0 for the others."""
+    scores_QT = torch.zeros(candidates_QT.shape, device=device)
+    blocks = pair_blocks(queries, query_ids_Q, database, candidates_QT, config.memory_mb, device, on_progress, share)
+    for block in blocks:
+        scores_QT[block.rows, block.columns] = match_scores(block.queries, block.candidates, config)
+    return scores_QT
 
 
 def patch_counts(features: StoredFeatures) -> NDArray[np.int64]:
     """Kept patches of every image."""
     return np.concatenate([np.asarray(shard["count"]) for shard in features.shards]).astype(np.int64)
+
+
+Score = Callable[..., NDArray[np.float32]]  # as `score_candidates`
 
 
 @dataclass(frozen=True)
@@ -89,9 +123,11 @@ def rerank(
     *,
     auto_margin: float = np.inf,
     on_progress: OnProgress = untold,
+    score: Score = score_candidates,
 ) -> Reranked:
     """The first top_k predictions of each query re-sorted; equal on every rank and at any number of ranks.
 
+    With `score_here` it is the work of this process alone.
     Queries whose first-stage margin reaches `auto_margin` keep their order (see `learn_margin`).
     """
     depth = min(config.top_k, predictions_QK.shape[1])
@@ -101,7 +137,7 @@ def rerank(
     if len(matched_q):
         candidates = predictions_QK[matched_q, :depth]
         found = np.maximum(candidates, 0)  # -1 stands for nothing found
-        scores = score_candidates(queries, matched_q, database, found, config, device, on_progress)
+        scores = score(queries, matched_q, database, found, config, device, on_progress)
         patches = patch_counts(queries)[matched_q]
         key = fuse(scores, similarities_QK[matched_q, :depth], patches, config.global_weight)
         key[candidates < 0] = -np.inf

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from eval.approximate import Trained, train_index
 from eval.benchmarks.benchmark import Benchmark
 from eval.recall import Figure, bootstrap_means, gain_of, recall_at, recall_of
-from eval.search import agreement, search_approximately, search_blocks, search_ranks, search_rows
+from eval.search import agreement, search_blocks, search_ranks, search_rows
 from tests.ranks import on_ranks
 
 
@@ -85,7 +86,9 @@ def check_indices_of_factory_strings_over_ranks() -> None:
     start, stop = len(rows_ND) * rank // world, len(rows_ND) * (rank + 1) // world
     _, exact = search_ranks(queries_QD, [(start, rows_ND[start:stop])], 10)
     for factory, params, least in (("IVF4,Flat", "nprobe=4", 100), ("IVF4,PQ4x4", "nprobe=2", 10), ("HNSW16", "", 80)):
-        scores, ids = search_ranks(queries_QD, [(start, rows_ND[start:stop])], 10, factory, params)
+        scores, ids = search_ranks(
+            queries_QD, [(start, rows_ND[start:stop])], 10, train_index(factory, params, rows_ND)
+        )
         assert agreement(ids, exact) >= least
         np.testing.assert_allclose(scores[:, 0], (queries_QD * rows_ND[ids[:, 0]]).sum(axis=1), atol=1e-6)
         assert (np.diff(scores, axis=1) <= 0).all()
@@ -125,7 +128,7 @@ def test_more_ties_than_are_fetched_at_first_go_by_id_and_a_floor_leaves_the_res
 @pytest.mark.parametrize(("factory", "params"), [("IVF9999,Flat", ""), ("Nonsense", ""), ("HNSW8", "nprobe=3")])
 def test_indices_that_faiss_refuses_are_named(factory: str, params: str) -> None:
     with pytest.raises(ValueError, match=f"eval.faiss_index '{factory}'") as caught:
-        search_approximately(_unit(2, 8, 0), _unit(50, 8, 1), 3, factory, params)
+        train_index(factory, params, _unit(50, 8, 1))
     assert "\n" not in str(caught.value)
 
 
@@ -206,8 +209,8 @@ class PretendGpu:
                 raise RuntimeError("Error in faiss::gpu: Error: This index type is not implemented on GPU.")
             return Copy(index)
 
-        monkeypatch.setattr("eval.search._has_gpu", lambda: True)
-        monkeypatch.setattr("eval.search.dist.get_rank", lambda: 3)
+        monkeypatch.setattr("eval.search_device.has_gpu", lambda: True)
+        monkeypatch.setenv("RANK", "3")
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 80 << 30))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -215,14 +218,19 @@ class PretendGpu:
         monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
 
 
+def _trained(factory: str, params: str, rows: np.ndarray) -> Trained | None:
+    return None if factory == "Flat" else train_index(factory, params, rows)
+
+
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
 def test_a_gpu_gives_what_the_cpu_gives_and_keeps_no_scratch_memory(
     factory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, queries = _unit(3000, 16, 8), _unit(7, 16, 9)
-    expected = search_blocks(queries, [(0, rows)], 9, factory)
+    trained = _trained(factory, "", rows)
+    expected = search_blocks(queries, [(0, rows)], 9, trained)
     gpu = PretendGpu(monkeypatch)
-    for ours, theirs in zip(search_blocks(queries, [(0, rows)], 9, factory), expected, strict=True):
+    for ours, theirs in zip(search_blocks(queries, [(0, rows)], 9, trained), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert gpu.searches
     assert gpu.scratch == [256 << 20]  # FAISS's own choice is 1.5 GiB, for as long as the process lives
@@ -244,10 +252,11 @@ def test_what_a_gpu_cannot_search_the_cpu_does_and_says_so(
 ) -> None:
     rows, queries = _unit(3000, 16, 8), _unit(7, 16, 9)
     params = "nprobe=4" if factory.startswith("IVF") else ""
-    expected = search_blocks(queries, [(0, rows)], k, factory, params)
+    trained = _trained(factory, params, rows)
+    expected = search_blocks(queries, [(0, rows)], k, trained)
     PretendGpu(monkeypatch, **options)
     with pytest.warns(RuntimeWarning, match=f"rank 3 searches on the CPU: .*{words}"):
-        found = search_blocks(queries, [(0, rows)], k, factory, params)
+        found = search_blocks(queries, [(0, rows)], k, trained)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

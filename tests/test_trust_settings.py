@@ -10,7 +10,7 @@ import yaml
 
 from configs.load import RecipeError, load_recipe
 from configs.schema import Recipe
-from eval.search import search_approximately
+from eval.approximate import train_index
 from trainer.checkpoint_folder import CheckpointError, drop_lost_best, find_checkpoint
 from trainer.mlflow_sender import is_whole_event
 from trainer.mlflow_store import metric_name
@@ -76,14 +76,14 @@ def test_an_event_is_sent_only_if_it_is_whole() -> None:
 def test_faiss_says_what_is_wrong_without_its_source(factory: str, params: str, words: str) -> None:
     rows = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
     with pytest.raises(ValueError, match=words) as caught:
-        search_approximately(rows[:2], rows, 3, factory, params)
+        train_index(factory, params, rows)
     assert ".cpp" not in str(caught.value)
 
 
 def test_few_training_points_print_no_warnings(capfd: pytest.CaptureFixture[str]) -> None:
     rows = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
     for factory in ("IVF16,Flat", "IVF16,PQ4x4", "PQ4x4"):
-        search_approximately(rows[:2], rows, 3, factory)
+        train_index(factory, "", rows)
     assert "WARNING" not in "".join(capfd.readouterr())
 
 
