@@ -82,7 +82,7 @@ def search_index(
     """What an index finds, scored exactly: scores float64 [Q, k] and ids int64 [Q, k], by (score desc, id asc).
 
     The first `shortlist` (at least k) that it finds are scored by their descriptors, which `rows_of` gives for ids; the
-    k best of them stay. Where fewer are found the rest is (-inf, -1). `num_bytes` is what the index would take on a GPU.
+    k best of them stay. Where fewer are found the rest is (-inf, -1). `num_bytes` is what it would take on a GPU.
     """
     find: Find = on_gpu(index, num_bytes, index.search)
     num_queries, wide = len(queries_QD), min(max(k, shortlist), max(1, index.ntotal))

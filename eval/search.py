@@ -80,7 +80,7 @@ def search_rows(
 def search_blocks(
     queries_QD: NDArray[np.float32], blocks: Blocks, k: int, trained: Trained | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The k best rows of all blocks (first id, rows), of which one at a time is held; exact unless an index is given."""
+    """The k best rows of all blocks (first id, rows), held one at a time; exact unless an index is given."""
     scores_Qk = np.full((len(queries_QD), k), -np.inf)
     ids_Qk = np.full((len(queries_QD), k), -1, dtype=np.int64)
     for first, rows in blocks:
