@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from configs.explain import explain
+from configs.plugins import load_plugins
 from configs.reading import reading, shown
 from configs.renamed import with_present_names
-from configs.schema import Recipe
+from configs.schema import ANY_NAME, Recipe, with_home
 from configs.secrets import without_secrets
 
 RECIPES = Path(__file__).resolve().parent
@@ -22,21 +24,31 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the text is one line a fault."""
 
 
-def load_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file; a bare name such as `demo` means the recipe shipped under that name.
+def load_recipe(path: Path, *, plugins: Sequence[str] | None = None, run: bool = True) -> Recipe:
+    """The recipe in a YAML file, its plug-ins run; a bare name such as `demo` means the recipe shipped under that name.
 
-    Raises RecipeError naming file, key and the nearest valid one; a renamed key gets its present name.
+    `plugins` take the place of the recipe's own. Without `run`, for help, no plug-in is run and any name passes.
+    Raises RecipeError naming file, key and the nearest valid one; a renamed key gets its present name. Raises
+    PluginError.
     """
     file = find_recipe(path)
-    return _validated(_read(file), file)
+    content = _read(file)
+    if plugins is not None:
+        content["plugins"] = list(plugins)
+    if not run:
+        return _validated(content, file, ANY_NAME)
+    named = content.get("plugins")
+    if isinstance(named, list) and all(isinstance(one, str) for one in named):
+        load_plugins(with_home(named))
+    return _validated(content, file)
 
 
 def load_stored_recipe(file: Path) -> Recipe:
     """The recipe that a training kept in its output folder or in a checkpoint, whatever its keys were called then.
 
-    Raises RecipeError, FileNotFoundError.
+    Its plug-ins are not run, and so it may name what nothing here stands for. Raises RecipeError, FileNotFoundError.
     """
-    return _validated(with_present_names(_read(file)), file)
+    return _validated(with_present_names(_read(file)), file, ANY_NAME)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -70,9 +82,9 @@ def _check_extent(content: Any, file: Path) -> None:
         waiting += [(value, depth + 1) for value in inner]
 
 
-def _validated(content: dict[str, Any], file: Path) -> Recipe:
+def _validated(content: dict[str, Any], file: Path, context: dict[str, Any] | None = None) -> Recipe:
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(content, context=context)
     except ValidationError as error:
         raise RecipeError("\n".join(f"{file}: {line}" for line in explain(error))) from error
 

@@ -11,9 +11,9 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from configs.flags import FlagError, is_given, parse_flags
+from configs.flags import FlagError, is_given, parse_flags, parse_known_flags
 from configs.load import RECIPES, load_recipe
-from configs.schema import Recipe
+from configs.schema import Recipe, with_home
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,24 @@ def parse_over_recipe(kind: type[Command], argv: Sequence[str], *, verb: str) ->
         if {"-h", "--help"} & set(argv):
             parse_flags(kind, ["--help"], prog=prog, description=description)
         raise FlagError(f"{verb} needs a recipe first: {prog} RECIPE [--section.key value]. {shipped.rstrip('.')}")
-    read = load_recipe(Path(argv[0]))
+    plugins = named_plugins(argv, prog=prog)
+    read = load_recipe(Path(argv[0]), plugins=plugins, run=not {"-h", "--help"} & set(argv))
     default = kind(file=Path(argv[0]), recipe=read)
     command = parse_flags(kind, argv, prog=prog, default=default, description=description)
     recipe, notes = _without_foreign_arguments(command.recipe, read, argv)
     return dataclasses.replace(command, recipe=recipe), notes
+
+
+@dataclass(frozen=True)
+class _Plugins:
+    plugins: tuple[str, ...] = ()
+
+
+def named_plugins(argv: Sequence[str], *, prog: str) -> list[str] | None:
+    """What `--plugins` names among a verb's words, None without it: they must run before the other flags are read."""
+    if not is_given(argv, "plugins"):
+        return None
+    return with_home(list(parse_known_flags(_Plugins, argv, prog=prog)[0].plugins))
 
 
 def _without_foreign_arguments(recipe: Recipe, read: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[str]]:

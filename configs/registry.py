@@ -18,6 +18,8 @@ from typing import Any, Generic, TypeVar, overload
 
 from configs.names import nearest
 
+NOT_RUN: dict[str, str] = {}  # why a name may be unknown: plug-ins that a file records, by file
+
 T = TypeVar("T")
 Thing = TypeVar("Thing")
 
@@ -68,8 +70,12 @@ class Registry(Mapping[str, T], Generic[T]):
     def check(self, name: str) -> str:
         """`name`, if it is known; nothing is imported. Raises ValueError naming the nearest."""
         if name not in self._known:
-            raise ValueError(f"unknown {self.key} {name!r}; {nearest(name, self._known)}{self.more}")
+            raise ValueError(f"unknown {self.key} {name!r}; {self.nearest(name)}")
         return name
+
+    def nearest(self, name: str) -> str:
+        """The last words about a name that is not known: the nearest, and which plug-ins were not run."""
+        return "; ".join([nearest(name, self._known) + self.more, *NOT_RUN.values()])
 
     def get(self, name: str) -> T:  # type: ignore[override]
         """What a name stands for. Raises ValueError naming the nearest."""

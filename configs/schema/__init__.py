@@ -12,11 +12,12 @@ from configs.schema.memory import MemoryConfig
 from configs.schema.model import Backbone, ModelConfig
 from configs.schema.optim import OptimConfig
 from configs.schema.recipe import Recipe
-from configs.schema.section import PATCH, NonNegative, Positive, Section
+from configs.schema.section import ANY_NAME, PATCH, NonNegative, Positive, Section, registered, with_home
 from configs.schema.tracking import TrackingConfig
 from configs.schema.trainer import TrainerConfig
 
 __all__ = [
+    "ANY_NAME",
     "PATCH",
     "Argument",
     "Backbone",
@@ -34,4 +35,6 @@ __all__ = [
     "Section",
     "TrackingConfig",
     "TrainerConfig",
+    "registered",
+    "with_home",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.schema.section import NonNegative, Section
+from configs.registry import AGGREGATORS
+from configs.schema.section import NonNegative, Section, registered
 
 Backbone = Literal[
     "vits14", "vitb14", "vitl14", "vitg14", "vits14_reg", "vitb14_reg", "vitl14_reg", "vitg14_reg", "tiny14"
@@ -21,8 +22,8 @@ class ModelConfig(Section):
         "timm",
         description="timm: its own download; random; or a file in facebookresearch's key layout (.pth, .safetensors).",
     )
-    aggregator: Literal["cls", "gem"] = Field(
-        "cls", description="Global descriptor: CLS token or GeM over patch tokens."
+    aggregator: Annotated[str, registered(AGGREGATORS)] = Field(
+        "cls", description="Global descriptor: cls, the CLS token; gem, GeM over patch tokens; or a plug-in's."
     )
     finetune: Literal["all", "last_n_blocks", "head"] = Field(
         "last_n_blocks", description="What is trained: everything, the last blocks and the head, or the aggregator."

@@ -26,6 +26,11 @@ class Recipe(Section):
     name: str = Field("run", description="Name of the run.")
     seed: NonNegative = Field(0, description="Seed of the weights, the order of data and the augmentation.")
     output: Path = Field(Path("runs/run"), description="Folder for checkpoints, metrics and results.")
+    plugins: list[str] = Field(
+        default_factory=list,
+        description="Code of your own that adds aggregators, backbones, losses, miners, benchmarks or sources: files "
+        "(my_vpr.py), installed modules, or entry points of rerankvpr.plugins.",
+    )
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)

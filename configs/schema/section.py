@@ -6,12 +6,30 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from configs.registry import Registry
 
 PATCH = 14
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+
+ANY_NAME = {"any_name": True}  # pydantic's context where names of plug-ins that were not run must pass
+
+
+def registered(registry: Registry[Any]) -> AfterValidator:
+    """What makes a text a name of `registry`, in Annotated[str, ...]; under the context `ANY_NAME` any name passes.
+
+    Its message is that of a literal type, with the nearest name.
+    """
+
+    def check(name: str, info: ValidationInfo) -> str:
+        if name not in registry and not (info.context or {}).get("any_name"):
+            raise ValueError(f"{name!r} is not one of {', '.join(registry)}; {registry.nearest(name)}")
+        return name
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):

@@ -1,0 +1,260 @@
+"""Plug-ins: files and modules that a recipe or `--plugins` names, which register what a recipe may then name.
+
+A plug-in runs with the user's rights, so only those are run that the user names: what a checkpoint or an export records
+of its training's plug-ins is never run by itself (`note_recorded`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+from configs.files import PARTIAL
+from configs.names import nearest
+from configs.reading import read_regular, reason, shown
+from configs.registry import NOT_RUN, REGISTRIES
+
+ENTRY_POINTS = "rerankvpr.plugins"
+MODULE = "rerankvpr_plugin_"  # and the stem of a file: its module's name
+OF_NETWORK = ("aggregator", "backbone")
+
+
+class PluginError(ValueError):
+    """A plug-in that cannot be used; the text is one line that names it, and file and line where there is one."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plug-in that this process has run."""
+
+    name: str  # of the file, without its folder, or of the module
+    root: Path  # the file, or a package's folder
+    sha256: str  # of its code
+    adds: tuple[str, ...]  # what it registered: "aggregator mean"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it was named as a file, not as a module."""
+        return self.name.endswith(".py")
+
+
+_loaded: dict[str, Plugin] = {}
+
+
+def load_plugins(named: Iterable[str]) -> list[Plugin]:
+    """Runs the plug-ins that a user names, each once, and returns them in their order.
+
+    `my_vpr.py` and whatever has a `/` is a file; all else is an entry point of the group `rerankvpr.plugins`, or a
+    module that Python finds. A file that has changed since is run anew, and what it registered before is forgotten.
+    Raises PluginError; what a plug-in that fails has registered is forgotten.
+    """
+    return [_load(one) for one in named]
+
+
+def loaded(named: Iterable[str] | None = None) -> list[Plugin]:
+    """The plug-ins that this process has run: all, or those that a recipe names."""
+    if named is None:
+        return list(_loaded.values())
+    return [_loaded[name] for name in map(name_of, named) if name in _loaded]
+
+
+def name_of(named: str) -> str:
+    """What a plug-in is called wherever it lies: a file's name without its folder, or a module's."""
+    return Path(named).name if _is_file(named) else named
+
+
+def digests(named: Iterable[str] | None = None) -> dict[str, str]:
+    """SHA-256 of the code of `loaded(named)`, by name."""
+    return {plugin.name: plugin.sha256 for plugin in loaded(named)}
+
+
+def digests_of_network() -> dict[str, str]:
+    """SHA-256 of the plug-ins of this process that decide what a network computes from its weights."""
+    return {p.name: p.sha256 for p in loaded() if any(one.startswith(OF_NETWORK) for one in p.adds)}
+
+
+def note_recorded(recorded: Mapping[str, str], where: Path, kept: Path | None = None) -> str:
+    """A line on plug-ins that `where` records, by digest, and that were not run or are other ones; empty for none.
+
+    An unknown name is explained by those that were not run, from here on. `kept` is the folder with their copies.
+    """
+    missing = {name: sha for name, sha in recorded.items() if name not in _loaded}
+    others = [name for name, sha in recorded.items() if name in _loaded and _loaded[name].sha256 != sha]
+    lines = []
+    if missing:
+        copies = [kept / sha[:8] / name for name, sha in missing.items()] if kept else []
+        words = " ".join(str(copy) if copy.exists() else name for copy, name in zip(copies, missing, strict=False))
+        remedy = f"--plugins {words or ' '.join(missing)}"
+        NOT_RUN[str(where)] = f"plug-in {', '.join(missing)} of {where} was not run; {remedy} runs it"
+        lines.append(
+            f"{where} was made with plug-in {', '.join(missing)}, which is code and was not run; {remedy} runs it"
+        )
+    if others:
+        said = ", ".join(f"{name} {recorded[name][:8]} (here {_loaded[name].sha256[:8]})" for name in others)
+        lines.append(f"{where} was made with another plug-in {said}")
+    return "; ".join(shown(line) for line in lines)
+
+
+def keep(plugins: Iterable[Plugin], folder: Path) -> list[Path]:
+    """Copies plug-ins to `folder`/<first digits of the digest>/; returns the copies, of files or folders."""
+    copies = []
+    for plugin in plugins:
+        copy = folder / plugin.sha256[:8] / plugin.name
+        copies.append(copy)
+        if copy.exists():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        partial = copy.with_name(f".{copy.name}{PARTIAL}")
+        if plugin.root.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(plugin.root, partial, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(plugin.root, partial)
+        partial.rename(copy)
+    return copies
+
+
+def _is_file(named: str) -> bool:
+    return named.endswith(".py") or "/" in named
+
+
+def _load(named: str) -> Plugin:
+    name = name_of(named)
+    before = _loaded.get(name)
+    if _is_file(named):
+        path = Path(named).absolute()
+        try:
+            code = read_regular(path)
+        except OSError as error:
+            where = "" if Path(named).is_absolute() else f" in {Path.cwd()}"
+            raise PluginError(f"plug-in {named}: {error.strerror or error}{where}") from error
+        sha256 = hashlib.sha256(code).hexdigest()
+        if before and before.sha256 == sha256:
+            return before
+        if before and before.root != path and before.root.exists():
+            raise PluginError(f"plug-in {named}: {before.root} has the same name and other code; rename one of them")
+        _forget(name)
+        try:
+            adds = _registered_by(named, lambda: _run(MODULE + path.stem, path, code))
+        except PluginError:
+            del sys.modules[MODULE + path.stem]
+            raise
+        plugin = Plugin(name, path, sha256, adds)
+    else:
+        if before:
+            return before
+        module_name = _module_name(named)
+        present = module_name in sys.modules
+        adds = _registered_by(named, lambda: importlib.import_module(module_name), module_name if present else None)
+        module = sys.modules[module_name]
+        root, sha256 = _code_of(named, module)
+        plugin = Plugin(name, root, sha256, adds)
+    _loaded[name] = plugin
+    return plugin
+
+
+def _run(module_name: str, path: Path, code: bytes) -> None:
+    """Runs the bytes that were digested; Python's own import may take an older compiled copy."""
+    module = ModuleType(module_name)
+    module.__file__ = str(path)
+    sys.modules[module_name] = module  # dataclasses and pickle look there
+    exec(compile(code, str(path), "exec", dont_inherit=True), vars(module))
+
+
+def _registered_by(named: str, run: object, imported_before: str | None = None) -> tuple[str, ...]:
+    """What `run()` registers, or what a module that is imported already has; forgotten if it raises."""
+    assert callable(run)
+    before = [registry.names() for registry in REGISTRIES]
+    try:
+        run()
+    except (Exception, SystemExit) as error:
+        _forget_all_but(before)
+        raise PluginError(f"plug-in {named}: {_where(named, error)}{_what(error)} ({MORE})") from error
+    adds = [
+        f"{registry.kind} {name}"
+        for registry, names in zip(REGISTRIES, before, strict=True)
+        for name in registry
+        if name not in names or (imported_before and f"{registry.origin(name)}.".startswith(f"{imported_before}."))
+    ]
+    if not adds:
+        raise PluginError(
+            f'plug-in {named} registers nothing; expected a line such as @AGGREGATORS.register("name") '
+            "(docs/extending.md)"
+        )
+    return tuple(adds)
+
+
+MORE = "RERANKVPR_TRACEBACK=1 shows all of it"
+
+
+def _what(error: BaseException) -> str:
+    text = reason(error)
+    if isinstance(error, SyntaxError):
+        text = shown(error.msg)
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+def _where(named: str, error: BaseException) -> str:
+    """`file:line: ` of the last line on the way to an error that is no library's of Python or ours."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: "
+    frames = traceback.extract_tb(error.__traceback__)
+    stem = Path(named).name if _is_file(named) else named.split(".")[0]
+    own = [f for f in frames if f.filename.endswith(f"{os.sep}{stem}") or f"{os.sep}{stem}{os.sep}" in f.filename]
+    return f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+
+
+def _forget(name: str) -> None:
+    """Frees the names that a plug-in registered."""
+    plugin = _loaded.pop(name, None)
+    for added in plugin.adds if plugin else ():
+        kind, _, registered = added.partition(" ")
+        next(registry for registry in REGISTRIES if registry.kind == kind).forget(registered)
+
+
+def _forget_all_but(names: Sequence[Sequence[str]]) -> None:
+    for registry, known in zip(REGISTRIES, names, strict=True):
+        for name in registry.names():
+            if name not in known:
+                registry.forget(name)
+
+
+def _module_name(named: str) -> str:
+    """The module that an entry point of that name is for, or `named` itself if Python finds it."""
+    points = {point.name: point.module for point in metadata.entry_points(group=ENTRY_POINTS)}
+    if named in points:
+        return points[named]
+    try:
+        found = importlib.util.find_spec(named) is not None
+    except (ImportError, ValueError):
+        found = False  # its parent is not there, or it is no name of a module
+    if not found and named not in sys.modules:
+        known = f"; {nearest(named, points)}" if points else ""
+        raise PluginError(
+            f"plug-in {named}: Python finds no module of that name; a file is named with its ending, my_vpr.py{known}"
+        )
+    return named
+
+
+def _code_of(named: str, module: ModuleType) -> tuple[Path, str]:
+    """A module's file or a package's folder, and the digest of its Python files, by name within it."""
+    if not module.__file__:
+        raise PluginError(f"plug-in {named} has no file; name a module with one")
+    file = Path(module.__file__)
+    if file.name != "__init__.py":
+        return file, hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for part in sorted(file.parent.rglob("*.py")):
+        content = part.read_bytes()
+        digest.update(f"{part.relative_to(file.parent)} {len(content)}\n".encode() + content)
+    return file.parent, digest.hexdigest()
