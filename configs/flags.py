@@ -29,6 +29,7 @@ from configs.explain import explain
 from configs.names import nearest
 from configs.renamed import RENAMED
 from configs.schema import Section
+from configs.schema.section import with_home
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ def _parse(
         with contextlib.redirect_stderr(said):
             parsed = cli(
                 kind,
-                args=_switches(argv, kind),
+                args=_switches([_in_home(word) for word in argv], kind),
                 prog=prog,
                 description=description,
                 return_unknown_args=rest,
@@ -84,6 +85,12 @@ def _parse(
         raise FlagError(_one_line(said.getvalue())) from None
     values, others = parsed if rest else (parsed, [])
     return _validated(values), others
+
+
+def _in_home(word: str) -> str:
+    """A word whose path begins with `~/`, which a shell leaves as it is in `--flag=~/x`, in the user's home."""
+    flag, equals, value = word.partition("=")
+    return f"{flag}={with_home(value)}" if equals and word.startswith("--") else str(with_home(word))
 
 
 def is_given(argv: Sequence[str], key: str) -> bool:

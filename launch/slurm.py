@@ -65,6 +65,9 @@ class Resources:
             raise ValueError(f"--nodes {self.nodes}: expected a number or MIN-MAX, such as 4 or 2-4")
         if self.nproc_per_node != "auto" and not re.fullmatch(r"[1-9][0-9]*", self.nproc_per_node):
             raise ValueError(f"--nproc-per-node {self.nproc_per_node!r}: expected auto or a number, 1 or more")
+        for name in ("gpus_per_node", "cpus_per_task", "signal_s", "max_requeues", "array"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
         for flag in ("mem", "time", "partition", "account", "qos", "constraint", "dependency"):
             if re.search(r"\s", getattr(self, flag)):
                 raise ValueError(f"--{flag} {getattr(self, flag)!r}: one word is expected")

@@ -199,7 +199,7 @@ def _processes(text: str) -> int:
 
 
 def _count(flag: str, text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
         raise ValueError(f"{flag} {text}: expected a number, 1 or more")
     return int(text)
 

@@ -65,7 +65,7 @@ def step(engine: Any, number: int) -> float:
 
 def check_stages_agree_and_their_state_moves_between_them() -> None:
     """Steps 0-2 at one stage, saved, steps 3-5 at each other: the losses of the run that stayed."""
-    from trainer.engine_state import StoredTensors, put_state, take_state
+    from trainer.engine_state import StoredTensors, put_state, read_numbers, take_state
 
     folder = shared_folder()
     rank = dist.get_rank()
@@ -95,7 +95,7 @@ def check_stages_agree_and_their_state_moves_between_them() -> None:
             engine = build(target, name, precision)
             files = [StoredTensors(sorted(saved[source].glob(f"{kind}-*"))) for kind in ("model", "optimizer")]
             blank = torch.zeros(1, 6, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-            put_state(engine, *files, numbers[source], lambda e=engine, x=blank: e(x))
+            put_state(engine, *files, read_numbers(numbers[source]), lambda e=engine, x=blank: e(x))
             went_on = [step(engine, number) for number in range(3, 6)]
             expected = straight[layouts.index(source)][3:]
             assert torch.allclose(torch.tensor(went_on), torch.tensor(expected), rtol=tolerance), (name, source, target)

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from configs.flags import parse_flags
 from configs.load import RecipeError, load_recipe
 from configs.schema import Recipe
 from eval.approximate import train_index
+from launch.slurm import Resources
 from trainer.checkpoint_folder import CheckpointError, drop_lost_best, find_checkpoint
+from trainer.engine_state import read_numbers
 from trainer.mlflow_sender import is_whole_event
 from trainer.mlflow_store import metric_name
 
@@ -107,3 +111,31 @@ def test_aliases_of_aliases_are_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="more than 10000 values") as caught:
         load_recipe(file)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("words", [["~/sets", "--out", "~/seen"], ["--out=~/seen", "~/sets"]])
+def test_home_is_expanded_in_any_flag(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.inspect_command import InspectCommand
+
+    monkeypatch.setenv("HOME", "/home/ann")
+    command = parse_flags(InspectCommand, words, prog="inspect")
+    assert (command.shards, command.out) == ("/home/ann/sets", Path("/home/ann/seen"))
+
+
+@pytest.mark.parametrize("flag", ["gpus-per-node", "cpus-per-task", "signal-s", "max-requeues", "array"])
+def test_a_negative_resource_is_refused(flag: str) -> None:
+    with pytest.raises(ValueError, match=f"--{flag} -1: expected 0 or more"):
+        parse_flags(Resources, [f"--{flag}=-1"], prog="submit")
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 4294967295"):
+        Recipe(seed=2**64)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"counts": [], "scaler": 1}', '{"counts": {"step": "x"}, "scaler": {}}', "[" * 9999]
+)
+def test_the_numbers_of_an_optimizer_are_checked(text: str) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError, RecursionError)):
+        read_numbers(text)

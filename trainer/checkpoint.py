@@ -17,7 +17,7 @@ from configs.ranks import from_rank_0
 from configs.reading import reading
 from configs.schema import Recipe
 from trainer.checkpoint_folder import find_checkpoint, newest_valid
-from trainer.engine_state import StoredTensors, put_state, take_state
+from trainer.engine_state import StoredTensors, put_state, read_numbers, take_state
 from trainer.manifest import CheckpointError, is_listed, part_files
 from trainer.recipe_changes import recipe_changes
 from trainer.state import Progress, TrainingState
@@ -92,7 +92,9 @@ def load_checkpoint(checkpoint: Path, state: TrainingState, recipe: Recipe, data
     side = recipe.data.image_size
     blank = torch.zeros(1, 3, side, side, device=engine.device)
     weights, optimizer = (StoredTensors(part_files(checkpoint, kind)) for kind in ("model", "optimizer"))
-    put_state(engine, weights, optimizer, (checkpoint / "optimizer.json").read_text(), lambda: engine(blank))
+    with reading(checkpoint / "optimizer.json", "the numbers of an optimizer", CheckpointError):
+        numbers = read_numbers((checkpoint / "optimizer.json").read_text())
+    put_state(engine, weights, optimizer, numbers, lambda: engine(blank))
     queue.load_shards(load_file(file) for file in part_files(checkpoint, "queue"))
     if drift and is_listed(checkpoint, "drift.safetensors"):
         drift.load_state_dict(load_file(checkpoint / "drift.safetensors"))

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from configs.reading import reading
 
 Tensors = dict[str, torch.Tensor]
+Numbers = dict[str, dict[str, float]]  # step counts, and numbers of the loss scaler
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,22 @@ def keepers(parameters: Sequence[tuple[int, bool]], ranks: int) -> list[int]:
     return out
 
 
+def read_numbers(text: str) -> Numbers:
+    """`EngineState.numbers` as values. Raises an error of some kind on anything else."""
+    described = json.loads(text)
+    numbers: Numbers = {kind: dict(described[kind]) for kind in ("counts", "scaler")}
+    for name, value in (numbers["counts"] | numbers["scaler"]).items():
+        if not isinstance(value, bool | int | float):
+            raise ValueError(f"{name} is {value!r:.40}, not a number")
+    return numbers
+
+
 def put_state(
-    engine: Any, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], numbers: str, forward: Any
+    engine: Any,
+    weights: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+    numbers: Numbers,
+    forward: Any,
 ) -> None:
     """Puts a whole state, as all ranks together took it, into an engine of any layout. Every rank must call this.
 
@@ -123,12 +138,11 @@ def put_state(
                 safe_set_full_optimizer_state(parameter, state.to(parameter.device), key)
             else:
                 engine.optimizer.state[parameter][key].copy_(state)
-    described = json.loads(numbers)
     for state_of in _inner(engine).state.values():
         for key in [key for key, x in state_of.items() if torch.is_tensor(x) and not x.ndim]:
-            state_of[key].fill_(described["counts"].get(key, 0.0))
+            state_of[key].fill_(numbers["counts"].get(key, 0.0))
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    for key, value in described["scaler"].items():
+    for key, value in numbers["scaler"].items():
         if hasattr(scaler, key):
             setattr(scaler, key, value)
 

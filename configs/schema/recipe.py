@@ -24,7 +24,9 @@ class Recipe(Section):
     """A whole training: what `rerankvpr train` runs."""
 
     name: str = Field("run", description="Name of the run.")
-    seed: NonNegative = Field(0, description="Seed of the weights, the order of data and the augmentation.")
+    seed: NonNegative = Field(
+        0, le=2**32 - 1, description="Seed of the weights, the order of data and the augmentation."
+    )
     output: Path = Field(Path("runs/run"), description="Folder for checkpoints, metrics and results.")
     plugins: list[str] = Field(
         default_factory=list,
