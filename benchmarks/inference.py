@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from benchmarks.report import print_table, write_json
 from benchmarks.rerank import random_features
-from configs.schema import PATCH, ModelConfig, RerankConfig
+from configs.registry import BACKBONES
+from configs.schema import ModelConfig, RerankConfig
 from data_pipeline.images import normalise
 from eval.local_features import compact, grid_of, read_local
 from eval.rerank import score_candidates
@@ -98,7 +99,8 @@ def extraction(options: Options, device: torch.device) -> tuple[float, float]:
 
 def reranking(options: Options, device: torch.device) -> tuple[float, float]:
     """Seconds per query of matching stored features, and of the matrix products alone."""
-    channels, patches = 384, (options.image_size // PATCH) ** 2
+    spec = BACKBONES.get("vits14")
+    channels, patches = spec.channels, (options.image_size // spec.patch) ** 2
     config = RerankConfig(saliency_thresh=None)
     with tempfile.TemporaryDirectory() as folder:
         database = random_features(Path(folder) / "database", options.top, patches, channels, config.dtype)

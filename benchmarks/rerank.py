@@ -22,7 +22,7 @@ import tyro
 from PIL import Image
 
 from benchmarks.report import print_table, write_json
-from configs.schema import PATCH, EvalConfig, ModelConfig, RerankConfig
+from configs.schema import EvalConfig, ModelConfig, RerankConfig
 from data_pipeline.images import normalise, read_image
 from eval.benchmarks.load import load_benchmarks
 from eval.evaluate import features_of
@@ -132,7 +132,7 @@ def _measure(model: PlaceModel, options: Options) -> Iterator[tuple[int, dict[st
             image.save(paths[-1])
         database_paths, query_paths = paths[:-3], paths[-3:]
         # What is stored is one scene under noise, so that every patch has a match: images need not be encoded for it.
-        patches, channels = (options.image_size // PATCH) ** 2, model.backbone.embed_dim
+        patches, channels = (options.image_size // model.spec.patch) ** 2, model.spec.channels
         database, queries = (
             random_features(Path(name) / part, len(of), patches, channels, options.config.dtype)
             for part, of in (("database", database_paths), ("queries", query_paths))

@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar, overload
 
+from configs.backbones import SPECS, BackboneSpec
 from configs.names import nearest
 
 NOT_RUN: dict[str, str] = {}  # why a name may be unknown: plug-ins that a file records, by file
@@ -119,7 +120,7 @@ AGGREGATORS: Registry[Any] = Registry(
     {"cls": "model.aggregators:ClsAggregator", "gem": "model.aggregators:GemAggregator"},
     key="model.aggregator",
 )
-BACKBONES: Registry[Any] = Registry("backbone", {}, key="model.backbone")
+BACKBONES: Registry[BackboneSpec] = Registry("backbone", SPECS, key="model.backbone")
 LOSSES: Registry[Any] = Registry(
     "loss",
     {

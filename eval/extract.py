@@ -83,7 +83,7 @@ def _extract_shard(
     done = 0
     descriptors = torch.zeros(len(paths), model.descriptor_size)
     local: list[tuple[torch.Tensor, ...]] = [()] * len(paths)
-    for numbers, images_B3HW in _image_batches(paths, config):
+    for numbers, images_B3HW in _image_batches(paths, config, model.spec.patch):
         inputs = normalise(images_B3HW.to(model.device, non_blocking=True))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             if config.rerank.enabled:
@@ -136,7 +136,7 @@ def _basis(model: PlaceModel, paths: list[Path], config: EvalConfig) -> torch.Te
     rerank = config.rerank
     numbers = np.unique(np.linspace(0, len(paths) - 1, min(FIT_IMAGES, len(paths))).astype(int))
     sample = []
-    for _, images_B3HW in _image_batches([paths[i] for i in numbers], config):
+    for _, images_B3HW in _image_batches([paths[i] for i in numbers], config, model.spec.patch):
         _, local_BNC, _ = read_local(model, normalise(images_B3HW.to(model.device)), rerank)
         channels = local_BNC.shape[2]
         if rerank.project_size > channels:
@@ -148,7 +148,7 @@ def _basis(model: PlaceModel, paths: list[Path], config: EvalConfig) -> torch.Te
     return pca_basis(torch.cat(sample), rerank.project_size)
 
 
-def _image_batches(paths: list[Path], config: EvalConfig) -> Iterator[tuple[list[int], torch.Tensor]]:
+def _image_batches(paths: list[Path], config: EvalConfig, patch: int) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Batches of images of one size with their numbers, read two batches ahead.
 
     Images of one size are collected over the whole list, so few batches are short.
@@ -160,7 +160,7 @@ def _image_batches(paths: list[Path], config: EvalConfig) -> Iterator[tuple[list
         try:
             while True:
                 while len(waiting) < 3 * config.batch_size and (item := next(upcoming, None)):
-                    waiting.append((item[0], pool.submit(load_image, item[1], config)))
+                    waiting.append((item[0], pool.submit(load_image, item[1], config, patch)))
                 if not waiting:
                     break
                 number, future = waiting.popleft()

@@ -60,8 +60,7 @@ def read_local(
 
 def grid_of(model: PlaceModel, inputs_B3HW: torch.Tensor) -> tuple[int, int]:
     """Rows and columns of patches."""
-    high, wide = model.backbone.patch_embed.patch_size
-    return inputs_B3HW.shape[2] // high, inputs_B3HW.shape[3] // wide
+    return inputs_B3HW.shape[2] // model.spec.patch, inputs_B3HW.shape[3] // model.spec.patch
 
 
 def compact(

@@ -9,11 +9,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from configs.reading import read_regular
-from configs.schema import PATCH, DataConfig, EvalConfig
+from configs.schema import DataConfig, EvalConfig
 from data_pipeline.images import check_pixels, decode_rgb, read_image
 from eval.local_features import NO_CELL
 
-MAX_SIDE = (NO_CELL - 1) * PATCH  # rows and columns of patches are stored in a byte
+MOST_CELLS = NO_CELL - 1  # rows and columns of patches are stored in a byte
 
 
 def as_trained(config: EvalConfig, data: DataConfig) -> EvalConfig:
@@ -40,19 +40,19 @@ def pixel_differences(config: EvalConfig, data: DataConfig) -> str:
     return "; ".join(told)
 
 
-def input_size(height: int, width: int, config: EvalConfig) -> tuple[int, int]:
-    """Height and width that an image is resized to, multiples of the patch size."""
+def input_size(height: int, width: int, config: EvalConfig, patch: int) -> tuple[int, int]:
+    """Height and width that an image is resized to, multiples of `patch`, the side of the network's."""
     if config.resize == "square":
         return config.image_size, config.image_size
     sides: tuple[float, float] = (height, width)
     if config.resize == "aspect":
         ratio = (height / width) ** 0.5
         sides = (config.image_size * ratio, config.image_size / ratio)
-    tall, wide = (max(PATCH, round(side / PATCH) * PATCH) for side in sides)
+    tall, wide = (max(patch, round(side / patch) * patch) for side in sides)
     return tall, wide
 
 
-def load_image(path: Path, config: EvalConfig) -> torch.Tensor:
+def load_image(path: Path, config: EvalConfig, patch: int) -> torch.Tensor:
     """An image file as uint8 [3, H, W] of `input_size`. Errors name the file."""
     if config.resize == "square":
         return read_image(path, config.image_size, interpolation_of(config))
@@ -62,7 +62,7 @@ def load_image(path: Path, config: EvalConfig) -> torch.Tensor:
         image = decode_rgb(data)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
-    sides = input_size(image.shape[1], image.shape[2], config)
-    if max(sides) > MAX_SIDE:
-        raise ValueError(f"{path}: {sides[1]} x {sides[0]} pixels, at most {MAX_SIDE} a side; use eval.resize aspect")
+    sides, most = input_size(image.shape[1], image.shape[2], config, patch), MOST_CELLS * patch
+    if max(sides) > most:
+        raise ValueError(f"{path}: {sides[1]} x {sides[0]} pixels, at most {most} a side; use eval.resize aspect")
     return TF.resize(image, list(sides), interpolation=InterpolationMode(interpolation_of(config)), antialias=True)

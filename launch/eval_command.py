@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from configs.explain import explain
 from configs.flags import parse_flags, parse_known_flags
 from configs.load import load_stored_recipe
 from configs.progress import OnProgress
 from configs.reading import reason
-from configs.schema import Backbone, EvalConfig, ModelConfig, Recipe
+from configs.schema import EvalConfig, ModelConfig, Recipe
 from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help, --list and mistakes should not wait for torch
@@ -38,7 +40,7 @@ class EvalCommand:
     """A step folder, or a run's output folder (its best checkpoint, else its newest)."""
     weights: Path | None = None
     """Backbone weights in facebookresearch's key layout (.pth or .safetensors), as they are."""
-    backbone: Backbone | Literal["auto"] = "auto"
+    backbone: str = "auto"
     """Backbone of --weights; auto reads it off the file."""
     aggregator: Literal["cls", "gem"] = "cls"
     """Aggregator over --weights."""
@@ -83,17 +85,14 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
         from model.weights import infer_backbone
 
         backbone = infer_backbone(command.weights) if command.backbone == "auto" else command.backbone
-        model = ModelConfig.model_validate(
-            {
-                "backbone": backbone,
-                "weights": str(command.weights),
-                "aggregator": command.aggregator,
-                "finetune_last_n_blocks": 0,
-            }
-        )
-        recipe = Recipe(model=model)
+        network = {"backbone": backbone, "weights": str(command.weights), "aggregator": command.aggregator}
+        try:
+            recipe = Recipe(model=ModelConfig.model_validate({**network, "finetune_last_n_blocks": 0}))
+        except ValidationError as error:
+            raise ValueError("\n".join(f"--{line}" for line in explain(error, ModelConfig))) from error
     elif checkpoint is None:
         raise ValueError("eval needs --checkpoint DIR or --weights FILE")
+    recipe.model.spec.check_side(command.eval.image_size, "--image-size")
     return command, checkpoint, recipe
 
 

@@ -11,45 +11,35 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.schema import PATCH
-
-SIZES = {  # channels, blocks, heads
-    "tiny14": (128, 4, 2),
-    "vits14": (384, 12, 6),
-    "vitb14": (768, 12, 12),
-    "vitl14": (1024, 24, 16),
-    "vitg14": (1536, 40, 24),
-}
-REGISTERS = 4
-NATIVE_SIDE = 518
-TINY_SIDE = 84
+from configs.backbones import BackboneSpec
 
 
 class DinoViT(VisionTransformer):
-    """The ViT of a DINOv2 size, for images of any sides that are multiples of 14.
+    """The ViT of a DINOv2 size, for images of any sides that are multiples of its patch.
 
     `forward` gives all tokens after the final norm. The first `num_frozen_blocks` blocks run without autograd, and the
     embeddings too unless it is 0; they may have another type than the rest, which activations are cast to between.
     In training, `activation_checkpointing` keeps only the input of each trained block for the backward pass.
     """
 
-    def __init__(self, name: str) -> None:
-        size, _, registers = name.partition("_")
-        channels, depth, heads = SIZES[size]
-        gated = {"mlp_layer": SwiGLUPacked, "mlp_ratio": 2.66667 * 2, "act_layer": nn.SiLU} if size == "vitg14" else {}
+    def __init__(self, spec: BackboneSpec) -> None:
+        gated = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if spec.mlp == "swiglu" else {}
+        first = 2 * spec.hidden if gated else spec.hidden
         super().__init__(
-            img_size=TINY_SIDE if size == "tiny14" else NATIVE_SIDE,
-            patch_size=PATCH,
-            embed_dim=channels,
-            depth=depth,
-            num_heads=heads,
-            init_values=1.0 if size == "tiny14" else 1e-5,
-            reg_tokens=REGISTERS if registers else 0,
-            no_embed_class=bool(registers),
+            img_size=spec.table_side,
+            patch_size=spec.patch,
+            embed_dim=spec.channels,
+            depth=spec.depth,
+            num_heads=spec.heads,
+            init_values=spec.layer_scale,
+            reg_tokens=spec.registers,
+            no_embed_class=bool(spec.registers),
             num_classes=0,
             dynamic_img_size=True,
+            mlp_ratio=(first + 0.5) / spec.channels,  # timm rounds the product down
             **gated,
         )
+        self.spec = spec
         self.num_frozen_blocks = 0
         self.activation_checkpointing = False
         self._compiled_blocks: list[Callable[[torch.Tensor], torch.Tensor]] = []

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configs.backbones import BackboneSpec
 from configs.registry import AGGREGATORS
 from configs.schema import ModelConfig
 from model.dinov2 import DinoViT
@@ -28,9 +29,14 @@ class PlaceModel(nn.Module):
         self.frozen_dtype = frozen_dtype  # of the frozen blocks and embeddings; None is that of all else
 
     @property
+    def spec(self) -> BackboneSpec:
+        """The backbone's numbers."""
+        return self.backbone.spec
+
+    @property
     def descriptor_size(self) -> int:
         """D, the length of the global descriptor."""
-        return int(self.backbone.embed_dim)
+        return self.spec.channels
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +92,7 @@ def meta_model(config: ModelConfig) -> PlaceModel:
     """
     frozen_dtype = torch.bfloat16 if config.frozen_precision == "bf16" else None
     with torch.device("meta"):
-        model = PlaceModel(DinoViT(config.backbone), AGGREGATORS.get(config.aggregator)(), frozen_dtype)
+        model = PlaceModel(DinoViT(config.spec), AGGREGATORS.get(config.aggregator)(), frozen_dtype)
     choose_trained(model.backbone, model.aggregator, config)
     model.cast_frozen()
     return model

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from configs.reading import reading
-from model.dinov2 import SIZES, DinoViT
+from configs.registry import BACKBONES
+from model.dinov2 import DinoViT
 
-TIMM_SIZES = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
 AGGREGATOR = "aggregator."  # prefix of what is no backbone in an exported file
 
 
@@ -31,10 +31,9 @@ def find_weights(name: str, weights: str) -> Path | None:
         return None
     if weights != "timm":
         return Path(weights)
-    size, _, registers = name.partition("_")
-    if size not in TIMM_SIZES:
+    repository = BACKBONES.get(name).published
+    if not repository:
         raise WeightsError(f"model.weights timm: {name} has no published weights; use random or a file")
-    repository = f"timm/vit_{TIMM_SIZES[size]}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m"
     try:
         return Path(hf_hub_download(repository, "model.safetensors"))
     except OSError as error:
@@ -121,7 +120,8 @@ def infer_backbone(path: Path) -> str:
     """The backbone name that a weights file is for, from its width and its register tokens."""
     state = read_weights(path)
     width = state["cls_token"].shape[-1] if "cls_token" in state and state["cls_token"].ndim else 0
-    sizes = {channels: name for name, (channels, _, _) in SIZES.items()}
-    if width not in sizes:
-        raise WeightsError(f"weights file {path} is no DINOv2 backbone: expected a cls_token of 384 to 1536 channels")
-    return sizes[width] + ("_reg" if "register_tokens" in state or "reg_token" in state else "")
+    registers = "register_tokens" in state or "reg_token" in state
+    for name, spec in BACKBONES.items():
+        if spec.channels == width and bool(spec.registers) == registers:
+            return name
+    raise WeightsError(f"weights file {path} is no DINOv2 backbone: expected a cls_token of 384 to 1536 channels")

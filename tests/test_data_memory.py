@@ -31,7 +31,7 @@ from data_pipeline.shards import write_shards
 
 one = ShardOptions(max_bad=1.0, threads=1)
 small, large, source, out = map(Path, sys.argv[1:])
-read_photo(small), read_image(small, 28), load_image(small, EvalConfig(resize="native"))
+read_photo(small), read_image(small, 28), load_image(small, EvalConfig(resize="native"), 14)
 data, buffer = large.read_bytes(), empty_batch(1, 28)[0]
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 60 * 2**20
@@ -41,7 +41,7 @@ for name, run in {
     "shard": lambda: read_photo(large),
     "train": lambda: decode_into(buffer, data),
     "eval square": lambda: read_image(large, 28),
-    "eval native": lambda: load_image(large, EvalConfig(resize="native")),
+    "eval native": lambda: load_image(large, EvalConfig(resize="native"), 14),
     "write_shards": lambda: write_shards(read_gsv_cities(source, min_images_per_place=2), out, one),
 }.items():
     try:

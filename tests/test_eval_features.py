@@ -153,22 +153,25 @@ def test_pca_keeps_inner_products_and_both_bases_are_orthonormal() -> None:
     assert torch.equal(random_basis(40, 12), random_basis(40, 12))
 
 
+@pytest.mark.parametrize("patch", [14, 16])
 @pytest.mark.parametrize(("height", "width"), [(480, 640), (640, 480), (300, 300), (100, 2000)])
-def test_aspect_is_kept_at_the_area_of_the_square(height: int, width: int) -> None:
-    tall, wide = input_size(height, width, EvalConfig(image_size=224, resize="aspect"))
-    assert tall % 14 == wide % 14 == 0
+def test_aspect_is_kept_at_the_area_of_the_square(height: int, width: int, patch: int) -> None:
+    tall, wide = input_size(height, width, EvalConfig(image_size=224, resize="aspect"), patch)
+    assert tall % patch == wide % patch == 0
     assert tall * wide == pytest.approx(224 * 224, rel=0.15)
     assert tall / wide == pytest.approx(height / width, rel=0.15)
-    assert input_size(height, width, EvalConfig(image_size=224)) == (224, 224)
-    own = input_size(height, width, EvalConfig(resize="native"))
-    assert all(side % 14 == 0 and abs(side - side_of) <= 7 for side, side_of in zip(own, (height, width), strict=True))
+    assert input_size(height, width, EvalConfig(image_size=224), patch) == (224, 224)
+    own = input_size(height, width, EvalConfig(resize="native"), patch)
+    near = zip(own, (height, width), strict=True)
+    assert all(side % patch == 0 and abs(side - side_of) <= patch // 2 for side, side_of in near)
 
 
 def test_an_image_with_more_patches_than_a_byte_counts_is_named(tmp_path: Path) -> None:
     Image.new("L", (30, 3600)).save(tmp_path / "tower.png")
-    assert load_image(tmp_path / "tower.png", EvalConfig(resize="aspect")).shape[1] < 3600
+    assert load_image(tmp_path / "tower.png", EvalConfig(resize="aspect"), 14).shape[1] < 3600
     with pytest.raises(ValueError, match=r"tower\.png: 28 x 3598 pixels, at most 3556 a side; use eval.resize aspect"):
-        load_image(tmp_path / "tower.png", EvalConfig(resize="native"))
+        load_image(tmp_path / "tower.png", EvalConfig(resize="native"), 14)
+    assert load_image(tmp_path / "tower.png", EvalConfig(resize="native"), 16).shape[1:] == (3600, 32)
 
 
 def test_shards_are_a_matter_of_the_images_alone() -> None:
@@ -373,8 +376,8 @@ def test_an_evaluation_sees_the_pixels_of_the_training_unless_told_otherwise(tmp
     path = write_photos(tmp_path, 1)[0]
     trained = DataConfig(image_size=70, interpolation="bicubic")
     config = as_trained(EvalConfig(image_size=70), trained)
-    assert torch.equal(load_image(path, config), decode(path.read_bytes(), 70, "bicubic"))
-    assert not torch.equal(load_image(path, config), load_image(path, EvalConfig(image_size=70)))
+    assert torch.equal(load_image(path, config, 14), decode(path.read_bytes(), 70, "bicubic"))
+    assert not torch.equal(load_image(path, config, 14), load_image(path, EvalConfig(image_size=70), 14))
     assert (pixel_rule(config), pixel_differences(config, trained)) == ("70 px square, bicubic", "")
     other = as_trained(EvalConfig(image_size=84, resize="aspect", interpolation="bilinear"), trained)
     assert other.interpolation == "bilinear"
@@ -383,9 +386,9 @@ def test_an_evaluation_sees_the_pixels_of_the_training_unless_told_otherwise(tmp
         "eval.image_size is 84, trained with 70; eval.resize is aspect, trained with square; "
         "eval.interpolation is bilinear, trained with bicubic"
     )
-    wide = load_image(path, other.model_copy(update={"interpolation": "bicubic"}))
-    assert wide.shape == load_image(path, other).shape
-    assert not torch.equal(wide, load_image(path, other))
+    wide = load_image(path, other.model_copy(update={"interpolation": "bicubic"}), 14)
+    assert wide.shape == load_image(path, other, 14).shape
+    assert not torch.equal(wide, load_image(path, other, 14))
     assert pixel_rule(EvalConfig(resize="native")) == "native size, bilinear"
 
 

@@ -49,7 +49,7 @@ def test_every_key_is_a_flag_whatever_the_recipe_holds(path: Path) -> None:
         (["--data.img-size", "224"], "unknown flag --data.img-size; nearest: --data.image-size"),
         (["--seed", "x"], "--seed: 'x' is not a whole number"),
         (["--optim.lr", "x"], "--optim.lr: 'x' is not a number"),
-        (["--model.backbone", "vits15"], "--model.backbone: 'vits15' is not one of vits14, .*; nearest: vits14"),
+        (["--model.backbone", "vits15"], "model.backbone: 'vits15' is not one of vits14, .*; nearest: vits14"),
         (["--data.places-per-batch", "0"], "data.places_per_batch: input should be greater than or equal to 1, got 0"),
         (["--loss.args", "alpha"], "--loss.args: expected pairs of KEY VALUE, got alpha"),
         (["--data.repeat", "London", "x"], "data.repeat.London: input should be a valid integer.* got 'x'"),

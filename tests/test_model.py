@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from configs.registry import AGGREGATORS
+from configs.registry import AGGREGATORS, BACKBONES
 from configs.schema import ModelConfig, RerankConfig
 from eval.local_features import read_local
 from model.dinov2 import DinoViT
@@ -93,7 +93,7 @@ def test_damaged_files_are_named(content: bytes, suffix: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", sorted(SIZES_OF_TIMM))
 def test_every_size_is_the_one_timm_knows(name: str) -> None:
     with torch.device("meta"):
-        ours = DinoViT(name)
+        ours = DinoViT(BACKBONES.get(name))
         theirs = timm.create_model(SIZES_OF_TIMM[name], img_size=518, num_classes=0, dynamic_img_size=True)
     assert repr(ours.blocks) == repr(theirs.blocks)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from model.dinov2 import SIZES, DinoViT
+from configs.registry import BACKBONES
+from model.dinov2 import DinoViT
 from model.weights import (
     WeightsError,
     facebook_layout,
@@ -76,7 +78,7 @@ def test_every_size_goes_out_and_in_under_the_published_keys(
 ) -> None:
     """Two narrow blocks of each kind, with values; the whole structure on no memory."""
     with torch.device("meta"):
-        whole = facebook_layout(DinoViT(name).state_dict())
+        whole = facebook_layout(DinoViT(BACKBONES.get(name)).state_dict())
     channels = whole["cls_token"].shape[-1]
     assert whole["pos_embed"].shape == (1, 1 + 37**2, channels)
     assert ("register_tokens" in whole) == name.endswith("_reg")
@@ -85,7 +87,8 @@ def test_every_size_goes_out_and_in_under_the_published_keys(
     assert whole[f"blocks.1.mlp.{first}.weight"].shape == (hidden[first], channels)
     assert whole[f"blocks.1.mlp.{last}.weight"].shape == (channels, hidden[last])
 
-    monkeypatch.setitem(SIZES, name.partition("_")[0], (channels // 16, 2, 1))
+    narrow = replace(BACKBONES.get(name), channels=channels // 16, hidden=hidden[last] // 16, depth=2, heads=1)
+    monkeypatch.setitem(BACKBONES._known, name, narrow)
     vit = backbone(name, "random")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.flags import parse_flags
+from configs.registry import BACKBONES
 from configs.schema import Recipe
 from launch.plan_command import main
 from model.network import build_model, meta_model
 from trainer.engine_state import keepers
-from trainer.flops import forward_flops, model_flops, num_tokens, peak_tflops, step_flops
+from trainer.flops import forward_flops, model_flops, peak_tflops, step_flops
 from trainer.memory_plan import (
     block_activations,
     bytes_sent,
@@ -46,8 +47,8 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
     ],
 )
 def test_forward_flops_are_those_of_the_published_sizes(backbone: str, side: int, gflop: float) -> None:
-    assert num_tokens(backbone, side) == {224: 257, 322: 530}[side]
-    assert forward_flops(backbone, side) / 1e9 == pytest.approx(gflop, rel=0.015, abs=0.5)
+    assert BACKBONES.get(backbone).num_tokens(side) == {224: 257, 322: 530}[side]
+    assert forward_flops(BACKBONES.get(backbone), side) / 1e9 == pytest.approx(gflop, rel=0.015, abs=0.5)
 
 
 def test_forward_flops_are_what_torch_counts() -> None:
@@ -56,11 +57,11 @@ def test_forward_flops_are_what_torch_counts() -> None:
     model = meta_model(recipe(model={"backbone": "vitb14_reg"}).model).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(3, 3, 98, 98, device="meta"))
-    assert counter.get_total_flops() / 3 == pytest.approx(forward_flops("vitb14_reg", 98), rel=1e-3)
+    assert counter.get_total_flops() / 3 == pytest.approx(forward_flops(BACKBONES.get("vitb14_reg"), 98), rel=1e-3)
 
 
 def test_a_step_costs_what_is_trained_and_what_is_computed_again() -> None:
-    forward = forward_flops("vits14", 224)
+    forward = forward_flops(BACKBONES.get("vits14"), 224)
     assert model_flops(recipe(model={"finetune": "all"})) == 3 * forward
     last_4 = recipe(model={"finetune_last_n_blocks": 4})
     assert model_flops(last_4) == pytest.approx(forward * (12 + 2 * 4) / 12, rel=0.02)
@@ -116,11 +117,11 @@ def test_a_block_keeps_the_activations_that_are_planned_for(backbone: str, dtype
         return tensor
 
     images, side = 3, 56
-    x_BTC = torch.randn(images, num_tokens(backbone, side), model.descriptor_size, dtype=dtype, requires_grad=True)
+    x_BTC = torch.randn(images, model.spec.num_tokens(side), model.descriptor_size, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out_BTC = block(x_BTC)
     assert out_BTC.requires_grad
-    planned = images * block_activations(backbone, side, x_BTC.element_size())
+    planned = images * block_activations(model.spec, side, x_BTC.element_size())
     assert sum(saved.values()) == pytest.approx(planned, rel=0.06)
 
 

@@ -6,8 +6,8 @@ import re
 
 import torch
 
-from configs.schema import PATCH, ModelConfig, Recipe
-from model.dinov2 import REGISTERS, SIZES
+from configs.backbones import BackboneSpec
+from configs.schema import ModelConfig, Recipe
 
 # Dense TFLOP/s of one device as its vendor's data sheet gives them, without sparsity: (words of its name, 16-bit tensor
 # cores, fp32 outside them). More words come first.
@@ -42,33 +42,25 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
 BF16_MISSING = ("V100 PCIE", "V100", "T4")  # no bf16 in hardware
 
 
-def num_tokens(backbone: str, side: int) -> int:
-    """Tokens of a square image: class token, register tokens, patches."""
-    return 1 + (REGISTERS if backbone.endswith("_reg") else 0) + (side // PATCH) ** 2
-
-
-def block_flops(backbone: str, side: int) -> float:
+def block_flops(spec: BackboneSpec, side: int) -> float:
     """Operations of one block's forward pass on one image, a multiply-add counted as two.
 
-    Linear layers 24 d^2 n (query, key, value and projection 8, MLP 16 at width 4 d; SwiGLU of the giant: the same
-    sixteen), attention 4 n^2 d.
+    Per token and channel: query, key, value and projection 8 channels, an MLP 4 hidden (16 channels at width 4), SwiGLU
+    6 hidden; attention 4 tokens.
     """
-    channels, _, _ = SIZES[backbone.partition("_")[0]]
-    tokens = num_tokens(backbone, side)
-    return 24.0 * channels**2 * tokens + 4.0 * tokens**2 * channels
+    tokens, layers = spec.num_tokens(side), {"gelu": 2, "swiglu": 3}[spec.mlp]
+    return tokens * spec.channels * (8.0 * spec.channels + 2.0 * layers * spec.hidden + 4.0 * tokens)
 
 
-def forward_flops(backbone: str, side: int) -> float:
+def forward_flops(spec: BackboneSpec, side: int) -> float:
     """Operations of a forward pass on one image: the blocks and the patch embedding."""
-    channels, depth, _ = SIZES[backbone.partition("_")[0]]
-    embedding = 2.0 * 3 * PATCH**2 * channels * (side // PATCH) ** 2
-    return depth * block_flops(backbone, side) + embedding
+    embedding = 2.0 * 3 * spec.patch**2 * spec.channels * (side // spec.patch) ** 2
+    return spec.depth * block_flops(spec, side) + embedding
 
 
 def num_trained_blocks(model: ModelConfig) -> int:
     """Blocks that are trained."""
-    depth = SIZES[model.backbone.partition("_")[0]][1]
-    return {"all": depth, "last_n_blocks": model.finetune_last_n_blocks, "head": 0}[model.finetune]
+    return {"all": model.spec.depth, "last_n_blocks": model.finetune_last_n_blocks, "head": 0}[model.finetune]
 
 
 def model_flops(recipe: Recipe) -> float:
@@ -77,11 +69,10 @@ def model_flops(recipe: Recipe) -> float:
     What is computed again to save memory is left out: MFU counts the model's work, not the machine's.
     """
     model, side = recipe.model, recipe.data.image_size
-    depth, trained = SIZES[model.backbone.partition("_")[0]][1], num_trained_blocks(model)
-    forward = forward_flops(model.backbone, side)
-    if trained == depth:
+    trained, forward = num_trained_blocks(model), forward_flops(model.spec, side)
+    if trained == model.spec.depth:
         return 3 * forward
-    return forward + 2 * trained * block_flops(model.backbone, side)
+    return forward + 2 * trained * block_flops(model.spec, side)
 
 
 def step_flops(recipe: Recipe) -> float:
@@ -92,9 +83,9 @@ def step_flops(recipe: Recipe) -> float:
     model, side = recipe.model, recipe.data.image_size
     again = 0.0
     if recipe.engine.activation_checkpointing:
-        again += num_trained_blocks(model) * block_flops(model.backbone, side)
+        again += num_trained_blocks(model) * block_flops(model.spec, side)
     if recipe.engine.encode_chunks > 1:
-        again += forward_flops(model.backbone, side)
+        again += forward_flops(model.spec, side)
     return model_flops(recipe) + again
 
 

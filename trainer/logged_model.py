@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from configs.schema import PATCH, ModelConfig
+from configs.schema import ModelConfig
 from model.network import build_model
 from trainer.export import export_network
 
@@ -21,7 +21,7 @@ NAME = "best"
 HOME = Path(__file__).resolve().parent.parent
 CODE = ("configs", "data_pipeline", "model")  # what trainer/descriptor_model.py imports
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pydantic", "numpy", "PyYAML")
-EXAMPLE_SIDE = 4 * PATCH
+EXAMPLE_PATCHES = 4  # on a side
 
 
 def log_model(
@@ -69,7 +69,7 @@ def log_model(
 def save_pyfunc(network: Path, config: ModelConfig, out: Path, run_id: str, model_id: str) -> None:
     """Writes an exported network as an MLflow model folder with its code, signature and an example.
 
-    In: uint8 RGB [B, 3, H, W], H and W multiples of 14. Out: float32 descriptors [B, D], L2-normalised. No pickle.
+    In: uint8 RGB [B, 3, H, W], H, W multiples of the patch. Out: float32 L2-normalised descriptors [B, D]. No pickle.
     """
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
@@ -81,14 +81,14 @@ def save_pyfunc(network: Path, config: ModelConfig, out: Path, run_id: str, mode
         inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 3, -1, -1))]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, size))]),
     )
-    rng = np.random.default_rng(0)
+    rng, side = np.random.default_rng(0), EXAMPLE_PATCHES * config.spec.patch
     mlflow.pyfunc.save_model(
         out,
         python_model=HOME / "trainer" / "descriptor_model.py",
         artifacts={"network": str(network)},
         code_paths=[str(HOME / name) for name in CODE],
         signature=signature,
-        input_example=rng.integers(0, 256, (1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE), dtype=np.uint8),
+        input_example=rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8),
         pip_requirements=[f"{name}=={metadata.version(name)}" for name in REQUIREMENTS],
         mlflow_model=Model(run_id=run_id, model_id=model_id),
     )

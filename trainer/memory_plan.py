@@ -10,13 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from configs.backbones import BackboneSpec
 from configs.registry import LOSSES
 from configs.schema import Recipe
-from model.dinov2 import SIZES
 from model.network import PlaceModel, meta_model
 from trainer.engine import BUCKET, GIVEN_BACK, LIVE, parameter_groups
 from trainer.engine_state import keepers
-from trainer.flops import num_tokens, num_trained_blocks
+from trainer.flops import num_trained_blocks
 
 GB = 1e9
 FP32 = 4
@@ -62,6 +62,7 @@ class Sizes:
     largest_group: int  # of the optimizer's parameter groups
     largest: int  # of the trained parameters
     by_parameter: tuple[tuple[int, bool], ...]  # elements and whether trained, in the model's order
+    descriptor: int  # numbers of a global descriptor
 
     @property
     def total(self) -> int:
@@ -86,6 +87,7 @@ def parameter_sizes(recipe: Recipe, model: PlaceModel | None = None) -> Sizes:
         largest_group=max(groups),
         largest=max(numel for numel, trains in every if trains),
         by_parameter=every,
+        descriptor=model.descriptor_size,
     )
 
 
@@ -148,7 +150,7 @@ def plan_memory(
         Part("process", CPU_PROCESS if on_cpu else GPU_PROCESS),
         *_engine_parts(recipe, sizes, ranks, on_cpu),
         *_activation_parts(recipe, ranks),
-        *_memory_parts(recipe, ranks),
+        *_memory_parts(recipe, sizes.descriptor, ranks),
         *_data_parts(recipe, ranks, on_cpu, shard_bytes),
         _checkpoint_part(recipe, sizes, ranks, saves_between_steps),
         *_evaluation_parts(recipe, sizes, on_cpu),
@@ -255,38 +257,38 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     ]
 
 
-def mlp_widths(backbone: str) -> tuple[float, float]:
-    """Outputs of a block's first MLP layer, and activations that its MLP keeps for backward, both / channels."""
-    return (16 / 3, 32 / 3) if backbone.startswith("vitg14") else (4.0, 8.0)
+def mlp_widths(spec: BackboneSpec) -> tuple[float, float]:
+    """Outputs of a block's first MLP layers, and activations that its MLP keeps for backward, both / channels."""
+    width = spec.hidden / spec.channels * {"gelu": 1, "swiglu": 2}[spec.mlp]
+    return width, 2 * width
 
 
-def block_activations(backbone: str, side: int, each: int) -> float:
+def block_activations(spec: BackboneSpec, side: int, each: int) -> float:
     """Bytes that one trained block keeps of one image for its backward pass, with fused attention.
 
     In channels a token: inputs of both norms and both layer scales 4, of query-key-value and the MLP 2, query, key,
     value 3, the attention's output 1, the MLP 8 (SwiGLU 32/3); beside them fp32 numbers of norms and attention.
     """
-    channels, _, heads = SIZES[backbone.partition("_")[0]]
-    return num_tokens(backbone, side) * (channels * each * (BLOCK_KEEPS + mlp_widths(backbone)[1]) + FP32 * (heads + 4))
+    kept = spec.channels * each * (BLOCK_KEEPS + mlp_widths(spec)[1])
+    return spec.num_tokens(side) * (kept + FP32 * (spec.heads + 4))
 
 
 def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
     """Activations: of the frozen part while it runs, of the trained blocks until backward has passed them."""
-    backbone, side, images = recipe.model.backbone, recipe.data.image_size, images_at_once(recipe, ranks)
-    channels, depth, _ = SIZES[backbone.partition("_")[0]]
+    spec, side, images = recipe.model.spec, recipe.data.image_size, images_at_once(recipe, ranks)
     each, each_frozen = element_bytes(recipe)
     trained = num_trained_blocks(recipe.model)
-    stream = images * num_tokens(backbone, side) * channels * each  # bytes of all tokens
-    width, _ = mlp_widths(backbone)
+    stream = images * spec.num_tokens(side) * spec.channels * each  # bytes of all tokens
+    width, _ = mlp_widths(spec)
     wide = max(width, 3)  # of the widest tensor: MLP, or query, key and value
-    block = images * block_activations(backbone, side, each)
+    block = images * block_activations(spec, side, each)
     narrow = 7 * stream  # of a block's: what has one number a channel
     kept = trained * stream if recipe.engine.activation_checkpointing else trained * block
     kept_narrow = trained * (stream if recipe.engine.activation_checkpointing else narrow)
     while_backward = stream * (1 + 2 * width)  # gradients of the tokens and around the activation function
     if recipe.engine.activation_checkpointing:
         while_backward += block
-    running = stream / each * (each_frozen if trained < depth else each) * (2 + 2 * width)
+    running = stream / each * (each_frozen if trained < spec.depth else each) * (2 + 2 * width)
     pixels = images * 3 * side**2
     both: tuple[Phase, ...] = ("loss", "backward")
     return [
@@ -303,10 +305,9 @@ def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
     ]
 
 
-def _memory_parts(recipe: Recipe, ranks: int) -> list[Part]:
-    """Queue, drift probe, and what the loss holds at once."""
+def _memory_parts(recipe: Recipe, size: int, ranks: int) -> list[Part]:
+    """Queue, drift probe, and what the loss holds at once, of descriptors of `size` numbers."""
     memory, data = recipe.memory, recipe.data
-    size = SIZES[recipe.model.backbone.partition("_")[0]][0]
     batch = data.places_per_batch * data.images_per_place
     shards = ranks if memory.placement == "sharded" else 1
     queue = memory.size * FP32 * size / shards + memory.size * 16
@@ -344,7 +345,7 @@ def _checkpoint_part(recipe: Recipe, sizes: Sizes, ranks: int, saves_between_ste
     shares = [0.0] * ranks
     for (numel, trains), keeper in zip(sizes.by_parameter, keepers(sizes.by_parameter, ranks), strict=True):
         shares[keeper] += numel * FP32 * (of_trained if trains else 1)
-    queue = next(part.device for part in _memory_parts(recipe, ranks) if part.name == "queue")
+    queue = next(part.device for part in _memory_parts(recipe, sizes.descriptor, ranks) if part.name == "queue")
     return Part("checkpoint being written", 0.0, max(shares) + queue, ("always",) if saves_between_steps else ("save",))
 
 
@@ -353,13 +354,12 @@ def _evaluation_parts(recipe: Recipe, sizes: Sizes, on_cpu: bool) -> list[Part]:
     if not recipe.eval.benchmarks:
         return []
     each, each_frozen = element_bytes(recipe)
-    backbone = recipe.model.backbone
-    channels = SIZES[backbone.partition("_")[0]][0]
-    tokens = recipe.eval.batch_size * num_tokens(backbone, recipe.eval.image_size)
+    spec = recipe.model.spec
+    tokens = recipe.eval.batch_size * spec.num_tokens(recipe.eval.image_size)
     parts = [
         Part(
             "evaluation, a forward pass",
-            tokens * channels * each * (2 + 2 * mlp_widths(backbone)[0]),
+            tokens * spec.channels * each * (2 + 2 * mlp_widths(spec)[0]),
             phases=("evaluate",),
         )
     ]
@@ -379,11 +379,10 @@ def bytes_sent(recipe: Recipe, sizes: Sizes, ranks: int) -> dict[str, float]:
     weights = sizes.trained * each * ring
     gradients = sizes.trained * (FP32 if sends_wide(recipe) else each) * ring
     batch = recipe.data.places_per_batch * recipe.data.images_per_place
-    channels = SIZES[recipe.model.backbone.partition("_")[0]][0]
     sent = {
         "gradients, reduced": gradients * (1 if stage == 3 else 2) * (chunks if stage >= 2 else 1),
-        "descriptors, gathered": ring * batch * (FP32 * channels + 8),
-        "descriptors' gradients, scattered": ring * batch * FP32 * channels,
+        "descriptors, gathered": ring * batch * (FP32 * sizes.descriptor + 8),
+        "descriptors' gradients, scattered": ring * batch * FP32 * sizes.descriptor,
     }
     if stage in (1, 2):
         sent["weights, after the update"] = weights

@@ -9,18 +9,16 @@ from configs.schema.engine import EngineConfig
 from configs.schema.eval import EvalConfig, RerankConfig
 from configs.schema.loss import Argument, LossConfig
 from configs.schema.memory import MemoryConfig
-from configs.schema.model import Backbone, ModelConfig
+from configs.schema.model import ModelConfig
 from configs.schema.optim import OptimConfig
 from configs.schema.recipe import Recipe
-from configs.schema.section import ANY_NAME, PATCH, NonNegative, Positive, Section, registered, with_home
+from configs.schema.section import ANY_NAME, NonNegative, Positive, Section, registered, with_home
 from configs.schema.tracking import TrackingConfig
 from configs.schema.trainer import TrainerConfig
 
 __all__ = [
     "ANY_NAME",
-    "PATCH",
     "Argument",
-    "Backbone",
     "DataConfig",
     "EngineConfig",
     "EvalConfig",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from configs.schema.section import NonNegative, Positive, Section, image_side
+from configs.schema.section import NonNegative, Positive, Section
 
 
 class DataConfig(Section):
@@ -28,7 +28,9 @@ class DataConfig(Section):
     repeat: dict[str, Positive] = Field(
         default_factory=dict, description="Times that each place of a city is seen in an epoch, where not once."
     )
-    image_size: int = Field(224, description="Side in pixels of the square that images are resized to; multiple of 14.")
+    image_size: Positive = Field(
+        224, description="Side in pixels of the square that images are resized to; a multiple of the patch."
+    )
     interpolation: Literal["bilinear", "bicubic"] = Field(
         "bilinear", description="How images are resized; the field uses both."
     )
@@ -56,5 +58,3 @@ class DataConfig(Section):
     max_bad_images: NonNegative = Field(
         100, description="Unreadable images that are replaced by another view of the same place before the run stops."
     )
-
-    _check_size = field_validator("image_size")(image_side)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.schema.section import NonNegative, Positive, Section, image_side
+from configs.schema.section import NonNegative, Positive, Section
 
 
 class RerankConfig(Section):
@@ -81,11 +81,13 @@ class EvalConfig(Section):
         "manifest:FILE[:METRES].",
     )
     data_root: Path = Field(Path("data"), description="Folder that holds a folder for each benchmark.")
-    image_size: int = Field(224, description="Side in pixels of the square that images are resized to; multiple of 14.")
+    image_size: Positive = Field(
+        224, description="Side in pixels of the square that images are resized to; a multiple of the patch."
+    )
     resize: Literal["square", "aspect", "native"] = Field(
         "square",
         description="aspect keeps width to height, at the area of the square; native keeps the image's own size; both "
-        "in multiples of 14.",
+        "in multiples of the patch.",
     )
     interpolation: Literal["bilinear", "bicubic"] | None = Field(
         None, description="How images are resized; None: as in the training (data.interpolation)."
@@ -111,8 +113,6 @@ class EvalConfig(Section):
     recall_at: list[Positive] = Field(default_factory=lambda: [1, 5, 10], description="The K of recall@K.")
     pictures: NonNegative = Field(8, description="Queries drawn with their candidates, wrong ones first.")
     rerank: RerankConfig = Field(default_factory=RerankConfig)
-
-    _check_size = field_validator("image_size")(image_side)
 
     @model_validator(mode="after")
     def _attention_is_of_one_grid(self) -> EvalConfig:

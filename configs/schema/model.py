@@ -6,18 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.registry import AGGREGATORS
+from configs.backbones import BackboneSpec
+from configs.registry import AGGREGATORS, BACKBONES
 from configs.schema.section import NonNegative, Section, registered
-
-Backbone = Literal[
-    "vits14", "vitb14", "vitl14", "vitg14", "vits14_reg", "vitb14_reg", "vitl14_reg", "vitg14_reg", "tiny14"
-]
 
 
 class ModelConfig(Section):
-    """The network: one DINOv2 ViT and an aggregator."""
+    """The network: one ViT and an aggregator."""
 
-    backbone: Backbone = Field("vitb14", description="DINOv2 size, with or without registers; tiny14 is for demos.")
+    backbone: Annotated[str, registered(BACKBONES)] = Field(
+        "vitb14",
+        description=f"One of {', '.join(BACKBONES.names())}, or a plug-in's; _reg has registers, tiny is for demos.",
+    )
     weights: str = Field(
         "timm",
         description="timm: its own download; random; or a file in facebookresearch's key layout (.pth, .safetensors).",
@@ -34,3 +34,8 @@ class ModelConfig(Section):
     frozen_precision: Literal["same", "bf16"] = Field(
         "same", description="Precision of the frozen blocks and embeddings; same is engine.precision."
     )
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """The backbone's numbers."""
+        return BACKBONES.get(self.backbone)

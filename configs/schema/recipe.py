@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.registry import BACKBONES
 from configs.schema.data import DataConfig
 from configs.schema.engine import EngineConfig
 from configs.schema.eval import EvalConfig
@@ -46,6 +47,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         engine, trainer = self.engine, self.trainer
+        if self.model.backbone in BACKBONES:  # else it is a plug-in's, which was not run
+            self.model.spec.check_side(self.data.image_size, "data.image_size")
+            self.model.spec.check_side(self.eval.image_size, "eval.image_size")
         if self.model.frozen_precision == "bf16" and engine.zero_stage == 3 and engine.precision == "fp32":
             raise ValueError(
                 "model.frozen_precision bf16 at engine.zero_stage 3 needs engine.precision bf16: DeepSpeed keeps "

@@ -10,8 +10,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 from configs.registry import Registry
 
-PATCH = 14
-
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
@@ -64,11 +62,3 @@ def with_home(value: Any) -> Any:
 
 def _expanded(text: str) -> str:
     return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text  # noqa: PTH111 - keeps `//`
-
-
-def image_side(side: int) -> int:
-    """`side` if the ViTs' patches cover it. Raises ValueError naming the nearest sides that they do."""
-    if side < PATCH or side % PATCH:
-        low = max(PATCH, side // PATCH * PATCH)
-        raise ValueError(f"{side} is not a multiple of the patch size {PATCH}; nearest: {low} or {low + PATCH}")
-    return side

@@ -106,7 +106,9 @@ def _draw_matches(
     axes = figure.subplots(len(chosen), 2, squeeze=False, width_ratios=(2, 2))
     for (left, right), query in zip(axes, chosen, strict=True):
         number = int(ranked_QK[query, 0])
-        images = [load_image(p, config) for p in (benchmark.queries[query], benchmark.database[number])]
+        images = [
+            load_image(p, config, model.spec.patch) for p in (benchmark.queries[query], benchmark.database[number])
+        ]
         features, heats = zip(*(_read_one(image, model, config) for image in images), strict=True)
         codes_PC = [f.codes_PC.float() * f.scale_P[:, None] for f in features]
         sim_NM = torch.zeros(max(1, len(codes_PC[0])), max(1, len(codes_PC[1])), device=codes_PC[0].device)
