@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from configs.reading import FULL
+
 PARTIAL = ".partial"
 _WRITERS = itertools.count()
 _BLOCK = 1 << 20
@@ -70,8 +72,10 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             sync(partial)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         remove(partial)
+        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+            error.filename = str(path)  # a write into an open file names none
         raise
     if durable:
         sync(path.parent)

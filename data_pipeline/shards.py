@@ -179,7 +179,7 @@ def _results(
             done += images
             report(0)
     except BrokenProcessPool as error:
-        raise OSError("a worker process was killed (out of memory?); run again to go on, with fewer workers") from error
+        raise OSError("a worker process was killed (out of memory?); run again with fewer workers to resume") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -77,7 +77,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class ShardCommand(_Writing, _Places):
-    """Writes GSV-Cities' layout (Images/<City>/, Dataframes/<City>.csv) as tar shards; run again, it goes on."""
+    """Writes GSV-Cities' layout (Images/<City>/, Dataframes/<City>.csv) as tar shards; run again, it resumes."""
 
     cities: tuple[str, ...] = ()
     """Cities to take; all without it."""
@@ -92,7 +92,7 @@ class ShardCommand(_Writing, _Places):
 
 @dataclass(frozen=True)
 class ShardUtmCommand(_Gridded, _Writing, _Places):
-    """Writes a folder of photographs named @UTM_east@UTM_north@...@.jpg as tar shards; run again, it goes on."""
+    """Writes a folder of photographs named @UTM_east@UTM_north@...@.jpg as tar shards; run again, it resumes."""
 
     city: str = ""
     """Name of the city; the folder's without it."""
@@ -107,7 +107,7 @@ class ShardUtmCommand(_Gridded, _Writing, _Places):
 
 @dataclass(frozen=True)
 class ShardMslsCommand(_Gridded, _Writing, _Places):
-    """Writes MSLS' training folders, [train_val/]<city>/{database,query}, as tar shards; run again, it goes on."""
+    """Writes MSLS' training folders, [train_val/]<city>/{database,query}, as tar shards; run again, it resumes."""
 
     cities: tuple[str, ...] = ()
     """Cities to take; all without it."""

@@ -163,7 +163,7 @@ if [ "$status" -eq {REQUEUE_STATUS} ] && [ -z "$ended" ]; then
     echo "saved; requeued ($((restarts + 1)) of at most {want.max_requeues})"
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
   else
-    echo "saved, but requeued {want.max_requeues} times already: submit again to go on" >&2
+    echo "saved, but requeued {want.max_requeues} times already: submit again to resume" >&2
   fi
 fi
 exit "$status"

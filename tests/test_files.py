@@ -118,3 +118,20 @@ def check_a_fault_of_one_is_raised_by_all() -> None:
 
 
 test_on_ranks = on_ranks(__file__, (1, 2))
+
+
+def test_a_file_that_the_disk_does_not_take_is_named(tmp_path: Path) -> None:
+    """Writes into an open file raise errors without a name."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
+    code = f"""{limited}
+from pathlib import Path
+from configs.files import replacing
+from trainer.errors import one_line_errors
+with one_line_errors(), replacing(Path(sys.argv[1])) as partial, partial.open("wb") as file:
+    for _ in range(99):
+        file.write(bytes(1000))
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x.tar"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"File too large: '{tmp_path / 'x.tar'}'" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """Checkpoints written behind the training's back, and made valid by all ranks together.
 
-Each rank copies its part to CPU memory and goes on training; a thread writes it. The step's own all-reduce carries a
+Each rank copies its part to CPU memory and trains on; a thread writes it. The step's own all-reduce carries a
 vote of who has finished; when all have, rank 0 writes the manifest and renames the folder, between two steps. A part
 that could not be written makes the checkpoint void on all ranks and ends nothing.
 """

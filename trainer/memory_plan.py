@@ -339,7 +339,7 @@ def _data_parts(recipe: Recipe, ranks: int, on_cpu: bool, shard_bytes: float) ->
 
 
 def _checkpoint_part(recipe: Recipe, sizes: Sizes, ranks: int, saves_between_steps: bool) -> Part:
-    """The copy that a checkpoint is written from, while training goes on: weights, masters and moments in fp32."""
+    """The copy that a checkpoint is written from, while training continues: weights, masters and moments in fp32."""
     moments = {"adamw": 2, "adam": 2, "sgd": 1 if recipe.optim.beta1 else 0}[recipe.optim.name]
     of_trained = 1 + moments + (1 if recipe.engine.precision != "fp32" else 0)
     shares = [0.0] * ranks

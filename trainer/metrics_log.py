@@ -73,7 +73,7 @@ class MetricsLog:
         except OSError as error:
             self._shut()  # a handle may be stale: the next line opens the file again
             if not self._failing:
-                self._say(f"{self.path}: {error.strerror or error}; metrics wait in memory, training goes on")
+                self._say(f"{self.path}: {error.strerror or error}; metrics wait in memory, training continues")
             self._failing = True
             self._drop()
             return

@@ -118,7 +118,7 @@ class Saving:
                 time.sleep(SAVE_AGAIN_S)
         raise TrainingError(
             f"the checkpoint of the last step, {self.state.progress.step}, could not be written for {retry_s:g} s; "
-            "make room and go on with --resume"
+            "make room and resume with --resume"
         )
 
     def keep_if_best(self, recall: float) -> None:

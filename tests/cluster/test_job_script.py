@@ -89,4 +89,4 @@ def test_a_time_limit_requeues_as_often_as_was_allowed(two_nodes: Slurm, tmp_pat
     two_nodes.wait(job.number, "FAILED", 90)
     assert job.signalled("SIGUSR1", 2)
     assert two_nodes.job(job.number)["ExitCode"] == "75:0"
-    assert "requeued 1 times already: submit again to go on" in two_nodes.log(job.number)
+    assert "requeued 1 times already: submit again to resume" in two_nodes.log(job.number)
