@@ -6,7 +6,7 @@ import math
 import time
 from typing import Literal
 
-FIRST_GUESS_S = 1.0  # what a save is taken to cost until one is measured
+FIRST_GUESS_S = 0.1  # what a save is taken to cost until one is measured: too little costs one early save
 
 
 def best_interval(save_s: float, mean_time_between_failures_s: float) -> float:
