@@ -1,16 +1,30 @@
-"""The `rerankvpr` command: makes sure that our packages are ours, then hands over to `launch`."""
+"""RerankVPR for use from Python, and the `rerankvpr` command.
+
+    import rerankvpr
+
+    m = rerankvpr.load("runs/demo")
+    descriptors = m.describe(["a.jpg", "b.jpg"])
+
+Importing this module imports nothing else of the project, and no torch; `load` and `Index` do.
+"""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.util
 import io
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval.describer import Describer, LocalImage, Match
 
 # Messages without links, and no statistics of use sent to the libraries' makers; variables that are set win.
 LIBRARIES = {
@@ -20,19 +34,66 @@ LIBRARIES = {
 }
 PACKAGES = ("configs", "data_pipeline", "model", "memory", "trainer", "eval", "launch")
 
+__all__ = ["Describer", "LocalImage", "Match", "load"]
+_HOMES = {"Describer": "eval.describer", "LocalImage": "eval.describer", "Match": "eval.describer"}
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    plugins: Sequence[str] = (),
+    **settings: Any,
+) -> Describer:
+    """A network for use, with the rule by which its training resized images.
+
+    `source` is the output folder of a run (its best checkpoint, else its newest), a checkpoint, a file that `rerankvpr
+    export` wrote, a backbone's weights (`.pth`, `.safetensors`), a model in MLflow (`models:/NAME/VERSION`), or the
+    name of a backbone whose weights are published, such as `vitb14`, which is downloaded once. `device` is the current
+    GPU where torch has one, else the CPU. `plugins` are files or modules to run, for a network that needs them: those
+    that the source records are not run by themselves. `settings` replace keys of the recipe's `eval` section:
+    `image_size=322, resize="aspect", rerank={"saliency_thresh": 0.3}`. Raises ValueError or OSError, with what would be
+    right.
+    """
+    _of_this_project()
+    prepare_libraries()
+    from trainer.pretrained import load as load_any
+
+    return load_any(Path(source) if not isinstance(source, str) else source, device=device, plugins=plugins, **settings)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _of_this_project()
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def _of_this_project() -> None:
+    """Raises ImportError if a package of another project stands in front of one of ours."""
+    if foreign := foreign_package():
+        raise ImportError(foreign)
+
 
 def check_packages() -> None:
     """Exits with one line if a package of another project stands in front of one of ours (ROS ships a `launch`)."""
+    if foreign := foreign_package():
+        sys.exit(f"rerankvpr: {foreign}")
+
+
+def foreign_package() -> str:
+    """Which package of another project stands in front of one of ours, in a line; empty if none does."""
     home = Path(__file__).resolve().parent
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
         found = next((Path(place).resolve() for place in places if place), None)
         if found is None or home not in found.parents:
-            sys.exit(
-                f"rerankvpr: package {name!r} should come from {home / name}, but Python finds {found}; take that "
-                "folder off PYTHONPATH or install rerankvpr in an environment of its own"
+            return (
+                f"package {name!r} should come from {home / name}, but Python finds {found}; take that folder off "
+                "PYTHONPATH or install rerankvpr in an environment of its own"
             )
+    return ""
 
 
 def prepare_streams() -> None:

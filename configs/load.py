@@ -51,11 +51,26 @@ def load_stored_recipe(file: Path) -> Recipe:
     return _validated(with_present_names(_read(file)), file, ANY_NAME)
 
 
+def stored_recipe(text: str, name: str | Path) -> Recipe:
+    """The recipe in the text that an exported file holds, whatever its keys were called then; errors name `name`.
+
+    Its plug-ins are not run (see `load_stored_recipe`). Raises RecipeError.
+    """
+    return _validated(with_present_names(_parsed(text, name)), name, ANY_NAME)
+
+
 def _read(file: Path) -> dict[str, Any]:
     with reading(file, "a recipe in YAML", RecipeError):
         if file.stat().st_size > MOST_BYTES:
             raise RecipeError(f"{file}: {file.stat().st_size} bytes are no recipe; expected at most {MOST_BYTES}")
         text = file.read_text(encoding="utf-8")
+    return _parsed(text, file)
+
+
+def _parsed(text: str, file: str | Path) -> dict[str, Any]:
+    with reading(file, "a recipe in YAML", RecipeError):
+        if len(text) > MOST_BYTES:
+            raise RecipeError(f"{file}: {len(text)} characters are no recipe; expected at most {MOST_BYTES}")
         if text.count("[") + text.count("{") > MOST_BRACKETS:  # nested, they cost the parser their square
             raise RecipeError(f"{file}: more than {MOST_BRACKETS} brackets: no recipe")
         try:
@@ -68,7 +83,7 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_extent(content: Any, file: Path) -> None:
+def _check_extent(content: Any, file: str | Path) -> None:
     """Raises RecipeError for a document of more values than any recipe has: aliases of aliases grow without bound."""
     waiting, values = [(content, 0)], 0
     while waiting:
@@ -82,7 +97,7 @@ def _check_extent(content: Any, file: Path) -> None:
         waiting += [(value, depth + 1) for value in inner]
 
 
-def _validated(content: dict[str, Any], file: Path, context: dict[str, Any] | None = None) -> Recipe:
+def _validated(content: dict[str, Any], file: str | Path, context: dict[str, Any] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(content, context=context)
     except ValidationError as error:

@@ -17,7 +17,8 @@ from configs.schema import EvalConfig
 from data_pipeline.folder_lock import FolderLock
 from data_pipeline.images import normalise
 from eval.features import INDEX, StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
-from eval.local_features import compact, grid_of, pca_basis, random_basis, read_local
+from eval.forward import encode_images
+from eval.local_features import pca_basis, random_basis, read_local
 from eval.pixels import load_image
 from eval.scratch import hosts_that_miss
 from model.network import PlaceModel
@@ -84,19 +85,14 @@ def _extract_shard(
     descriptors = torch.zeros(len(paths), model.descriptor_size)
     local: list[tuple[torch.Tensor, ...]] = [()] * len(paths)
     for numbers, images_B3HW in _image_batches(paths, config, model.spec.patch):
-        inputs = normalise(images_B3HW.to(model.device, non_blocking=True))
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            if config.rerank.enabled:
-                descriptor_BD, local_BNC, saliency_BN = read_local(model, inputs, config.rerank)
-            else:
-                descriptor_BD = model(inputs)
+        encoded = encode_images(model, images_B3HW, config, projection_CK)
+        descriptor_BD = encoded.descriptor_BD
         finite_B = descriptor_BD.isfinite().all(dim=1).cpu()
         if not finite_B.all():
             broken = paths[numbers[int(finite_B.int().argmin())]]
             raise ValueError(f"{broken}: the descriptor is not finite; are the weights?")
         descriptors[numbers] = descriptor_BD.float().cpu()
-        if config.rerank.enabled:
-            kept = compact(local_BNC, saliency_BN.float(), grid_of(model, inputs), config.rerank, projection_CK)
+        if kept := encoded.local:
             sizes = kept.count_I.tolist()
             parts = [t.cpu().split(sizes) for t in (kept.codes_PC, kept.scale_P, kept.cell_P2, kept.saliency_P)]
             for i, number in enumerate(numbers):

@@ -19,19 +19,17 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from rich.console import Console
-from safetensors.torch import save_file
 
-from configs.files import file_sha256
+import rerankvpr
 from configs.load import recipe_text
 from configs.schema import Recipe
 from configs.secrets import without_secrets
 from data_pipeline.images import normalise
 from launch.sync_command import main as sync
-from model.network import build_model
 from tests import forked
+from tests.checkpoints import write_checkpoint
 from tests.mlflow_server import Server, wait_until
 from trainer import tracking
-from trainer.manifest import FORMAT, MANIFEST
 from trainer.metrics_log import read_records
 from trainer.mlflow_sender import Sender, read_state
 from trainer.provenance import provenance
@@ -347,18 +345,12 @@ def test_the_best_model_is_logged_loaded_and_registered(
     recipe = recipe_for(server.database, folder, register_as="places")
     recipe = recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"backbone": "tiny14", "weights": "random", "aggregator": "gem"})
+            "model": recipe.model.model_copy(update={"backbone": "tiny14", "weights": "random", "aggregator": "gem"}),
+            "data": recipe.data.model_copy(update={"image_size": 28}),
+            "eval": recipe.eval.model_copy(update={"image_size": 28}),
         }
     )
-    network = build_model(recipe.model, seed=5).eval()
-    checkpoint = folder / "checkpoints" / "step-00000001"
-    checkpoint.mkdir(parents=True)
-    part = checkpoint / "model-00000-of-00001.safetensors"
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, part)
-    (checkpoint / "recipe.yaml").write_text(recipe_text(recipe))
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in checkpoint.iterdir()}
-    manifest = {"format": FORMAT, "step": 1, "world_size": 1, "files": files}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    checkpoint, network = write_checkpoint(folder, recipe)
     said = io.StringIO()
     tracker = track(recipe, said)
     tracker.model(checkpoint)
@@ -381,18 +373,23 @@ def test_the_best_model_is_logged_loaded_and_registered(
         mlflow.set_tracking_uri(server.database)
         local = mlflow.artifacts.download_artifacts("models:/places/1", dst_path=str(tmp_path))
         loaded = mlflow.pyfunc.load_model(local)
+        m = rerankvpr.load("models:/places/1", device="cpu")
+        with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI names the store"):
+            rerankvpr.load("models:/nothing/1")
     finally:
         mlflow.set_tracking_uri(before)
-    images = np.random.default_rng(1).integers(0, 256, (3, 3, 42, 28), dtype=np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (3, 3, 28, 28), dtype=np.uint8)
     with torch.inference_mode():
         expected = network(normalise(torch.from_numpy(images))).numpy()
     np.testing.assert_allclose(loaded.predict(images), expected, atol=1e-6)
-    assert loaded.metadata.signature.inputs.inputs[0].shape == (-1, 3, -1, -1)
+    np.testing.assert_allclose(m.describe(images), expected, atol=1e-6)
     assert loaded.metadata.signature.outputs.inputs[0].shape == (-1, network.descriptor_size)
+    about = loaded.metadata.metadata
+    assert (about["pixels"], about["image_size"]) == ("28 px square, bilinear", 28)
     example = loaded.metadata.load_input_example(local)
     assert loaded.predict(example).shape == (1, network.descriptor_size)
     assert not [path for path in Path(local).rglob("*") if path.suffix in (".pkl", ".pyc")]
-    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+    assert {path.name for path in checkpoint.parent.iterdir()} == {checkpoint.name, "latest"}
 
 
 def test_a_model_that_cannot_be_read_is_told_and_not_counted(

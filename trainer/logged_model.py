@@ -10,18 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 
-from configs.schema import ModelConfig
-from model.network import build_model
+from configs.schema import Recipe
+from eval.pixels import as_trained, pixel_rule
+from model.network import meta_model
 from trainer.export import export_network
 
 NAME = "best"
 HOME = Path(__file__).resolve().parent.parent
-CODE = ("configs", "data_pipeline", "model")  # what trainer/descriptor_model.py imports
-REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pydantic", "numpy", "PyYAML")
-EXAMPLE_PATCHES = 4  # on a side
+CODE = ("configs", "data_pipeline", "model", "eval")  # what trainer/descriptor_model.py imports
+REQUIREMENTS = (
+    *("mlflow", "torch", "torchvision", "timm", "safetensors", "huggingface_hub", "pydantic", "numpy", "pandas"),
+    *("pillow", "PyYAML"),
+)
+EXAMPLE_SIDE = 64
+INPUT = (
+    "images of any size, one or a list: file names, bytes of files, these in base64, or RGB numbers [B, H, W, 3] or "
+    "[B, 3, H, W] (0 to 255, or floats from 0 to 1); all are resized as in the training"
+)
 
 
 def log_model(
@@ -51,7 +58,7 @@ def log_model(
             )
             try:
                 exported = export_network(checkpoint, scratch / "network.safetensors")
-                save_pyfunc(exported.file, exported.recipe.model, scratch / "model", run_id, model.model_id)
+                save_pyfunc(exported.file, exported.recipe, scratch / "model", run_id, model.model_id)
             except (OSError, ValueError, SafetensorError) as error:
                 say(f"the model of {checkpoint} is not logged: {error}")
                 client.finalize_logged_model(model.model_id, "FAILED")
@@ -66,31 +73,30 @@ def log_model(
     return True
 
 
-def save_pyfunc(network: Path, config: ModelConfig, out: Path, run_id: str, model_id: str) -> None:
-    """Writes an exported network as an MLflow model folder with its code, signature and an example.
+def save_pyfunc(network: Path, recipe: Recipe, out: Path, run_id: str, model_id: str) -> None:
+    """Writes an exported network as an MLflow model folder with its code, signature and an example. No pickle.
 
-    In: uint8 RGB [B, 3, H, W], H, W multiples of the patch. Out: float32 L2-normalised descriptors [B, D]. No pickle.
+    The signature says what comes out, float32 descriptors [B, D]; what goes in has too many forms for MLflow's types
+    (see `INPUT` and `DescriptorModel.predict`), so it stands in the metadata, with the size of the training's images.
     """
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    with torch.device("meta"):
-        size = build_model(config.model_copy(update={"weights": "random"})).descriptor_size
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 3, -1, -1))]),
-        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, size))]),
-    )
-    rng, side = np.random.default_rng(0), EXAMPLE_PATCHES * config.spec.patch
+    size = meta_model(recipe.model).descriptor_size
+    rule = as_trained(recipe.eval, recipe.data)
+    about = {"input": INPUT, "pixels": pixel_rule(rule), "image_size": recipe.data.image_size, "descriptor_size": size}
+    rng = np.random.default_rng(0)
+    example = rng.integers(0, 256, (1, EXAMPLE_SIDE, EXAMPLE_SIDE, 3), dtype=np.uint8)
     mlflow.pyfunc.save_model(
         out,
         python_model=HOME / "trainer" / "descriptor_model.py",
         artifacts={"network": str(network)},
         code_paths=[str(HOME / name) for name in CODE],
-        signature=signature,
-        input_example=rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8),
+        signature=ModelSignature(outputs=Schema([TensorSpec(np.dtype("float32"), (-1, size))])),
+        input_example=example,
         pip_requirements=[f"{name}=={metadata.version(name)}" for name in REQUIREMENTS],
-        mlflow_model=Model(run_id=run_id, model_id=model_id),
+        mlflow_model=Model(run_id=run_id, model_id=model_id, metadata=about),
     )
     for cache in out.rglob("__pycache__"):
         shutil.rmtree(cache, ignore_errors=True)
