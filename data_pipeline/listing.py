@@ -40,7 +40,8 @@ class PlaceListing:
     (null where unknown), panoid, file, csv (both relative to `source`; csv is empty where no table lists the images),
     row (line of the csv; the header is line 1). Place p owns rows `place_starts[p]` to `place_starts[p + 1]`, and
     places lie in (city, place) order unless shuffled. `folders` must exist in `source`. `details` is a digest of all
-    that the file names do not say.
+    that the file names do not say. `notes` are on what of the source is not used, or looks odd; `left_out`
+    has the names and reasons of photographs that are no part of it.
     """
 
     source: Path
@@ -51,6 +52,8 @@ class PlaceListing:
     images_left_out: int
     folders: tuple[str, ...] = ()
     details: str = ""
+    notes: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_places(self) -> int:
@@ -75,6 +78,7 @@ def build_listing(
     min_images_per_place: int,
     folders: Sequence[str] = (),
     names_say_all: bool = True,
+    notes: Sequence[str] = (),
 ) -> PlaceListing:
     """The listing of `images` (any order): sorted, places with fewer than `min_images_per_place` left out and counted.
 
@@ -105,7 +109,14 @@ def build_listing(
         images_left_out=int(counts[~keep].sum()),
         folders=tuple(folders),
         details="" if names_say_all else _digest(images),
+        notes=tuple(notes),
     )
+
+
+def plain_city(name: str) -> str:
+    """A name of a folder or file as a city's: other characters than letters, digits, '_' and '-' become '-'."""
+    plain = re.sub(r"[^\w-]+", "-", name).strip("-") or "city"
+    return plain.encode()[:CITY_BYTES].decode(errors="ignore")
 
 
 def shuffle_places(listing: PlaceListing, seed: int) -> PlaceListing:

@@ -51,23 +51,31 @@ class Positions:
 
 
 def from_lat_lon(
-    lat: Floats, lon: Floats, where: str | Path, *, first_row: int = 2, missing_ok: bool = False
+    lat: Floats, lon: Floats, where: str | Path, *, lines: Sequence[int] | None = None, missing_ok: bool = False
 ) -> Positions:
     """Positions from degrees [N]. Raises ValueError naming `where` and the row of the first that is on no map.
 
-    The first is row `first_row` (2: below a header). With `missing_ok` a row may have neither latitude nor longitude.
+    `lines` are the rows' numbers, from 2 (below a header) without it. With `missing_ok` a row may have neither latitude
+    nor longitude.
     """
     lat, lon = np.asarray(lat, np.float64), np.asarray(lon, np.float64)
     missing = np.isnan(lat) & np.isnan(lon)
     within = (np.abs(lat) <= 90) & (np.abs(lon) <= 180)
-    _refuse(~(within | missing) if missing_ok else ~within, where, first_row, lambda row: _what_degrees(lat, lon, row))
+    lines = range(2, len(lat) + 2) if lines is None else lines
+    _refuse(~(within | missing) if missing_ok else ~within, where, lines, lambda row: _what_degrees(lat, lon, row))
     zone = np.where(missing, MAP, np.floor((np.nan_to_num(lon) + 180) / 6).astype(np.int64) % 60 + 1)
     east, north = utm_from_degrees(lat, lon, zone)
-    return Positions(east, north, zone, lat, lon, False, tuple(_odd_degrees(lat, lon, first_row)))
+    return Positions(east, north, zone, lat, lon, False, tuple(_odd_degrees(lat, lon, lines)))
 
 
 def from_metres(
-    east: Floats, north: Floats, where: str | Path, *, zone: int = MAP, first_row: int = 2, missing_ok: bool = False
+    east: Floats,
+    north: Floats,
+    where: str | Path,
+    *,
+    zone: int = MAP,
+    lines: Sequence[int] | None = None,
+    missing_ok: bool = False,
 ) -> Positions:
     """Positions from metres [N] of one map: of a UTM zone in the northern hemisphere, or of a map without a name.
 
@@ -79,7 +87,7 @@ def from_metres(
     _refuse(
         ~(within | missing) if missing_ok else ~within,
         where,
-        first_row,
+        range(2, len(east) + 2) if lines is None else lines,
         lambda row: f"east, north are {east[row]:g}, {north[row]:g}; expected metres",
     )
     zones = np.full(len(east), zone, np.int64)
@@ -191,7 +199,7 @@ def suspicions(
 
 
 def column_of_numbers(
-    values: Sequence[Any], column: str, where: str | Path, *, first_row: int = 2
+    values: Sequence[Any], column: str, where: str | Path, *, lines: Sequence[int] | None = None
 ) -> NDArray[np.float64]:
     """A table's column as float64 [N], NaN where a cell is empty; numbers or their text.
 
@@ -199,7 +207,7 @@ def column_of_numbers(
     degrees, minutes and seconds are named as such.
     """
     numbers = np.full(len(values), np.nan)
-    for row, value in enumerate(values, first_row):
+    for row, value in enumerate(values):
         text = "" if value is None else str(value).strip()
         if not text or (isinstance(value, float) and np.isnan(value)):
             continue
@@ -208,8 +216,9 @@ def column_of_numbers(
         except ValueError:
             number = np.nan
         if not np.isfinite(number):
-            raise ValueError(f"{where} row {row}: {column} is {shown(text)!r}; {_hint(text)}")
-        numbers[row - first_row] = number
+            line = row + 2 if lines is None else lines[row]
+            raise ValueError(f"{where} row {line}: {column} is {shown(text)!r}; {_hint(text)}")
+        numbers[row] = number
     return numbers
 
 
@@ -229,10 +238,10 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _refuse(wrong: NDArray[np.bool_], where: str | Path, first_row: int, what: Any) -> None:
+def _refuse(wrong: NDArray[np.bool_], where: str | Path, lines: Sequence[int], what: Any) -> None:
     if wrong.any():
         row = int(np.argmax(wrong))
-        raise ValueError(f"{where} row {row + first_row}: {what(row)}")
+        raise ValueError(f"{where} row {lines[row]}: {what(row)}")
 
 
 def _what_degrees(lat: Floats, lon: Floats, row: int) -> str:
@@ -252,12 +261,12 @@ def _what_degrees(lat: Floats, lon: Floats, row: int) -> str:
     return told
 
 
-def _odd_degrees(lat: Floats, lon: Floats, first_row: int) -> list[str]:
+def _odd_degrees(lat: Floats, lon: Floats, lines: Sequence[int]) -> list[str]:
     notes = []
     known = np.isfinite(lat)
     zero = (lat == 0) & (lon == 0)
     if zero.any() and not zero[known].all():
-        first = int(np.argmax(zero)) + first_row
+        first = lines[int(np.argmax(zero))]
         notes.append(f"{int(zero.sum())} positions are 0, 0 (first: row {first}), as of a receiver without a fix")
     if known.sum() > 1 and (lat[known] == np.round(lat[known])).all() and (lon[known] == np.round(lon[known])).all():
         notes.append("all positions are whole degrees, 111 km apart: were their decimals lost?")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from configs.flags import parse_flags
 from trainer.progress import progress_bar
@@ -20,6 +24,7 @@ if TYPE_CHECKING:  # help and mistakes should not wait for pyarrow
     from data_pipeline.sources.cells import Grid
 
 SHOWN = 20
+LEFT_OUT = "left_out.csv"
 
 
 @dataclass(frozen=True)
@@ -124,16 +129,52 @@ class ShardMslsCommand(_Gridded, _Writing, _Places):
 
 
 @dataclass(frozen=True)
-class ShardManifestCommand(_Writing, _Places):
-    """Writes what a CSV or Parquet table lists (path, place, and city, lat, lon, year, month, northdeg if known)."""
+class ShardManifestCommand(_Gridded, _Writing, _Places):
+    """Writes what a CSV or Parquet table lists (path, place, and city, lat, lon, year, month, northdeg if known).
+
+    A table without the column place has lat and lon (or east and north, in metres): places are then cells.
+    """
 
     root: Path | None = None
     """Folder that the table's paths start from; the table's own without it."""
+    groups: int = 1
+    """Groups that cells are dealt out to (in each direction, as cities), so that places of a group do not touch."""
 
     def listing(self) -> PlaceListing:
         from data_pipeline.sources.manifest import read_manifest
 
-        return read_manifest(self.source, root=self.root, min_images_per_place=self.min_images_per_place)
+        return read_manifest(
+            self.source, root=self.root, grid=self.grid(), min_images_per_place=self.min_images_per_place
+        )
+
+
+@dataclass(frozen=True)
+class ShardPhotosCommand(_Gridded, _Writing, _Places):
+    """Writes a folder of photographs whose EXIF holds GPS (a telephone's) as tar shards, places from cells.
+
+    A table shows how near the photographs are to each other and what cells of other sizes would give. Photographs
+    without GPS and copies of the same bytes are left out and listed in OUT/left_out.csv.
+    """
+
+    city: str = ""
+    """Name of the city; the folder's without it."""
+    heading_deg: float = 60.0
+    """Width of the sectors that headings are divided in; 360 ignores them."""
+    groups: int = 1
+    """Groups that cells are dealt out to (in each direction, as cities), so that places of a group do not touch."""
+
+    def listing(self) -> PlaceListing:
+        from data_pipeline.sources.photo_folder import list_photo_folder, read_photo_folder, survey_cells
+        from launch.photo_tables import print_survey
+
+        console = Console()
+        with progress_bar(console, "EXIF") as update:
+            folder = read_photo_folder(self.source, update)
+        survey = survey_cells(folder, self.grid(), self.min_images_per_place)
+        print_survey(console, survey, len(folder.names), self.grid(), self.min_images_per_place)
+        return list_photo_folder(
+            folder, survey, city=self.city, grid=self.grid(), min_images_per_place=self.min_images_per_place
+        )
 
 
 KINDS: dict[str, type[_Writing]] = {
@@ -141,6 +182,7 @@ KINDS: dict[str, type[_Writing]] = {
     "utm": ShardUtmCommand,
     "msls": ShardMslsCommand,
     "manifest": ShardManifestCommand,
+    "photos": ShardPhotosCommand,
 }
 
 
@@ -176,10 +218,12 @@ def write_shard_set(console: Console, command: Any) -> ShardSummary:
     from data_pipeline.shards import write_shards
 
     listing = command.listing()
+    for note in listing.notes:
+        console.print(f"[yellow]{escape(note)}", highlight=False, soft_wrap=True)
     if command.shuffle is not None:
         listing = shuffle_places(listing, command.shuffle)
     with progress_bar(console, "shard", listing.num_images) as update:
-        return write_shards(
+        summary = write_shards(
             listing,
             command.out,
             ShardOptions(
@@ -193,6 +237,23 @@ def write_shard_set(console: Console, command: Any) -> ShardSummary:
             part=part,
             on_progress=update,
         )
+    if listing.left_out and not part:
+        _write_left_out(console, command.out / LEFT_OUT, listing.left_out)
+    return summary
+
+
+def _write_left_out(console: Console, path: Path, left_out: Sequence[tuple[str, str]]) -> None:
+    """The names of what was left out of a folder: the first on the screen, all in a table."""
+    from configs.files import write_whole
+
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(("path", "why"))
+    rows.writerows(left_out)
+    write_whole(path, text.getvalue().encode())
+    for name, why in left_out[:SHOWN]:
+        console.print(f"  {escape(name)}: {escape(why)}", highlight=False, soft_wrap=True)
+    console.print(f"  all {len(left_out)} left out: {path}", highlight=False, soft_wrap=True)
 
 
 def _part(text: str | None) -> tuple[int, int] | None:

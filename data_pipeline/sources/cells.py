@@ -7,6 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.positions import MAP, Positions
+from data_pipeline.utm import utm_from_degrees
+
+_FROM_MERIDIAN = 9.0  # degrees of longitude: a zone's own 3 and its neighbours'; metres are then 0.5 % too long at most
+SUGGESTED_M = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0)
+_ENOUGH = 0.6
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -53,3 +60,66 @@ def place_of_images(
     first = np.flatnonzero(np.diff(group_of[order], prepend=-1))
     number[order] = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
     return [suffix[p] for p in place.tolist()], number[place]
+
+
+def plane(positions: Positions) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
+    """Metres east and north [N] in which cells are cut, and each position's suffix for its city's name.
+
+    Positions of one zone keep their metres. Those of several are measured in the commonest of them, so that a town on a
+    border stays whole; if that is too far away for some, every zone has metres of its own and a suffix, as in `-32`.
+    """
+    zones, counts = np.unique(positions.zone[positions.known], return_counts=True)
+    if len(zones) <= 1:
+        return positions.east, positions.north, [""] * len(positions)
+    if (zones > MAP).all():
+        common = np.full(len(positions), zones[counts.argmax()])
+        away = (positions.lon - (common * 6.0 - 183.0) + 180.0) % 360.0 - 180.0
+        if np.nanmax(np.abs(away)) <= _FROM_MERIDIAN:
+            east, north = utm_from_degrees(positions.lat, positions.lon, common)
+            kept = positions.zone == common
+            return np.where(kept, positions.east, east), np.where(kept, positions.north, north), [""] * len(positions)
+    return positions.east, positions.north, [f"-{zone}" for zone in positions.zone.tolist()]
+
+
+@dataclass(frozen=True)
+class CellSize:
+    """What cells of one size would give: places with enough images, the images in them, and their median per place."""
+
+    cell_m: float
+    places: int
+    images: int
+    images_per_place: float
+
+
+def cell_sizes(
+    east: NDArray[np.float64], north: NDArray[np.float64], heading: NDArray[np.float64], grid: Grid, least: int
+) -> list[CellSize]:
+    """For the usual sizes of cells and the grid's own: the places that would have at least `least` images."""
+    sizes = []
+    for cell_m in sorted({*SUGGESTED_M, grid.cell_m}):
+        _, place = place_of_images(east, north, heading, Grid(cell_m, grid.heading_deg, groups=1))
+        counts = np.bincount(place)
+        counts = counts[counts >= least]
+        sizes.append(CellSize(cell_m, len(counts), int(counts.sum()), float(np.median(counts)) if len(counts) else 0.0))
+    return sizes
+
+
+def suggested(sizes: list[CellSize], num_images: int) -> float | None:
+    """The smallest size whose places, 2 or more, use 60 % of the images; else the one that uses most, or None."""
+    useful = [size for size in sizes if size.places >= 2 and size.cell_m <= SUGGESTED_M[-1]]
+    if not useful:
+        return None
+    enough = [size for size in useful if size.images >= _ENOUGH * num_images]
+    return (enough[0] if enough else max(useful, key=lambda size: (size.images, -size.cell_m))).cell_m
+
+
+def neighbour_distances(east: NDArray[np.float64], north: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Metres from each image to the nearest other one [N]; none for fewer than two."""
+    from scipy.spatial import cKDTree  # type: ignore[import-untyped]
+
+    if len(east) < 2:
+        return np.zeros(0)
+    points = np.stack([east, north], axis=1)
+    points -= points.mean(axis=0)
+    distances: NDArray[np.float64] = cKDTree(points).query(points, k=2)[0][:, 1]
+    return distances

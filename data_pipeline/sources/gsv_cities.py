@@ -12,6 +12,7 @@ import pyarrow.csv
 
 from configs.reading import reason, shown
 from data_pipeline.listing import CITY, CITY_BYTES, PlaceListing, build_listing
+from data_pipeline.positions import from_lat_lon
 
 COLUMNS = ("place_id", "year", "month", "northdeg", "city_id", "lat", "lon", "panoid")
 
@@ -91,6 +92,8 @@ def _read_csv(path: Path, name: str) -> pa.Table:
 
     numbers = {column: table[column].cast(pa.int64()) for column in ("place_id", "year", "month", "northdeg")}
     _check(table["month"], pc.is_in(numbers["month"], pa.array(range(1, 13))), rows, path, "month", "1 to 12")
+    degrees = [table[name].cast(pa.float64()).to_numpy() for name in ("lat", "lon")]
+    from_lat_lon(degrees[0], degrees[1], path, lines=rows)
     widths = {"place_id": 7, "year": 4, "month": 2, "northdeg": 3}
     padded = [
         pc.utf8_lpad(numbers[column].cast(pa.string()), width=width, padding="0") for column, width in widths.items()
@@ -104,8 +107,8 @@ def _read_csv(path: Path, name: str) -> pa.Table:
             "year": numbers["year"],
             "month": numbers["month"],
             "northdeg": numbers["northdeg"],
-            "lat": table["lat"].cast(pa.float64()),
-            "lon": table["lon"].cast(pa.float64()),
+            "lat": degrees[0],
+            "lon": degrees[1],
             "panoid": table["panoid"],
             "file": pc.binary_join_element_wise("Images/", city, "/", stem, ".jpg", ""),
             "csv": pa.repeat(name, len(table)),

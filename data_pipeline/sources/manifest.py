@@ -1,4 +1,4 @@
-"""A user's own data: a CSV or Parquet table of (path, place) and whatever else is known of the images."""
+"""Data of one's own: a CSV or Parquet table of (path, place) or (path, lat, lon), and what else is known of it."""
 
 from __future__ import annotations
 
@@ -8,88 +8,145 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from configs.reading import reading, shown
-from data_pipeline.listing import PlaceListing, build_listing
+from data_pipeline.listing import PlaceListing, build_listing, plain_city
+from data_pipeline.positions import Positions, from_lat_lon, from_metres
+from data_pipeline.sources.cells import Grid, place_of_images, plane
+from data_pipeline.tables import RowTable, read_table_of_rows
 
-_NEEDED = ("path", "place")
-_OPTIONAL = {
-    "city": pa.string(),
-    "lat": pa.float64(),
-    "lon": pa.float64(),
-    "year": pa.int64(),
-    "month": pa.int64(),
-    "northdeg": pa.int64(),
-    "panoid": pa.string(),
-}
-_BETWEEN = {"lat": (-90, 90), "lon": (-180, 180), "month": (1, 12), "northdeg": (0, 360), "place": (0, 10**18)}
+EXPECTED = "a CSV or Parquet table with the columns path and place, or path, lat and lon"
+_BETWEEN = {"year": (0, 9999), "month": (1, 12), "place": (0, 10**18)}
 
 
-def read_manifest(path: Path, *, root: Path | None = None, min_images_per_place: int = 4) -> PlaceListing:
+def read_manifest(
+    path: Path, *, root: Path | None = None, grid: Grid | None = None, min_images_per_place: int = 4
+) -> PlaceListing:
     """The places of a table with the columns path and place, and any of city, lat, lon, year, month, northdeg, panoid.
 
     Paths are relative to `root`, or else to the table's folder. Places are numbers, or names that are numbered in
-    sorted order within their city; without a city, it is the table's name. Raises FileNotFoundError, or ValueError for
-    a table that cannot be used, naming column and row.
+    sorted order within their city; without a city, it is the table's name. A table without places has lat and lon, or
+    east and north in metres, from which `grid` makes places; rows without a position are then left out and counted.
+    Raises FileNotFoundError, or ValueError for a table that cannot be used, naming column and row.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a CSV or Parquet table with the columns path and place")
-    with reading(path, "a table of places"):
-        return _listing(path, _read(path), root or path.parent, min_images_per_place)
+        raise FileNotFoundError(f"{path}: no such file; give {EXPECTED}")
+    with reading(path, EXPECTED):
+        return _listing(read_table_of_rows(path), root or path.parent, grid or Grid(groups=1), min_images_per_place)
 
 
-def _listing(path: Path, table: pa.Table, root: Path, min_images_per_place: int) -> PlaceListing:
-    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path}: the column {shown(twice[0])} is there twice")
-    for column in _NEEDED:
-        if column not in table.column_names:
-            raise ValueError(f"{path}: no column {column}; found {shown(', '.join(table.column_names))}")
-        kind = table.schema.field(column).type
-        if pa.types.is_nested(kind):
-            raise ValueError(f"{path}: column {column} is {kind}; expected text or numbers")
-    if len(table) == 0:
-        raise ValueError(f"{path}: no rows; expected a row an image")
-    columns: dict[str, Any] = {"file": table["path"].cast(pa.string())}
-    for name, kind in _OPTIONAL.items():
-        if name in table.column_names:
-            try:
-                columns[name] = table[name].cast(kind)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise ValueError(f"{path}: column {name} is no {kind} ({str(error).splitlines()[0]})") from error
-        else:
-            columns[name] = pa.nulls(len(table), kind)
-    if "city" not in table.column_names:
-        columns["city"] = pa.repeat(path.stem, len(table))
-    columns["panoid"] = pc.fill_null(columns["panoid"], "")
-    for name, values in (("path", columns["file"]), ("place", table["place"]), ("city", columns["city"])):
-        if values.null_count:
-            missing = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-            raise ValueError(f"{path} row {missing + 2}: no {name}")
-    columns["place"] = _numbers(columns["city"], table["place"])
-    for name, (least, most) in _BETWEEN.items():
-        _check_between(columns[name], least, most, path, name)
-    columns["csv"] = pa.repeat(path.name, len(table))
-    columns["row"] = pa.array(np.arange(len(table)) + 2)
-    return build_listing(root, pa.table(columns), min_images_per_place=min_images_per_place, names_say_all=False)
+def _listing(table: RowTable, root: Path, grid: Grid, min_images_per_place: int) -> PlaceListing:
+    both, in_metres = ({*pair} <= table.columns.keys() for pair in (("lat", "lon"), ("east", "north")))
+    table.require(["path"] if both or in_metres else ["path", "place"])
+    _refuse_half(table)
+    files, notes = _plain_paths(table, root)
+    columns: dict[str, Any] = {
+        "file": files,
+        "panoid": pc.fill_null(_text_or_nulls(table, "panoid"), ""),
+        "csv": pa.repeat(table.path.name, len(table)),
+        "row": pa.array(table.lines),
+    }
+    positions = _metres(table) if in_metres and "place" not in table.columns else _positions(table)
+    for name in ("lat", "lon"):
+        columns[name] = pa.array(table.numbers(name), from_pandas=True) if both else pa.nulls(len(table), pa.float64())
+    for name in ("year", "month"):
+        columns[name] = _whole(table, name)
+        _check_between(columns[name], name, table)
+    heading = table.numbers("northdeg") if "northdeg" in table.columns else np.full(len(table), np.nan)
+    columns["northdeg"] = pa.array(np.round(heading) % 360, from_pandas=True).cast(pa.int64())
+    if "city" in table.columns:
+        columns["city"] = _no_gaps(table.text("city"), "city", table)
+    else:
+        columns["city"] = pa.array([plain_city(table.path.stem)] * len(table), pa.string())
+    if "place" in table.columns:
+        columns["place"] = _numbers(columns["city"], _no_gaps(table.columns["place"], "place", table))
+        _check_between(columns["place"], "place", table)
+        images = pa.table(columns)
+    else:
+        images, left_out = _in_cells(pa.table(columns), positions, heading, grid)
+        notes += left_out
+    return build_listing(
+        root,
+        images,
+        min_images_per_place=min_images_per_place,
+        names_say_all=False,
+        notes=[*notes, *positions.notes],
+    )
 
 
-def _read(path: Path) -> pa.Table:
-    try:
-        if path.suffix == ".parquet":
-            return pq.read_table(pa.BufferReader(path.read_bytes()))
-        text = dict.fromkeys(("path", "place", "city", "panoid"), pa.string())
-        table = pa.csv.read_csv(
-            path, convert_options=pa.csv.ConvertOptions(column_types=text, null_values=[""], strings_can_be_null=True)
+def _in_cells(
+    images: pa.Table, positions: Positions, heading: NDArray[np.float64], grid: Grid
+) -> tuple[pa.Table, list[str]]:
+    """The images with a position, with the place of each, and a note on the others."""
+    known = positions.known
+    if not known.any():
+        raise ValueError("no row has a position; expected numbers in lat and lon, or a column place")
+    images = images.filter(pa.array(known))
+    east, north, zone_suffix = (np.asarray(part)[known] for part in plane(positions))
+    suffix, place = place_of_images(east, north, heading[known], grid)
+    city = [f"{a}{b}{c}" for a, b, c in zip(images["city"].to_pylist(), zone_suffix, suffix, strict=True)]
+    images = images.set_column(images.schema.get_field_index("city"), "city", pa.array(city))
+    missing = int((~known).sum())
+    notes = [f"left out: {missing} rows without a position"] if missing else []
+    return images.append_column("place", pa.array(place)), notes
+
+
+def _refuse_half(table: RowTable) -> None:
+    """Raises ValueError for a latitude without a longitude, or an easting without a northing."""
+    for one, other in (("lat", "lon"), ("east", "north")):
+        if (one in table.columns) != (other in table.columns):
+            there, missing = (one, other) if one in table.columns else (other, one)
+            raise ValueError(f"{table.path}: a column {there}, but no {missing}; a position is both")
+
+
+def _positions(table: RowTable) -> Positions:
+    nowhere = np.full(len(table), np.nan)
+    lat, lon = (table.numbers(name) if name in table.columns else nowhere for name in ("lat", "lon"))
+    return from_lat_lon(lat, lon, table.path, lines=table.lines.tolist(), missing_ok=True)
+
+
+def _metres(table: RowTable) -> Positions:
+    east, north = table.numbers("east"), table.numbers("north")
+    return from_metres(east, north, table.path, lines=table.lines.tolist(), missing_ok=True)
+
+
+def _plain_paths(table: RowTable, root: Path) -> tuple[pa.Array, list[str]]:
+    """The column path; backslashes are slashes where that is what the files are called."""
+    paths = _no_gaps(table.text("path"), "path", table)
+    has = pc.match_substring(paths, "\\")
+    first = pc.index(has, pa.scalar(True)).as_py()
+    if first < 0 or (root / paths[first].as_py()).is_file():
+        return paths, []
+    return pc.replace_substring(paths, "\\", "/"), [f"{pc.sum(has).as_py()} paths have backslashes, read as slashes"]
+
+
+def _text_or_nulls(table: RowTable, name: str) -> pa.Array:
+    return table.text(name) if name in table.columns else pa.nulls(len(table), pa.string())
+
+
+def _no_gaps(values: pa.Array, name: str, table: RowTable) -> pa.Array:
+    if pa.types.is_nested(values.type):
+        raise ValueError(f"{table.path}: column {name} is {values.type}; expected text or numbers")
+    if values.null_count:
+        missing = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+        raise ValueError(f"{table.path} row {table.lines[missing]}: no {name}")
+    return values
+
+
+def _whole(table: RowTable, name: str) -> pa.Array:
+    if name not in table.columns:
+        return pa.nulls(len(table), pa.int64())
+    numbers = table.numbers(name)
+    wrong = np.flatnonzero(~np.isnan(numbers) & (numbers != np.round(numbers)))
+    if len(wrong):
+        raise ValueError(
+            f"{table.path} row {table.lines[wrong[0]]}: {name} is {numbers[wrong[0]]}; expected a whole number"
         )
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable table ({str(error).splitlines()[0]})") from error
-    return table
+    return pa.array(numbers, from_pandas=True).cast(pa.int64())
 
 
-def _numbers(city: pa.Array, place: pa.ChunkedArray) -> pa.Array:
+def _numbers(city: pa.Array, place: pa.Array) -> pa.Array:
     """Places as whole numbers: their own, or their ranks within the city."""
     try:
         numbers = place.cast(pa.int64())
@@ -103,9 +160,11 @@ def _numbers(city: pa.Array, place: pa.ChunkedArray) -> pa.Array:
     return numbers
 
 
-def _check_between(values: Any, least: int, most: int, path: Path, name: str) -> None:
-    """Raises ValueError for the first value outside [least, most], nulls apart."""
+def _check_between(values: pa.Array, name: str, table: RowTable) -> None:
+    """Raises ValueError for the first value outside its bounds, nulls apart."""
+    least, most = _BETWEEN[name]
     within = pc.fill_null(pc.and_(pc.greater_equal(values, least), pc.less_equal(values, most)), True)
     wrong = pc.index(within, pa.scalar(False)).as_py()
     if wrong >= 0:
-        raise ValueError(f"{path} row {wrong + 2}: {name} is {values[wrong].as_py()}; expected {least} to {most}")
+        value = shown(values[wrong].as_py())
+        raise ValueError(f"{table.path} row {table.lines[wrong]}: {name} is {value}; expected {least} to {most}")

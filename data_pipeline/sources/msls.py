@@ -16,6 +16,7 @@ import pyarrow.csv
 
 from configs.reading import reading
 from data_pipeline.listing import PlaceListing, build_listing
+from data_pipeline.positions import from_lat_lon, from_metres
 from data_pipeline.sources.cells import Grid, place_of_images
 
 _POSTPROCESSED = {"key": pa.string(), "easting": pa.float64(), "northing": pa.float64()}
@@ -82,6 +83,8 @@ def _read_part(source: Path, folder: Path) -> pa.Table:
     post, raw = (
         _read_csv(folder / name, types) for name, types in (("postprocessed.csv", _POSTPROCESSED), ("raw.csv", _RAW))
     )
+    from_metres(post["easting"].to_numpy(), post["northing"].to_numpy(), folder / "postprocessed.csv")
+    from_lat_lon(raw["lat"].to_numpy(), raw["lon"].to_numpy(), folder / "raw.csv", missing_ok=True)
     name = (folder / "postprocessed.csv").relative_to(source).as_posix()
     post = post.append_column("csv", pa.repeat(name, len(post)))
     post = post.append_column("row", pa.array(range(2, len(post) + 2), pa.int64()))

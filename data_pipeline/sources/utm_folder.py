@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.listing import PlaceListing, build_listing
-from data_pipeline.sources.cells import Grid, place_of_images
+from data_pipeline.listing import PlaceListing, build_listing, plain_city
+from data_pipeline.photographs import list_photographs
+from data_pipeline.positions import from_utm_names
+from data_pipeline.sources.cells import Grid, place_of_images, plane
 
 _EXPECTED = "@UTM_east@UTM_north@zone@letter@lat@lon@pano@tile@heading@pitch@roll@height@timestamp@note@.jpg"
-_ZONE, _LETTER, _LAT, _LON, _PANO, _HEADING, _TIME = 3, 4, 5, 6, 7, 9, 13
+_LAT, _LON, _PANO, _HEADING, _TIME = 5, 6, 7, 9, 13
 
 
 def read_utm_folder(
@@ -20,18 +22,22 @@ def read_utm_folder(
 ) -> PlaceListing:
     """The places of a folder (and its sub-folders) of photographs named in the UTM convention, by `grid`.
 
-    The city is `city`, or the folder's name; UTM zones, if several, and the grid's groups are told apart by suffixes.
-    Raises FileNotFoundError where there is no such photograph, ValueError for a name that cannot be read.
+    The city is `city`, or the folder's name; UTM zones far apart and the grid's groups are told apart by suffixes.
+    Raises FileNotFoundError where there is no photograph, ValueError for a name that cannot be read.
     """
-    files = sorted(str(path.relative_to(source)) for path in source.rglob("*.jpg"))
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such folder; expected photographs named {_EXPECTED}")
+    found = list_photographs(source)
+    files = found.names
     if not files:
-        raise FileNotFoundError(f"{source}: no .jpg in it; expected photographs named {_EXPECTED}")
-    fields = [_fields(source, file) for file in files]
-    east, north = (np.array([float(f[n]) for f in fields]) for n in (1, 2))
+        raise FileNotFoundError(
+            f"{source}: no photograph in it; expected some named {_EXPECTED} {found.note()}".strip()
+        )
+    positions = from_utm_names([source / file for file in files])
+    fields = [_fields(file) for file in files]
     heading = np.array([_number(f[_HEADING]) for f in fields])
-    zones = [f"{f[_ZONE]}{f[_LETTER]}" for f in fields]
-    base = city or re.sub(r"[^\w-]", "-", source.resolve().name)
-    zone_suffix = [f"-{zone}" if len(set(zones)) > 1 else "" for zone in zones]
+    base = city or plain_city(source.resolve().name)
+    east, north, zone_suffix = plane(positions)
     suffix, place = place_of_images(east, north, heading, grid or Grid())
     dates = [re.match(r"(\d{4})-?(\d{2})", f[_TIME]) for f in fields]
     images = pa.table(
@@ -49,14 +55,13 @@ def read_utm_folder(
             "row": np.arange(len(files)),
         }
     )
-    return build_listing(source, images, min_images_per_place=min_images_per_place, names_say_all=False)
+    notes = [note for note in (found.note(), *positions.notes) if note]
+    return build_listing(source, images, min_images_per_place=min_images_per_place, names_say_all=False, notes=notes)
 
 
-def _fields(source: Path, file: str) -> list[str]:
+def _fields(file: str) -> list[str]:
     """The parts of a name between its @, as many as the convention has; missing ones are empty."""
     fields = Path(file).stem.split("@")
-    if len(fields) < 3 or np.isnan(_number(fields[1])) or np.isnan(_number(fields[2])):
-        raise ValueError(f"{source / file}: its name holds no UTM coordinates; expected {_EXPECTED}")
     return fields + [""] * (_TIME + 1 - len(fields))
 
 
