@@ -26,6 +26,7 @@ from tyro.constructors import (
 )
 
 from configs.explain import explain
+from configs.foreign import is_here
 from configs.names import nearest
 from configs.renamed import RENAMED
 from configs.schema import Section
@@ -34,6 +35,7 @@ from configs.schema.section import with_home
 T = TypeVar("T")
 
 REGISTRY = ConstructorRegistry()
+OVER_RECIPES = ("rerankvpr train", "rerankvpr plan")
 ELSEWHERE = {"--dry-run": "`rerankvpr plan RECIPE` shows what a training would take"}
 
 
@@ -82,7 +84,7 @@ def _parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise FlagError(_one_line(said.getvalue())) from None
+        raise FlagError(_one_line(said.getvalue(), prog)) from None
     values, others = parsed if rest else (parsed, [])
     return _validated(values), others
 
@@ -220,7 +222,7 @@ def _switch_names(kind: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _one_line(box: str) -> str:
+def _one_line(box: str, prog: str) -> str:
     """What tyro says in a box, as a line: its first paragraph, and the flag it thinks was meant."""
     lines = [line.strip("│ ").strip() for line in box.splitlines()]
     paragraphs = " ".join("\n" if re.fullmatch("[─╭╮╰╯].*", line) else line for line in lines).split("\n")
@@ -238,6 +240,8 @@ def _one_line(box: str) -> str:
         return f"{flag!r} belongs to no flag"
     if present := RENAMED.get(flag.removeprefix("--").replace("-", "_")):
         return f"{flag} has another name: write --{present.replace('_', '-')}"
+    if prog in OVER_RECIPES and (here := is_here(flag)):
+        return f"unknown flag {flag}; here it is {here}"
     meant = next((text for text in texts[1:] if text.startswith("Perhaps you meant:")), "")
     near = re.search(r"--[\w.-]+", meant)
     return f"unknown flag {flag}" + (f"; nearest: {near[0]}" if near else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import pytest
 import tyro
 
 from configs.flags import FlagError, parse_flags, parse_known_flags
+from configs.foreign import FOREIGN
 from configs.load import RECIPES, load_recipe
 from configs.recipe_flags import parse_over_recipe
 from configs.schema import Recipe, RerankConfig
@@ -137,3 +139,22 @@ def test_words_of_others_are_left_in_order() -> None:
     found, others = parse_known_flags(Verb, ["--log-dir", "a b", "--few", "4", "--tee=3", "x"], prog="verb")
     assert found.few == 4
     assert others == ["--log-dir", "a b", "--tee=3", "x"]
+
+
+def _is_a_key(dotted: str) -> bool:
+    here: Any = Recipe
+    for name in dotted.replace("-", "_").split("."):
+        name = name.removeprefix("no_")
+        if name not in getattr(here, "model_fields", {}):
+            return False
+        here = here.model_fields[name].annotation
+    return True
+
+
+def test_flags_of_other_programs_are_answered_with_keys_that_exist() -> None:
+    named = {key for answer in FOREIGN.values() for key in re.findall(r"--([a-z]+(?:\.[a-z0-9-]+)+)", answer)}
+    assert len(named) > 25
+    assert all(map(_is_a_key, named)), [key for key in named if not _is_a_key(key)]
+    assert not _is_a_key("data.no-such")
+    with pytest.raises(FlagError, match=r"unknown flag --ckpt_path; here it is --checkpoint of `rerankvpr eval`"):
+        parse_over_recipe(TrainCommand, ["demo", "--ckpt_path", "x"], verb="train")
