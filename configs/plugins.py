@@ -19,13 +19,14 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from configs.files import PARTIAL
+from configs.files import PARTIAL, write_whole
 from configs.names import nearest
 from configs.reading import read_regular, reason, shown
 from configs.registry import NOT_RUN, REGISTRIES
 
 ENTRY_POINTS = "rerankvpr.plugins"
 MODULE = "rerankvpr_plugin_"  # and the stem of a file: its module's name
+ORDER = "order.txt"  # beside kept plug-ins: what to load, one a line
 OF_NETWORK = ("aggregator", "backbone")
 
 
@@ -37,8 +38,9 @@ class PluginError(ValueError):
 class Plugin:
     """A plug-in that this process has run."""
 
-    name: str  # of the file, without its folder, or of the module
-    root: Path  # the file, or a package's folder
+    name: str  # of the file, without its folder; of the module or entry point
+    module: str
+    root: Path  # the file, or the folder of the module's outermost package
     sha256: str  # of its code
     adds: tuple[str, ...]  # what it registered: "aggregator mean"
 
@@ -106,11 +108,15 @@ def note_recorded(recorded: Mapping[str, str], where: Path, kept: Path | None = 
 
 
 def keep(plugins: Iterable[Plugin], folder: Path) -> list[Path]:
-    """Copies plug-ins to `folder`/<first digits of the digest>/; returns the copies, of files or folders."""
-    copies = []
+    """Copies plug-ins to `folder`/<first digits of the digest>/, for `load_kept`; returns the copies.
+
+    A file is copied, or all of the package that a module is in.
+    """
+    copies, order = [], []
     for plugin in plugins:
-        copy = folder / plugin.sha256[:8] / plugin.name
+        copy = folder / plugin.sha256[:8] / plugin.root.name
         copies.append(copy)
+        order.append(str(copy.relative_to(folder)) if plugin.is_file else plugin.module)
         if copy.exists():
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +127,21 @@ def keep(plugins: Iterable[Plugin], folder: Path) -> list[Path]:
         else:
             shutil.copyfile(plugin.root, partial)
         partial.rename(copy)
+    if order:
+        write_whole(folder / ORDER, "\n".join(order) + "\n")
     return copies
+
+
+def load_kept(folder: Path) -> None:
+    """Runs what `keep` copied last to a folder, which the user trusts. Raises PluginError."""
+    for named in (folder / ORDER).read_text().splitlines():
+        if _is_file(named):
+            load_plugins([str(folder / named)])
+            continue
+        package = named.partition(".")[0]
+        homes = [str(home.parent) for name in (package, f"{package}.py") for home in folder.glob(f"*/{name}")]
+        sys.path[:0] = [home for home in homes if home not in sys.path]
+        load_plugins([named])
 
 
 def _is_file(named: str) -> bool:
@@ -149,16 +169,15 @@ def _load(named: str) -> Plugin:
         except PluginError:
             del sys.modules[MODULE + path.stem]
             raise
-        plugin = Plugin(name, path, sha256, adds)
+        plugin = Plugin(name, MODULE + path.stem, path, sha256, adds)
     else:
         if before:
             return before
         module_name = _module_name(named)
         present = module_name in sys.modules
         adds = _registered_by(named, lambda: importlib.import_module(module_name), module_name if present else None)
-        module = sys.modules[module_name]
-        root, sha256 = _code_of(named, module)
-        plugin = Plugin(name, root, sha256, adds)
+        root, sha256 = _code_of(named, sys.modules[module_name.partition(".")[0]])
+        plugin = Plugin(name, module_name, root, sha256, adds)
     _loaded[name] = plugin
     return plugin
 
@@ -247,9 +266,9 @@ def _module_name(named: str) -> str:
 
 
 def _code_of(named: str, module: ModuleType) -> tuple[Path, str]:
-    """A module's file or a package's folder, and the digest of its Python files, by name within it."""
+    """An outermost module's file or folder, and the digest of its Python files, by name within it."""
     if not module.__file__:
-        raise PluginError(f"plug-in {named} has no file; name a module with one")
+        raise PluginError(f"plug-in {named}: {module.__name__} has no __init__.py, which a package of a plug-in needs")
     file = Path(module.__file__)
     if file.name != "__init__.py":
         return file, hashlib.sha256(file.read_bytes()).hexdigest()

@@ -72,3 +72,12 @@ def raise_together(fault: Exception | None) -> None:
     for rank, text in enumerate(said):
         if text is not None:
             raise ValueError(f"rank {rank}: {text}") from fault
+
+
+def same_on_all_ranks(what: str, value: str) -> None:
+    """Raises ValueError on every rank, naming the first whose value is not rank 0's."""
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    for rank, found in enumerate(values):
+        if found != values[0]:
+            raise ValueError(f"{what}: rank {rank} has {found}, rank 0 {values[0]}")

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from configs.files import replacing, write_whole
+from configs.plugins import digests_of_network
 from configs.reading import reading
 from eval.feature_digest import LOCAL, SUMS, image_sum, image_sums, shard_digest
 from eval.scratch import is_seen
@@ -61,8 +62,10 @@ def digest(content: Any) -> str:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over the names and bytes of all parameters and buffers."""
+    """SHA-256 over the names and bytes of parameters and buffers, and the code of plug-ins that use them."""
     sha = hashlib.sha256()
+    if of_plugins := digests_of_network():
+        sha.update(json.dumps([type(getattr(model, "aggregator", model)).__qualname__, of_plugins]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sha.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

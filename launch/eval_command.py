@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from configs.explain import explain
 from configs.flags import parse_flags, parse_known_flags
 from configs.load import load_stored_recipe
+from configs.plugins import load_plugins
 from configs.progress import OnProgress
 from configs.reading import reason
-from configs.schema import EvalConfig, ModelConfig, Recipe
+from configs.schema import EvalConfig, ModelConfig, Recipe, with_home
 from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help, --list and mistakes should not wait for torch
@@ -42,8 +45,11 @@ class EvalCommand:
     """Backbone weights in facebookresearch's key layout (.pth or .safetensors), as they are."""
     backbone: str = "auto"
     """Backbone of --weights; auto reads it off the file."""
-    aggregator: Literal["cls", "gem"] = "cls"
+    aggregator: str = "cls"
     """Aggregator over --weights."""
+    plugins: tuple[str, ...] = ()
+    """Your code, files (my_vpr.py) or modules, that adds aggregators, backbones or benchmarks; see docs/extending.md.
+    That of a checkpoint is run only if it is named here."""
     out: Path | None = None
     """Folder for results.json, results.csv and pictures."""
     list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -63,6 +69,7 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     """The command, the checkpoint folder that it means, and the recipe that the model is built from."""
     default, checkpoint, recipe = EvalCommand(), None, Recipe()
     named, _ = parse_known_flags(_Named, argv, prog=PROG)
+    load_plugins(with_home(list(named.plugins)))
     if named.checkpoint and named.weights:
         raise ValueError("eval takes --checkpoint or --weights, not both")
     if named.checkpoint:
@@ -100,6 +107,7 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
 class _Named:
     """What decides the defaults of the other flags."""
 
+    plugins: tuple[str, ...] = ()
     checkpoint: Path | None = None
     weights: Path | None = None
 
@@ -108,6 +116,8 @@ def main(argv: list[str]) -> int:
     """Runs one rank of an evaluation."""
     command, checkpoint, recipe = parse(argv)
     console = Console()
+    if not command.list and os.environ.get("RANK", "0") == "0" and (note := _note_plugins(command, checkpoint)):
+        console.print(f"[yellow]{escape(note)}", highlight=False, soft_wrap=True)
     if command.list:
         from eval.benchmarks.catalogue import catalogue_table
 
@@ -127,6 +137,14 @@ def main(argv: list[str]) -> int:
     if not_written:
         raise OSError("\n".join(not_written))
     return 0
+
+
+def _note_plugins(command: EvalCommand, checkpoint: Path | None) -> str:
+    from trainer.recorded_plugins import note_checkpoint, note_export
+
+    if checkpoint:
+        return note_checkpoint(checkpoint)
+    return note_export(command.weights) if command.weights else ""
 
 
 def _evaluate(

@@ -8,8 +8,11 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from configs.flags import parse_flags
+from configs.plugins import load_plugins
+from configs.schema import with_home
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class ExportCommand:
     """A step folder, or a run's output folder (its best checkpoint, else its newest)."""
     out: Annotated[Path, tyro.conf.Positional]
     """File to write, ending in .safetensors."""
+    plugins: tuple[str, ...] = ()
+    """Files (my_vpr.py) or modules of the training; without them the weights are exported, and no code is run."""
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +40,11 @@ def main(argv: list[str]) -> int:
 
     checkpoint = find_checkpoint(command.checkpoint)
     from trainer.export import export_network
+    from trainer.recorded_plugins import note_checkpoint
 
+    load_plugins(with_home(list(command.plugins)))
+    if note := note_checkpoint(checkpoint):
+        Console().print(f"[yellow]{escape(note)}", soft_wrap=True, highlight=False)
     done = export_network(checkpoint, command.out)
     Console().print(
         f"written: {done.file}, {done.recipe.model.backbone} with {done.recipe.model.aggregator} of {checkpoint}, "

@@ -12,6 +12,8 @@ from rich.markup import escape
 
 from configs.flags import parse_flags
 from configs.load import load_stored_recipe
+from configs.plugins import load_plugins
+from configs.schema import with_home
 from configs.secrets import without_secrets
 from data_pipeline.folder_lock import LockedError, holder
 from trainer import metrics_log
@@ -35,6 +37,8 @@ class SyncCommand:
     uri: str = ""
     """MLflow store or server; left out: the recipe's, where that is MLFLOW_TRACKING_URI or the default. User and
     password are those of MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: a recipe that is kept holds neither."""
+    plugins: tuple[str, ...] = ()
+    """Files (my_vpr.py) or modules of the training, which building its network for MLflow may need."""
 
 
 def main(argv: list[str]) -> int:
@@ -46,6 +50,7 @@ def main(argv: list[str]) -> int:
         if not (folder / metrics_log.NAME).is_file():
             raise ValueError(f"{folder} holds no {metrics_log.NAME}; expected the output folder of a training")
     console = Console()
+    load_plugins(with_home(list(command.plugins)))
     for folder in command.outputs:
         _sync(folder, command.uri, console)
     return 0

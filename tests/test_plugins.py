@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,17 +101,19 @@ def test_a_module_and_an_entry_point(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
         (plugin,) = load_plugins(["more-heads"])
-        assert (plugin.name, plugin.root, plugin.adds) == (
-            "more-heads",
-            tmp_path / package,
+        assert (plugin.module, plugin.root, plugin.adds) == (
+            "vpr_more.heads",
+            tmp_path / "vpr_more",
             ("aggregator mean",),
         )
         plugins._loaded.clear()  # imported before, by somebody else
-        assert load_plugins(["vpr_more.heads"])[0] == plugins.Plugin(
-            "vpr_more.heads", plugin.root, plugin.sha256, plugin.adds
-        )
+        assert load_plugins(["vpr_more.heads"]) == [replace(plugin, name="vpr_more.heads")]
         (copy,) = keep(loaded(["more-heads", "vpr_more.heads"]), Path("kept"))
-        assert sorted(str(file.relative_to(copy)) for file in copy.rglob("*.py")) == ["__init__.py", "mean.py"]
+        assert [str(file.relative_to(copy)) for file in sorted(copy.rglob("*.py"))] == [
+            "__init__.py",
+            "heads/__init__.py",
+            "heads/mean.py",
+        ]
     finally:
         for name in [name for name in sys.modules if name.startswith("vpr_more")]:
             del sys.modules[name]

@@ -16,6 +16,7 @@ from configs.load import recipe_text
 from configs.ranks import from_rank_0
 from configs.reading import reading
 from configs.schema import Recipe
+from trainer import recorded_plugins
 from trainer.checkpoint_folder import find_checkpoint, newest_valid
 from trainer.engine_state import StoredTensors, put_state, read_numbers, take_state
 from trainer.manifest import CheckpointError, is_listed, part_files
@@ -46,6 +47,8 @@ def checkpoint_contents(state: TrainingState, recipe: Recipe) -> Contents:
         contents["optimizer.json"] = engine.numbers
         contents["state.json"] = json.dumps(asdict(state.progress), indent=1)
         contents["recipe.yaml"] = recipe_text(recipe)
+        if recipe.plugins:
+            contents[recorded_plugins.FILE] = recorded_plugins.plugins_text(recipe)
     return contents
 
 

@@ -11,6 +11,7 @@ from configs.load import recipe_text
 from configs.schema import Recipe
 from trainer.process_group import Rank
 from trainer.provenance import provenance
+from trainer.recorded_plugins import keep_plugins
 from trainer.state import Progress
 from trainer.stop_signal import StopSignal
 from trainer.tracking import Tracker
@@ -50,7 +51,7 @@ def open_context(
 ) -> Context:
     """Opens the training's record, in which a resumed one continues its MLflow run; every rank must call this.
 
-    Writes `recipe.yaml` to the output folder. `changes` are those of the recipe since the checkpoint.
+    Writes `recipe.yaml` and the plug-ins to the output folder. `changes` are those of the recipe since the checkpoint.
     """
     facts = provenance(world_size=rank.world_size, device=rank.device, data_digest=progress.dataset)
     tracker = Tracker(
@@ -66,6 +67,9 @@ def open_context(
     if rank.is_main:
         (recipe.output / "recipe.yaml").write_text(recipe_text(recipe))
         tracker.artifact(recipe.output / "recipe.yaml")
+        for copy in keep_plugins(recipe):
+            for file in sorted(copy.rglob("*.py")) if copy.is_dir() else [copy]:
+                tracker.artifact(file, str(file.parent.relative_to(recipe.output)))
     engine = recipe.engine
     watchdog = Watchdog(
         limit_s=engine.stall_s,

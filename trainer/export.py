@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from configs.schema import Recipe
 from model.weights import AGGREGATOR, facebook_layout
 from trainer.checkpoint import checkpoint_weights
 from trainer.checkpoint_folder import CheckpointError
+from trainer.recorded_plugins import plugins_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def export_network(checkpoint: Path, out: Path) -> Exported:
     """Writes backbone and aggregator of a step folder to a safetensors file, atomically.
 
     The backbone has facebookresearch/dinov2's keys, the aggregator keys that begin with `aggregator.`; the metadata
-    holds the recipe.
+    holds the recipe, and the digests of the plug-ins that it was trained with.
     """
     weights = checkpoint_weights(checkpoint)
     backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
@@ -39,6 +41,8 @@ def export_network(checkpoint: Path, out: Path) -> Exported:
     recipe = load_stored_recipe(checkpoint / "recipe.yaml")
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "recipe": recipe_text(recipe), "checkpoint": checkpoint.name}
+    if plugins := plugins_of(checkpoint):
+        metadata["plugins"] = json.dumps(plugins)
     with replacing(out) as partial:
         save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=metadata)
     return Exported(out, recipe, sum(value.numel() for value in state.values()))

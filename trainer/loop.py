@@ -23,6 +23,7 @@ from trainer.context import main_rank_says, open_context
 from trainer.metrics import StepMetrics
 from trainer.process_group import Rank
 from trainer.progress import progress_bar
+from trainer.recorded_plugins import check_same_plugins, note_export
 from trainer.resume import Resume, checkpoint_to_resume, restore
 from trainer.saving import Saving
 from trainer.schedule import learning_rate, validations_since_best
@@ -52,12 +53,15 @@ class Training:
         self, recipe: Recipe, rank: Rank, console: Console, *, resume: Resume | None, start_time: StartTime
     ) -> None:
         say = main_rank_says(rank, console)
+        check_same_plugins(recipe)
         num_images = images_per_rank(recipe, rank.world_size)
         checkpoint = checkpoint_to_resume(recipe, resume, say)
         start_time.part_done("checkpoint")
         loss = GlobalLoss(recipe.loss, recipe.memory)
         if loss.note:
             say(f"[yellow]{loss.note}")
+        if checkpoint is None and (note := note_export(Path(recipe.model.weights))):
+            say(f"[yellow]{escape(note)}")
         benchmarks = load_benchmarks(recipe.eval.benchmarks, recipe.eval.data_root)
         self.recipe, self.rank = recipe, rank
         self.batches = Batches(recipe, rank)

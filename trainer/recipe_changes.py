@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from configs.load import load_stored_recipe, recipe_text
-from configs.schema import Recipe
+from configs.schema import ANY_NAME, Recipe
 from trainer.manifest import CheckpointError
+from trainer.recorded_plugins import plugin_changes
 
 # Keys that decide what the stored state means: weights, moments, queue, place in the plan.
 FIXED = (
@@ -27,8 +28,8 @@ FIXED = (
     "engine.precision",
     "optim.name",
 )
-# Where things lie and what they are called; the shards are known by their digest.
-OF_NO_MATTER = ("name", "output", "data.shards", "tracking.")
+# Where things lie and what they are called; shards and plug-ins are known by their digests.
+OF_NO_MATTER = ("name", "output", "data.shards", "tracking.", "plugins")
 SHOWN = 80
 
 
@@ -38,7 +39,7 @@ def recipe_changes(recipe: Recipe, checkpoint: Path) -> dict[str, str]:
     Raises CheckpointError for a key whose change would give the stored state another meaning.
     """
     stored = load_stored_recipe(checkpoint / "recipe.yaml").as_flat()
-    ours = Recipe.model_validate(yaml.safe_load(recipe_text(recipe))).as_flat()  # as it would be stored
+    ours = Recipe.model_validate(yaml.safe_load(recipe_text(recipe)), context=ANY_NAME).as_flat()  # as stored
     differing = [key for key, value in ours.items() if value != stored.get(key) and not key.startswith(OF_NO_MATTER)]
     for key in differing:
         if key in FIXED:
@@ -46,7 +47,8 @@ def recipe_changes(recipe: Recipe, checkpoint: Path) -> dict[str, str]:
                 f"{checkpoint} was trained with {key} {_shown(stored.get(key))}, this recipe has {_shown(ours[key])}; "
                 "they must agree; to train on from its network, export it and name it as model.weights"
             )
-    return {key: f"{_shown(stored.get(key))} -> {_shown(ours[key])}" for key in differing}
+    changes = {key: f"{_shown(stored.get(key))} -> {_shown(ours[key])}" for key in differing}
+    return changes | plugin_changes(recipe, checkpoint)
 
 
 def _shown(value: Any) -> str:
