@@ -13,7 +13,7 @@ import tyro
 
 from configs.flags import FlagError, is_given, parse_flags, parse_known_flags
 from configs.load import RECIPES, load_recipe
-from configs.schema import Recipe, with_home
+from configs.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def named_plugins(argv: Sequence[str], *, prog: str) -> list[str] | None:
     """What `--plugins` names among a verb's words, None without it: they must run before the other flags are read."""
     if not is_given(argv, "plugins"):
         return None
-    return with_home(list(parse_known_flags(_Plugins, argv, prog=prog)[0].plugins))
+    return list(parse_known_flags(_Plugins, argv, prog=prog)[0].plugins)
 
 
 def _without_foreign_arguments(recipe: Recipe, read: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[str]]:

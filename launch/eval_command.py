@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from pydantic import ValidationError
@@ -22,7 +22,7 @@ from configs.load import load_stored_recipe
 from configs.plugins import load_plugins
 from configs.progress import OnProgress
 from configs.reading import reason
-from configs.schema import EvalConfig, ModelConfig, Recipe, with_home
+from configs.schema import EvalConfig, ModelConfig, Recipe
 from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help, --list and mistakes should not wait for torch
@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
     """The command, the checkpoint folder that it means, and the recipe that the model is built from."""
     default, checkpoint, recipe = EvalCommand(), None, Recipe()
     named, _ = parse_known_flags(_Named, argv, prog=PROG)
-    load_plugins(with_home(list(named.plugins)))
+    load_plugins(named.plugins)
     if named.checkpoint and named.weights:
         raise ValueError("eval takes --checkpoint or --weights, not both")
     if named.checkpoint:

@@ -12,7 +12,6 @@ from rich.markup import escape
 
 from configs.flags import parse_flags
 from configs.plugins import load_plugins
-from configs.schema import with_home
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> int:
     from trainer.export import export_network
     from trainer.recorded_plugins import note_checkpoint
 
-    load_plugins(with_home(list(command.plugins)))
+    load_plugins(command.plugins)
     if note := note_checkpoint(checkpoint):
         Console().print(f"[yellow]{escape(note)}", soft_wrap=True, highlight=False)
     done = export_network(checkpoint, command.out)

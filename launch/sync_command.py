@@ -13,7 +13,6 @@ from rich.markup import escape
 from configs.flags import parse_flags
 from configs.load import load_stored_recipe
 from configs.plugins import load_plugins
-from configs.schema import with_home
 from configs.secrets import without_secrets
 from data_pipeline.folder_lock import LockedError, holder
 from trainer import metrics_log
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
         if not (folder / metrics_log.NAME).is_file():
             raise ValueError(f"{folder} holds no {metrics_log.NAME}; expected the output folder of a training")
     console = Console()
-    load_plugins(with_home(list(command.plugins)))
+    load_plugins(command.plugins)
     for folder in command.outputs:
         _sync(folder, command.uri, console)
     return 0
