@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -21,11 +22,12 @@ from types import ModuleType
 
 from configs.files import PARTIAL, write_whole
 from configs.names import nearest
-from configs.reading import read_regular, reason, shown
+from configs.reading import read_regular, reading, reason, shown
 from configs.registry import NOT_RUN, REGISTRIES
 
 ENTRY_POINTS = "rerankvpr.plugins"
 MODULE = "rerankvpr_plugin_"  # and the stem of a file: its module's name
+METADATA = "plugins"  # the key of an exported file's metadata that holds digests by name, as JSON
 ORDER = "order.txt"  # beside kept plug-ins: what to load, one a line
 OF_NETWORK = ("aggregator", "backbone")
 
@@ -105,6 +107,21 @@ def note_recorded(recorded: Mapping[str, str], where: Path, kept: Path | None = 
         said = ", ".join(f"{name} {recorded[name][:8]} (here {_loaded[name].sha256[:8]})" for name in others)
         lines.append(f"{where} was made with another plug-in {said}")
     return "; ".join(shown(line) for line in lines)
+
+
+def note_exported(metadata: Mapping[str, str], file: Path) -> str:
+    """`note_recorded` of what the metadata of an exported file records. Raises PluginError for no digests by name."""
+    text = metadata.get(METADATA)
+    return note_recorded(read_digests(text, file), file) if text else ""
+
+
+def read_digests(text: str | bytes, file: Path) -> dict[str, str]:
+    """Digests by name, from JSON. Raises PluginError naming the file."""
+    with reading(file, "digests of plug-ins by name", PluginError):
+        content = json.loads(text)
+        if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+            raise ValueError("expected a mapping of names to digests")
+        return content
 
 
 def keep(plugins: Iterable[Plugin], folder: Path) -> list[Path]:

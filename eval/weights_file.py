@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from configs.explain import explain
 from configs.load import stored_recipe
+from configs.plugins import note_exported
 from configs.reading import reading
 from configs.schema import EvalConfig, ModelConfig, Recipe
 from eval.describer import Describer
@@ -31,9 +32,11 @@ def recipe_of(file: Path) -> Recipe | None:
     if file.suffix != ".safetensors":
         return None
     with reading(file, "a file of tensors that can be read", WeightsError), safe_open(file, framework="pt") as content:
-        text = (content.metadata() or {}).get("recipe")
+        metadata = content.metadata() or {}
+    text = metadata.get("recipe")
     if text is None:
         return None
+    note_exported(metadata, file)  # explains names that only a plug-in knows
     recipe = stored_recipe(text, file)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": str(file)})})
 

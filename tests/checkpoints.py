@@ -13,6 +13,7 @@ from configs.files import file_sha256
 from configs.load import recipe_text
 from configs.schema import Recipe
 from model.network import PlaceModel, build_model
+from trainer import recorded_plugins
 from trainer.checkpoint_folder import point
 from trainer.manifest import FORMAT, MANIFEST
 from trainer.state import Progress
@@ -31,6 +32,8 @@ def write_checkpoint(run: Path, recipe: Recipe, *, seed: int = 5) -> tuple[Path,
     (checkpoint / "optimizer.json").write_text(json.dumps({"counts": {}, "scaler": {}}))
     (checkpoint / "state.json").write_text(json.dumps(asdict(Progress(step=1))))
     (checkpoint / "recipe.yaml").write_text(recipe_text(recipe))
+    if recipe.plugins:
+        (checkpoint / recorded_plugins.FILE).write_text(recorded_plugins.plugins_text(recipe))
     files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in checkpoint.iterdir()}
     (checkpoint / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": 1, "world_size": 1, "files": files}))
     point(run / "checkpoints" / "latest", checkpoint)

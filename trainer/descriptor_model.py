@@ -14,6 +14,7 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel
 
+from configs.plugins import load_kept
 from eval.given_images import GivenImage, as_list
 from eval.weights_file import describer_of_file
 
@@ -28,6 +29,8 @@ class DescriptorModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Builds the network and the rule for its pixels, as the file's metadata describes them."""
+        if plugins := context.artifacts.get("plugins"):
+            load_kept(Path(plugins))
         self.describer = describer_of_file(Path(context.artifacts["network"]))
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def] # noqa: ARG002

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from configs.files import replacing
 from configs.load import load_stored_recipe, recipe_text
+from configs.plugins import METADATA
 from configs.reading import reading
 from configs.schema import Recipe
 from model.weights import AGGREGATOR, facebook_layout
@@ -42,7 +43,7 @@ def export_network(checkpoint: Path, out: Path) -> Exported:
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "recipe": recipe_text(recipe), "checkpoint": checkpoint.name}
     if plugins := plugins_of(checkpoint):
-        metadata["plugins"] = json.dumps(plugins)
+        metadata[METADATA] = json.dumps(plugins)
     with replacing(out) as partial:
         save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=metadata)
     return Exported(out, recipe, sum(value.numel() for value in state.values()))

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+from configs.plugins import keep, loaded
 from configs.schema import Recipe
 from eval.pixels import as_trained, pixel_rule
 from model.network import meta_model
 from trainer.export import export_network
+from trainer.recorded_plugins import note_checkpoint
 
 NAME = "best"
 HOME = Path(__file__).resolve().parent.parent
@@ -24,6 +26,7 @@ REQUIREMENTS = (
     *("mlflow", "torch", "torchvision", "timm", "safetensors", "huggingface_hub", "pydantic", "numpy", "pandas"),
     *("pillow", "PyYAML"),
 )
+PLUGIN_CODE, PLUGIN_REQUIREMENTS = ("memory",), ("pyarrow",)  # an aggregator's file may hold a loss or a source too
 EXAMPLE_SIDE = 64
 INPUT = (
     "images of any size, one or a list: file names, bytes of files, these in base64, or RGB numbers [B, H, W, 3] or "
@@ -57,6 +60,7 @@ def log_model(
                 experiment, NAME, source_run_id=run_id, tags=tags, model_type="descriptor"
             )
             try:
+                note_checkpoint(checkpoint)  # explains names that only a plug-in knows
                 exported = export_network(checkpoint, scratch / "network.safetensors")
                 save_pyfunc(exported.file, exported.recipe, scratch / "model", run_id, model.model_id)
             except (OSError, ValueError, SafetensorError) as error:
@@ -76,13 +80,18 @@ def log_model(
 def save_pyfunc(network: Path, recipe: Recipe, out: Path, run_id: str, model_id: str) -> None:
     """Writes an exported network as an MLflow model folder with its code, signature and an example. No pickle.
 
-    The signature says what comes out, float32 descriptors [B, D]; what goes in has too many forms for MLflow's types
-    (see `INPUT` and `DescriptorModel.predict`), so it stands in the metadata, with the size of the training's images.
+    The recipe's plug-ins go with it, as this process has run them, and are run where the model is loaded. The signature
+    says what comes out, float32 descriptors [B, D]; what goes in has too many forms for MLflow's types (see `INPUT` and
+    `DescriptorModel.predict`), so it stands in the metadata, with the size of the training's images.
     """
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    plugins = loaded(recipe.plugins)
+    keep(plugins, out.parent / "plugins")
+    artifacts = {"network": str(network)} | ({"plugins": str(out.parent / "plugins")} if plugins else {})
+    code, requirements = CODE + PLUGIN_CODE * bool(plugins), REQUIREMENTS + PLUGIN_REQUIREMENTS * bool(plugins)
     size = meta_model(recipe.model).descriptor_size
     rule = as_trained(recipe.eval, recipe.data)
     about = {"input": INPUT, "pixels": pixel_rule(rule), "image_size": recipe.data.image_size, "descriptor_size": size}
@@ -91,11 +100,11 @@ def save_pyfunc(network: Path, recipe: Recipe, out: Path, run_id: str, model_id:
     mlflow.pyfunc.save_model(
         out,
         python_model=HOME / "trainer" / "descriptor_model.py",
-        artifacts={"network": str(network)},
-        code_paths=[str(HOME / name) for name in CODE],
+        artifacts=artifacts,
+        code_paths=[str(HOME / name) for name in code],
         signature=ModelSignature(outputs=Schema([TensorSpec(np.dtype("float32"), (-1, size))])),
         input_example=example,
-        pip_requirements=[f"{name}=={metadata.version(name)}" for name in REQUIREMENTS],
+        pip_requirements=[f"{name}=={metadata.version(name)}" for name in requirements],
         mlflow_model=Model(run_id=run_id, model_id=model_id, metadata=about),
     )
     for cache in out.rglob("__pycache__"):

@@ -19,6 +19,7 @@ from eval.weights_file import describer_of, describer_of_file
 from model.network import build_model
 from trainer.checkpoint import load_model_weights
 from trainer.checkpoint_folder import find_checkpoint
+from trainer.recorded_plugins import note_checkpoint
 
 MLFLOW = re.compile(r"(models|runs|mlflow-artifacts|m-\w+):/")
 WEIGHTS = (".safetensors", ".pth", ".pt")
@@ -56,6 +57,7 @@ def load(
 
 
 def _of_checkpoint(checkpoint: Path, device: torch.device | None, settings: dict[str, Any]) -> Describer:
+    note_checkpoint(checkpoint)  # explains names that only a plug-in knows
     recipe = load_stored_recipe(checkpoint / "recipe.yaml")
     model = build_model(recipe.model.model_copy(update={"weights": "random"}), seed=recipe.seed)
     load_model_weights(model, checkpoint)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from configs.plugins import digests, keep, loaded, note_recorded
+from configs.plugins import digests, keep, loaded, note_exported, note_recorded, read_digests
 from configs.ranks import same_on_all_ranks
 from configs.reading import reading
 from configs.schema import Recipe
-from trainer.manifest import CheckpointError, is_listed
+from trainer.manifest import is_listed
 
-FILE = "plugins.json"  # in a checkpoint: digests by name; the key of an export's metadata is `plugins`
+FILE = "plugins.json"  # in a checkpoint: digests by name
 FOLDER = "plugins"  # in the output folder: copies
 
 
@@ -34,11 +34,10 @@ def plugins_text(recipe: Recipe) -> str:
 
 
 def plugins_of(checkpoint: Path) -> dict[str, str]:
-    """The digests that a checkpoint records; none of its plug-ins is run. Raises CheckpointError."""
+    """The digests that a checkpoint records; none of its plug-ins is run. Raises CheckpointError, PluginError."""
     if not is_listed(checkpoint, FILE):
         return {}
-    with reading(checkpoint / FILE, "digests of plug-ins", CheckpointError):
-        return _digests((checkpoint / FILE).read_bytes())
+    return read_digests((checkpoint / FILE).read_bytes(), checkpoint / FILE)
 
 
 def note_checkpoint(checkpoint: Path) -> str:
@@ -51,8 +50,7 @@ def note_export(file: Path) -> str:
     if file.suffix != ".safetensors" or not file.is_file():
         return ""
     with reading(file, "an exported network"), safe_open(file, framework="pt") as content:
-        recorded = (content.metadata() or {}).get("plugins")
-        return note_recorded(_digests(recorded), file) if recorded else ""
+        return note_exported(content.metadata() or {}, file)
 
 
 def plugin_changes(recipe: Recipe, checkpoint: Path) -> dict[str, str]:
@@ -64,10 +62,3 @@ def plugin_changes(recipe: Recipe, checkpoint: Path) -> dict[str, str]:
 
 def _short(of: dict[str, str], name: str) -> str:
     return of.get(name, "none")[:8]
-
-
-def _digests(text: str | bytes) -> dict[str, str]:
-    content = json.loads(text)
-    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-        raise ValueError("expected digests by name")
-    return content
