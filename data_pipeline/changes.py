@@ -27,14 +27,14 @@ def changed_photograph(
     """
     if not suspect.any():
         return None
-    # Importing torchvision takes seconds, which a source that has not changed need not wait for.
+    # Importing torch takes seconds, which a source that has not changed need not wait for.
     from data_pipeline.photos import read_photo
 
     bad = {image.file for image in index.metadata.bad}
     by_image = _crc32_by_image(listing, index, bad)
     files = listing.images["file"].to_pylist()
     for row in np.flatnonzero(suspect).tolist():
-        photo = read_photo(Path(listing.source) / files[row], options.max_side, options.quality)
+        photo = read_photo(Path(listing.source) / files[row], options)
         said = by_image.get(row)
         if isinstance(photo, str) != (files[row] in bad):
             return str(files[row])

@@ -1,23 +1,14 @@
-"""Reading one image, and the normalisation that every DINOv2 expects."""
+"""Photographs as pixels of a network's size, and the normalisation that every DINOv2 expects."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from configs.reading import read_regular
-from data_pipeline.decode_errors import damage
-
-JPEG = b"\xff\xd8"
-PILLOW_READS = ("PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "PPM")
-MAX_PIXELS = 2**28  # 805 MB of RGB
+from data_pipeline.decoders import decode_rgb
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -56,54 +47,10 @@ def decode_into(out_3HW: torch.Tensor, data: bytes, interpolation: str = "biline
         _RESIZE[interpolation](image[None], list(out_3HW.shape[1:]), False, None, None, out=out_3HW[None])
 
 
-def decode_rgb(data: bytes) -> torch.Tensor:
-    """An image file's bytes as uint8 [3, H, W] of its own size: JPEG, PNG, WebP, GIF, AVIF, TIFF, BMP or PPM.
-
-    Raises ValueError where they are no complete image, or an animation, MemoryError where this machine has no memory
-    for it.
-    """
-    if not data:
-        raise ValueError("empty file")
-    if not data.startswith(JPEG):
-        return _decode_by_pillow(data)
-    try:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError, MemoryError) as error:
-        raise ValueError(damage(error, data)) from error
-
-
-def _decode_by_pillow(data: bytes) -> torch.Tensor:
-    """The pixels that torchvision gives, whose decoder of PNG crashes on damaged files (libpng's jump over C++)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image: Image.Image = Image.open(io.BytesIO(data), formats=PILLOW_READS)
-            if (pictures := getattr(image, "n_frames", 1)) > 1:
-                raise ValueError(f"an animation of {pictures} pictures, not a photograph")
-            image.load()
-        except Exception as error:
-            raise ValueError(damage(error, data)) from error
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def check_pixels(data: bytes) -> None:
-    """Raises ValueError where a JPEG's header announces more than `MAX_PIXELS`, for which its decoder takes memory."""
-    try:
-        width, height = Image.open(io.BytesIO(data), formats=("JPEG",)).size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return  # the decoder says what is wrong
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels; a photograph has at most {MAX_PIXELS}")
-
-
 def read_image(path: Path, side: int, interpolation: str = "bilinear") -> torch.Tensor:
     """The image file at `path` as uint8 [3, side, side]; see `decode_into`. Errors name the file."""
     try:
-        data = read_regular(path)
-        check_pixels(data)
-        return decode(data, side, interpolation)
+        return decode(read_regular(path), side, interpolation)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 

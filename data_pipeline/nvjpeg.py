@@ -1,9 +1,8 @@
 """JPEGs decoded by nvJPEG on this rank's NVIDIA GPU, in memory that nothing else uses meanwhile.
 
-torchvision decodes on a stream of its own, which waits for no other: into memory that the caller's stream has freed
-and whose last kernels may still run. And it lets the current device's stream wait for the pixels, which in a thread is
-GPU 0's unless that says otherwise. So all of it runs on one side stream of the right device, one call at a time, and
-each call ends when the device has ended.
+TorchCodec decodes on the current stream of the thread, which in a pool is GPU 0's default one: where a training's own
+kernels run. So all of it runs on one side stream of the right device, whose memory the training's stream does not use,
+one call at a time, and each call ends when the device has ended.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import threading
 from collections.abc import Sequence
 
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchcodec.decoders import decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -49,7 +48,7 @@ def decode_on_gpu(out_B3HW: torch.Tensor, jpegs: Sequence[bytes], interpolation:
     stream = _side_stream(device)
     with _one_at_a_time, torch.cuda.device(device), torch.cuda.stream(stream):
         try:
-            images = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+            images = decode_jpeg(encoded, device=device)
             for image, out_3HW in zip(images, out_B3HW, strict=True):
                 resized = F.resize(image, list(out_3HW.shape[1:]), interpolation=InterpolationMode(interpolation))
                 out_3HW.copy_(resized)

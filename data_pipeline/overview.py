@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from configs.files import replacing
+from data_pipeline.decoders import decode_rgb
 from data_pipeline.index import ShardIndex
 from data_pipeline.storage import RangeReader
 
@@ -131,9 +131,7 @@ def draw_map(index: ShardIndex, path: Path) -> bool:
 
 
 def _thumbnail(jpeg: bytes) -> Image.Image:
-    file = Image.open(io.BytesIO(jpeg))
-    file.draft("RGB", (2 * _CELL, 2 * _CELL))
-    image = file.convert("RGB")
+    image = Image.fromarray(decode_rgb(jpeg).permute(1, 2, 0).numpy())
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.resize((_CELL, _CELL), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))

@@ -5,7 +5,6 @@ Imports no torch, so that a folder is listed at once; `decode_rgb` imports its d
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections import Counter
@@ -13,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.formats import HEIC_EXTRA, HEIC_SUFFIXES, SUFFIXES
+
 if TYPE_CHECKING:
     import torch
-
-HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
-HEIC_EXTRA = "pip install 'rerankvpr[heic]'"
 
 # Thumbnails and rubbish of file managers, network disks and archives of a Mac; hidden ones are left out by their dot.
 _OF_FILE_MANAGERS = frozenset(
@@ -25,21 +23,6 @@ _OF_FILE_MANAGERS = frozenset(
 )
 _PLAIN_SUFFIX = re.compile(r"\.[a-z0-9_~#-]{1,10}")
 _KINDS_SHOWN = 8
-
-
-def reads_heic() -> bool:
-    """Whether the extra that decodes an iPhone's HEIC is installed."""
-    return importlib.util.find_spec("pillow_heif") is not None
-
-
-SUFFIXES = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".avif"),
-        *(".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pnm"),
-        *(HEIC_SUFFIXES if reads_heic() else ()),
-    )
-)
-"""Endings of the files that `decode_rgb` reads, in lower case; a file's may be in any."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +36,17 @@ class Listing:
         """`left out: .heic 3, .txt 1`, the largest first; empty if nothing was left out."""
         if not self.left_out:
             return ""
-        kinds = sorted(self.left_out.items(), key=lambda kind: (-kind[1], kind[0]))
-        told = [f"{kind} {count}" for kind, count in kinds[:_KINDS_SHOWN]]
-        if len(kinds) > _KINDS_SHOWN:
-            told.append(f"other kinds {sum(count for _, count in kinds[_KINDS_SHOWN:])}")
         hint = f" ({HEIC_EXTRA} reads .heic)" if HEIC_SUFFIXES & self.left_out.keys() else ""
-        return f"left out: {', '.join(told)}{hint}"
+        return f"left out: {counted(self.left_out)}{hint}"
+
+
+def counted(kinds: Counter[str]) -> str:
+    """`.heic 3, .txt 1`: the largest first, the smallest of many kinds together."""
+    by_count = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
+    told = [f"{kind} {count}" for kind, count in by_count[:_KINDS_SHOWN]]
+    if len(by_count) > _KINDS_SHOWN:
+        told.append(f"other kinds {sum(count for _, count in by_count[_KINDS_SHOWN:])}")
+    return ", ".join(told)
 
 
 def list_photographs(folder: Path, *, deep: bool = True) -> Listing:
@@ -124,7 +112,7 @@ def _left_out_by_name(name: str) -> str:
 
 
 def decode_rgb(data: bytes) -> torch.Tensor:
-    """A photograph's bytes as uint8 [3, H, W], RGB; see `data_pipeline.images.decode_rgb`."""
-    from data_pipeline.images import decode_rgb as decode
+    """A photograph's bytes as uint8 [3, H, W], RGB; see `data_pipeline.decoders.decode_rgb`."""
+    from data_pipeline.decoders import decode_rgb as decode
 
     return decode(data)

@@ -8,20 +8,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+from torchcodec.encoders import JpegEncoder
 from torchvision.transforms.v2.functional import resize
 
 from configs.reading import is_out_of_memory, read_regular, reason
-from data_pipeline.decode_errors import damage
-from data_pipeline.images import check_pixels
+from data_pipeline.decoders import JPEG, TooManyPixelsError, decode_rgb, format_of
+from data_pipeline.shard_options import DEFAULTS, ShardOptions
 
 _READ_AHEAD = 64
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A JPEG file's bytes, and its size in pixels."""
+    """A JPEG file's bytes, and the size in pixels that it is seen at: its EXIF orientation is applied."""
 
     jpeg: bytes
     width: int
@@ -29,27 +28,28 @@ class Photo:
 
 
 def read_photos(
-    paths: Iterable[Path], pool: ThreadPoolExecutor, *, max_side: int | None = None, quality: int = 95
+    paths: Iterable[Path], pool: ThreadPoolExecutor, options: ShardOptions = DEFAULTS
 ) -> Iterator[Photo | str]:
     """Each file's photograph, or why it has none, in order and read a little ahead; see `read_photo`."""
     waiting: deque[Future[Photo | str]] = deque()
     for path in paths:
-        waiting.append(pool.submit(read_photo, path, max_side, quality))
+        waiting.append(pool.submit(read_photo, path, options))
         if len(waiting) > _READ_AHEAD:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def read_photo(path: Path, max_side: int | None = None, quality: int = 95) -> Photo | str:
+def read_photo(path: Path, options: ShardOptions = DEFAULTS) -> Photo | str:
     """The photograph in a file, or why it has none: missing, unreadable, empty, no JPEG, or cut off.
 
-    torchvision's decoder, which training uses too, refuses a JPEG that ends early, be it by its last byte. A photograph
-    whose longer side exceeds `max_side` is scaled to it (antialiased bilinear) and written again with `quality`, 1 to
-    100; others keep their bytes. Raises MemoryError if the machine has no memory for it.
+    It is decoded as training decodes it, which refuses a JPEG that ends early, be it by its last byte. A JPEG keeps its
+    bytes, orientation tag and all, unless its longer side exceeds `options.max_side`: then it is scaled (antialiased
+    bilinear). What is scaled, and with `options.convert` what is no JPEG, is written upright, without a tag, with
+    `options.quality`. Raises MemoryError if the machine has no memory for it.
     """
     try:
-        jpeg = read_regular(path)
+        data = read_regular(path)
     except FileNotFoundError:
         return "missing"
     except OSError as error:
@@ -58,23 +58,23 @@ def read_photo(path: Path, max_side: int | None = None, quality: int = 95) -> Ph
         return f"unreadable ({error.strerror})"
     except ValueError as error:  # a name that no file can have
         return f"unreadable ({reason(error)})"
-    if not jpeg:
+    if not data:
         return "empty"
-    if not jpeg.startswith(b"\xff\xd8"):
-        return "not a JPEG"
+    is_jpeg = data.startswith(JPEG)
+    if not is_jpeg and not options.convert:
+        kind = format_of(data)
+        return f"not a JPEG but {kind}; --convert writes it as one" if kind else "not a JPEG"
     try:
-        check_pixels(jpeg)
-    except ValueError as error:
+        pixels_3HW = decode_rgb(data)
+    except TooManyPixelsError as error:
         return str(error)
-    try:
-        pixels = decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError, MemoryError) as error:
-        why = damage(error, jpeg)
-        return f"damaged JPEG ({why})" if why.startswith("its header") else "truncated or damaged JPEG"
-    height, width = pixels.shape[1:]
-    if max_side is not None and max(height, width) > max_side:
-        scale = max_side / max(height, width)
+    except ValueError as error:
+        return "truncated or damaged JPEG" if is_jpeg else f"not a photograph that can be read ({error})"
+    height, width = pixels_3HW.shape[1:]
+    scale = min(1.0, (options.max_side or max(height, width)) / max(height, width))
+    if scale < 1:
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        pixels = resize(pixels, [height, width], antialias=True)
-        jpeg = encode_jpeg(pixels, quality=quality).numpy().tobytes()
-    return Photo(jpeg, width=width, height=height)
+        pixels_3HW = resize(pixels_3HW, [height, width], antialias=True)
+    if scale < 1 or not is_jpeg:
+        data = JpegEncoder(pixels_3HW.contiguous()).to_tensor(quality=options.quality).numpy().tobytes()
+    return Photo(data, width=width, height=height)

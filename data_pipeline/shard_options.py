@@ -12,7 +12,8 @@ SHARD_BYTES = 256 * 2**20
 class ShardOptions:
     """About `shard_bytes` of source photographs in a tar; those larger than `max_side` scaled to it.
 
-    Scaled photographs are written with JPEG `quality`; others keep their bytes. At most the share `max_bad` of all
+    Scaled photographs, and with `convert` those that are no JPEGs, are written with JPEG `quality`; others keep their
+    bytes. At most the share `max_bad` of all
     images may be unreadable. `workers` processes share `threads` decoding threads (None: as many as cores); neither
     changes a byte. Raises ValueError for what cannot be.
     """
@@ -21,6 +22,7 @@ class ShardOptions:
     max_bad: float = 0.001
     max_side: int | None = None
     quality: int = 95
+    convert: bool = False
     threads: int | None = None
     workers: int = 1
 
@@ -44,7 +46,9 @@ class ShardOptions:
     def digest_text(self, format_version: int, min_images_per_place: int) -> str:
         """What of the options decides bytes, for the set's digest."""
         text = f"{format_version} {self.shard_bytes} {min_images_per_place}"
-        return text if self.max_side is None else f"{text} {self.max_side} {self.quality}"
+        if self.max_side is not None:
+            text += f" {self.max_side} {self.quality}"
+        return f"{text} convert {self.quality}" if self.convert else text
 
 
 DEFAULTS = ShardOptions()

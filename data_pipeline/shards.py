@@ -6,7 +6,7 @@ import contextlib
 import errno
 import hashlib
 import multiprocessing
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +21,7 @@ from configs.files import PARTIAL, partials_of
 from configs.progress import OnProgress, untold
 from data_pipeline.changes import changed_photograph, file_stat, file_stats
 from data_pipeline.folder_lock import LOCK, FolderLock, LockedError, holder
+from data_pipeline.formats import HEIC_SUFFIXES, OTHER_SUFFIXES
 from data_pipeline.index import (
     FORMAT_VERSION,
     INDEX,
@@ -34,6 +35,7 @@ from data_pipeline.index import (
     write_index,
 )
 from data_pipeline.listing import PlaceListing
+from data_pipeline.photographs import counted
 from data_pipeline.shard_options import DEFAULTS, ShardOptions
 from data_pipeline.tar_writer import (
     BadImages,
@@ -115,6 +117,7 @@ def write_shards(
     allowed = BadImages(options.max_bad, listing.num_images)
     missing = listing.images.take(np.flatnonzero(sizes < 0)).to_pylist()
     allowed.check([BadImage(image["csv"], image["row"], image["file"], "missing") for image in missing])
+    _check_formats(files, options)
     place_bytes = np.add.reduceat(np.maximum(sizes, 0), listing.place_starts[:-1])
 
     def job(number: int, start: int, stop: int) -> TarJob:
@@ -146,6 +149,17 @@ def write_shards(
             return gathered.summary(out, gathered.metadata(fingerprint), part)
         metadata = gathered.finish(out, fingerprint)
     return gathered.summary(out, metadata)
+
+
+def _check_formats(files: list[str], options: ShardOptions) -> None:
+    """Raises ValueError if more than `options.max_bad` are no JPEGs by their names and nobody asked to convert them."""
+    suffixes = (Path(file).suffix.lower() for file in files)
+    others = Counter(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES | HEIC_SUFFIXES)
+    if not options.convert and others.total() > options.max_bad * len(files):
+        raise ValueError(
+            f"{others.total()} of {len(files)} photographs are no JPEGs ({counted(others)}); with --convert they are "
+            f"written as JPEGs of --quality {options.quality}"
+        )
 
 
 def _results(

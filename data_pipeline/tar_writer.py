@@ -156,7 +156,7 @@ def _write_tar(
     job: TarJob, tar: Path, bad_before: list[BadImage], on_images: Callable[[int], None] | None
 ) -> tuple[TarResult, dict[str, Any]]:
     """Writes the tar under a name of its own; what it holds, and what the file of its rows says of it."""
-    # Importing torchvision takes seconds, which a set that is complete, or a user's mistake, need not wait for.
+    # Importing torch takes seconds, which a set that is complete, or a user's mistake, need not wait for.
     from data_pipeline.photos import read_photos
 
     rows: list[dict[str, Any]] = []
@@ -166,7 +166,7 @@ def _write_tar(
     images = job.images.to_pylist()
     with ThreadPoolExecutor(job.options.threads_per_worker, "decode") as pool, tar.open("wb") as file:
         paths = [job.source / image["file"] for image in images]
-        photos = read_photos(paths, pool, max_side=job.options.max_side, quality=job.options.quality)
+        photos = read_photos(paths, pool, job.options)
         for size in job.place_sizes:
             good: list[tuple[dict[str, Any], Photo]] = []
             for image in images[done : done + size]:

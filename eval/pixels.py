@@ -10,7 +10,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from configs.reading import read_regular
 from configs.schema import DataConfig, EvalConfig
-from data_pipeline.images import check_pixels, decode_rgb, read_image
+from data_pipeline.decoders import decode_rgb
+from data_pipeline.images import read_image
 from eval.local_features import NO_CELL
 
 MOST_CELLS = NO_CELL - 1  # rows and columns of patches are stored in a byte
@@ -57,9 +58,7 @@ def load_image(path: Path, config: EvalConfig, patch: int) -> torch.Tensor:
     if config.resize == "square":
         return read_image(path, config.image_size, interpolation_of(config))
     try:
-        data = read_regular(path)
-        check_pixels(data)
-        image = decode_rgb(data)
+        image = decode_rgb(read_regular(path))
     except ValueError as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
     sides, most = input_size(image.shape[1], image.shape[2], config, patch), MOST_CELLS * patch

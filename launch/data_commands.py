@@ -40,7 +40,9 @@ class _Writing:
     max_side: int | None = None
     """Longer side in pixels that larger photographs are scaled to; without it every photograph keeps its bytes."""
     quality: int = 95
-    """JPEG quality of the photographs that are scaled."""
+    """JPEG quality of the photographs that are scaled or converted."""
+    convert: bool = False
+    """Write what is no JPEG (PNG, WebP, TIFF, HEIC, ...) as a JPEG; without it such photographs are refused."""
     shuffle: int | None = None
     """Seed that shuffles the places of each city, for readers that go through the tars in order."""
     workers: int = 1
@@ -231,6 +233,7 @@ def write_shard_set(console: Console, command: Any) -> ShardSummary:
                 max_bad=command.max_bad,
                 max_side=command.max_side,
                 quality=command.quality,
+                convert=command.convert,
                 threads=command.threads,
                 workers=command.workers,
             ),

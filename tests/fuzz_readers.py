@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from configs.files import file_sha256
 from configs.load import load_recipe, load_stored_recipe, recipe_text
 from configs.schema import Recipe
+from data_pipeline.formats import reads_heic
 from data_pipeline.images import read_image
 from data_pipeline.index import INDEX, digest_line, read_index, read_table, write_table
 from data_pipeline.loader import PlaceLoader, TooManyBadImagesError
@@ -328,6 +329,7 @@ def _photographs(folder: Path) -> list[Path]:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (24, 31, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
+    grey16 = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
     exif = Image.Exif()
     exif[0x0112] = 6
     gps = exif.get_ifd(0x8825)
@@ -335,16 +337,31 @@ def _photographs(folder: Path) -> list[Path]:
     for name, options in {
         "plain.jpg": {"exif": exif},
         "progressive.jpg": {"progressive": True},
-        "image.png": {},
+        "image.png": {"exif": exif},
         "image.gif": {},
-        "image.webp": {},
+        "image.webp": {"exif": exif},
+        "lossless.webp": {"lossless": True},
+        "image.avif": {"exif": exif},
+        "image.tif": {"exif": exif},
+        "packed.tif": {"compression": "tiff_lzw"},
+        "jpeg.tif": {"compression": "jpeg"},
+        "image.bmp": {},
+        "image.ppm": {},
     }.items():
         image.save(folder / name, **options)
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("RGBA").quantize(17).save(folder / "palette.png")
+    grey16.save(folder / "grey16.png")
+    grey16.save(folder / "grey16.tif")
+    if reads_heic():
+        import pillow_heif
+
+        pillow_heif.from_pillow(image).save(folder / "image.heic")
     return sorted(folder.iterdir())
 
 
 def _read_photographs(folder: Path, file: Path) -> bool:
-    photo = read_photo(file, 16)
+    photo = read_photo(file, ShardOptions(max_side=16, convert=True))
     if isinstance(photo, str) and (not photo or "\n" in photo):
         raise AssertionError(photo)
     read_image(file, 14)
