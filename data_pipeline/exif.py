@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.reading import reading
-from data_pipeline.photographs import reads_heic
+from data_pipeline.formats import reads_heic
 
 _GPS, _EXIF = 0x8825, 0x8769
 _LAT_REF, _LAT, _LON_REF, _LON, _HEADING, _ERROR_M = 1, 2, 3, 4, 17, 31

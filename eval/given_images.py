@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from configs.reading import read_regular
 from configs.schema import EvalConfig
-from data_pipeline.images import check_pixels, decode_rgb
+from data_pipeline.decoders import decode_rgb
 from eval.pixels import MOST_CELLS, input_size, interpolation_of
 
 GivenImage = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview, Image.Image, NDArray[Any], torch.Tensor]
@@ -69,9 +69,7 @@ def _rgb_of(given: GivenImage) -> torch.Tensor:
     if isinstance(given, str | os.PathLike):
         given = read_regular(Path(given))
     if isinstance(given, bytes | bytearray | memoryview):
-        data = bytes(given)
-        check_pixels(data)
-        return decode_rgb(data)
+        return decode_rgb(bytes(given))
     if isinstance(given, Image.Image):
         return rgb_of_pil(given)
     if isinstance(given, np.ndarray | torch.Tensor):
