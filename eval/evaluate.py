@@ -86,7 +86,7 @@ def evaluate(
     ks, resamples, predictions_QK = config.recall_at, config.bootstrap, found.predictions_QK
     reranked_QK = reranked.predictions_QK if reranked else None
     gain = None
-    if reranked_QK is not None and resamples:
+    if reranked_QK is not None and resamples and benchmark.num_labelled:
         gain = gain_of(predictions_QK, reranked_QK, benchmark, ks, resamples)
     return Result(
         name=benchmark.name,
@@ -109,6 +109,10 @@ def evaluate(
         index_agreement=index_agreement,
         num_left_alone=reranked.num_left_alone if reranked else 0,
         notes=tuple(notes),
+        layout=benchmark.layout,
+        num_labelled=None if benchmark.labelled_Q is None else benchmark.num_labelled,
+        similarities_QK=found.similarities_QK,
+        matches_QT=reranked.scores_QT if reranked else None,
     )
 
 

@@ -23,12 +23,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall@K of one stage in percent, or the gain of one over another in points, for each K."""
+    """Recall@K of one stage in percent, or the gain of one over another in points, for each K.
+
+    It has no K, and is false, if no query has ground truth.
+    """
 
     by_k: dict[int, Figure]
 
     def __getitem__(self, k: int) -> float:
         return self.by_k[k].value
+
+    def __bool__(self) -> bool:
+        return bool(self.by_k)
 
     def __str__(self) -> str:
         return " / ".join(f"{figure.value:.1f}" for figure in self.by_k.values())
@@ -55,17 +61,19 @@ def first_hits(predictions_QK: NDArray[np.int64], benchmark: Benchmark) -> NDArr
 
 
 def recall_at(predictions_QK: NDArray[np.int64], benchmark: Benchmark, ks: Iterable[int]) -> dict[int, float]:
-    """Percent of queries with a positive among their first k predictions, for each k.
+    """Percent of queries with a positive among their first k predictions, for each k; no k if none is labelled.
 
-    All queries count: one without a positive is a miss. Predictions of -1 stand for none.
+    All queries with ground truth count: one without a positive is a miss. Predictions of -1 stand for none.
     """
-    first_hit_Q = first_hits(predictions_QK, benchmark)
-    return {k: 100.0 * float((first_hit_Q < k).mean()) for k in ks}
+    first_hit_Q = _hits_of_labelled(predictions_QK, benchmark)
+    return {k: 100.0 * float((first_hit_Q < k).mean()) for k in ks} if len(first_hit_Q) else {}
 
 
 def recall_of(predictions_QK: NDArray[np.int64], benchmark: Benchmark, ks: Iterable[int], resamples: int) -> Recall:
     """`recall_at`, each with its bootstrap interval if `resamples` is not 0."""
-    first_hit_Q = first_hits(predictions_QK, benchmark)
+    first_hit_Q = _hits_of_labelled(predictions_QK, benchmark)
+    if not len(first_hit_Q):
+        return Recall({})
     hits = {k: first_hit_Q < k for k in ks}
     return Recall(
         {
@@ -83,9 +91,17 @@ def gain_of(
     resamples: int,
 ) -> Recall:
     """Gain of recall@K in points with its 95 % interval, paired: each resample draws queries, not recalls."""
-    before_Q, after_Q = first_hits(before_QK, benchmark), first_hits(after_QK, benchmark)
+    before_Q, after_Q = _hits_of_labelled(before_QK, benchmark), _hits_of_labelled(after_QK, benchmark)
+    if not len(before_Q):
+        return Recall({})
     gains = {k: 100.0 * ((after_Q < k).astype(np.float64) - (before_Q < k)) for k in ks}
     return Recall({k: Figure(float(gain_Q.mean()), bootstrap_means(gain_Q, resamples)) for k, gain_Q in gains.items()})
+
+
+def _hits_of_labelled(predictions_QK: NDArray[np.int64], benchmark: Benchmark) -> NDArray[np.float64]:
+    """`first_hits` of the queries that have ground truth."""
+    first_hit_Q = first_hits(predictions_QK, benchmark)
+    return first_hit_Q if benchmark.labelled_Q is None else first_hit_Q[benchmark.labelled_Q]
 
 
 def bootstrap_means(values_Q: NDArray[np.floating], resamples: int, seed: int = 0) -> Interval:

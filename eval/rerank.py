@@ -106,7 +106,10 @@ Score = Callable[..., NDArray[np.float32]]  # as `score_candidates`
 
 @dataclass(frozen=True)
 class Reranked:
-    """Predictions after matching, the scores of the first T, and how many queries matching left alone."""
+    """Predictions after matching, match scores of the first T before it, and how many queries it left alone.
+
+    Scores of a query that was left alone, and of a candidate that is none, are NaN.
+    """
 
     predictions_QK: NDArray[np.int64]
     scores_QT: NDArray[np.float32]
@@ -132,7 +135,7 @@ def rerank(
     """
     depth = min(config.top_k, predictions_QK.shape[1])
     matched_q = np.flatnonzero(margins(similarities_QK) < auto_margin)
-    scores_QT = np.zeros((len(predictions_QK), depth), dtype=np.float32)
+    scores_QT = np.full((len(predictions_QK), depth), np.nan, dtype=np.float32)
     ranked_QK = predictions_QK.copy()
     if len(matched_q):
         candidates = predictions_QK[matched_q, :depth]
@@ -141,7 +144,7 @@ def rerank(
         patches = patch_counts(queries)[matched_q]
         key = fuse(scores, similarities_QK[matched_q, :depth], patches, config.global_weight)
         key[candidates < 0] = -np.inf
-        scores_QT[matched_q] = scores
+        scores_QT[matched_q] = np.where(candidates < 0, np.float32(np.nan), scores)
         ranked_QK[matched_q] = reorder(key, predictions_QK[matched_q])
     return Reranked(ranked_QK, scores_QT, len(predictions_QK) - len(matched_q))
 

@@ -38,6 +38,14 @@ class Result:
     """Percent of the exact neighbours that an approximate index found."""
     num_left_alone: int = 0
     notes: tuple[str, ...] = ()
+    layout: str = ""
+    """What was read of the benchmark's folder."""
+    num_labelled: int | None = None
+    """Queries with ground truth, which the recalls count; None: all."""
+    similarities_QK: NDArray[np.float32] | None = None
+    """Cosines of the retrieved predictions."""
+    matches_QT: NDArray[np.float32] | None = None
+    """Match scores of the first T retrieved predictions, NaN where nothing was matched; None if not re-ranked."""
 
     def stages(self) -> dict[str, Recall]:
         """What was measured, by name: retrieved and, if there is any, re-ranked and gain."""
@@ -46,11 +54,12 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """All but the predictions, for JSON; recalls, intervals and gains by K."""
-        hidden = ("retrieved", "reranked", "gain", "predictions_QK", "reranked_QK")
+        hidden = ("retrieved", "reranked", "gain", "predictions_QK", "reranked_QK", "similarities_QK", "matches_QT")
         gain = self.gain.by_k if self.gain else {}
         return {
             **{key: value for key, value in vars(self).items() if key not in hidden},
-            "recall": self.retrieved.values,
+            "num_labelled": self.num_queries if self.num_labelled is None else self.num_labelled,
+            "recall": self.retrieved.values or None,
             "recall_reranked": self.reranked.values if self.reranked else None,
             "recall_interval": self.retrieved.intervals,
             "reranked_interval": self.reranked.intervals if self.reranked else {},
@@ -69,6 +78,9 @@ class Result:
 
     def line(self) -> str:
         """Recalls in one line, with protocol, pixels and precision."""
+        what = f"{self.name} ({self.protocol}, {self.pixels}, {self.precision})"
+        if not self.retrieved:
+            return what
         ks = "/".join(str(k) for k in self.retrieved.by_k)
-        text = f"{self.name} ({self.protocol}, {self.pixels}, {self.precision}) R@{ks} {self.retrieved}"
+        text = f"{what} R@{ks} {self.retrieved}"
         return f"{text}, re-ranked {self.reranked}" if self.reranked else text

@@ -9,7 +9,8 @@ from pathlib import Path
 from configs.names import nearest
 from eval.benchmarks.benchmark import Benchmark, BenchmarkError, make_benchmark
 from eval.benchmarks.ground_truth import clip_to, frames_within, read_lines, read_positives
-from eval.benchmarks.layouts import existing, images_in, vpr_bench
+from eval.benchmarks.layouts import vpr_bench
+from eval.benchmarks.photographs import Photographs, existing, images_in
 
 GARDENS_TRAVERSES = ("day_left", "day_right", "night_right")
 GARDENS_PAIRS = (("day_right", "night_right"), ("day_left", "night_right"), ("day_right", "day_left"))
@@ -40,17 +41,20 @@ def gardens_point(folder: Path, options: list[str]) -> list[Benchmark]:
     is_part = (first, last) != (0, GARDENS_FRAMES - 1)
     positives = frames_within(last - first + 1, last - first + 1, GARDENS_TOLERANCE)
     notes = _gardens_notes(folder)
-    return [
-        make_benchmark(
-            f"gardens_point/{database}/{query}" + (f"/{first}-{last}" if is_part else ""),
-            f"+-{GARDENS_TOLERANCE} frames, frames {first}-{last}",
-            _traverse(folder / database)[first : last + 1],
-            _traverse(folder / query)[first : last + 1],
-            positives,
-            notes,
+    benchmarks = []
+    for database, query in pairs:
+        drives = [_traverse(folder / traverse) for traverse in (database, query)]
+        benchmarks.append(
+            make_benchmark(
+                f"gardens_point/{database}/{query}" + (f"/{first}-{last}" if is_part else ""),
+                f"+-{GARDENS_TOLERANCE} frames, frames {first}-{last}",
+                drives[0].paths[first : last + 1],
+                drives[1].paths[first : last + 1],
+                positives,
+                [*notes, *drives[0].notes, *drives[1].notes],
+            )
         )
-        for database, query in pairs
-    ]
+    return benchmarks
 
 
 def _pair(options: list[str]) -> tuple[str, str]:
@@ -75,11 +79,11 @@ def _gardens_notes(folder: Path) -> list[str]:
     return notes
 
 
-def _traverse(folder: Path) -> list[Path]:
-    paths = images_in(folder)
-    if len(paths) != GARDENS_FRAMES:
-        raise BenchmarkError(f"{folder} holds {len(paths)} frames; Gardens Point has {GARDENS_FRAMES} a traverse")
-    return paths
+def _traverse(folder: Path) -> Photographs:
+    found = images_in(folder)
+    if len(found.paths) != GARDENS_FRAMES:
+        raise BenchmarkError(f"{folder} holds {len(found.paths)} frames; Gardens Point has {GARDENS_FRAMES} a traverse")
+    return found
 
 
 def nordland_seasons(name: str, folder: Path) -> Benchmark:
@@ -87,7 +91,9 @@ def nordland_seasons(name: str, folder: Path) -> Benchmark:
 
     `cleanImageNames.txt`, where there, names the 27,592 frames that are neither tunnel nor station. +-10 frames.
     """
-    parts = {season: images_in(folder / season) for season in ("summer", "winter")}
+    found = {season: images_in(folder / season) for season in ("summer", "winter")}
+    parts = {season: photographs.paths for season, photographs in found.items()}
+    notes = [note for photographs in found.values() for note in photographs.notes]
     if (listing := folder / "cleanImageNames.txt").is_file():
         wanted = read_lines(listing)
         parts = {season: existing([folder / season / image for image in wanted], listing) for season in parts}
@@ -98,4 +104,4 @@ def nordland_seasons(name: str, folder: Path) -> Benchmark:
             f"{folder}: summer and winter differ ({len(alone)} frames, first {alone[:1]}); not aligned"
         )
     positives = frames_within(len(parts["winter"]), len(parts["summer"]), 10)
-    return make_benchmark(name, "+-10 frames, all queries", parts["summer"], parts["winter"], positives)
+    return make_benchmark(name, "+-10 frames, all queries", parts["summer"], parts["winter"], positives, notes)
