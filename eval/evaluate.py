@@ -125,7 +125,7 @@ def precision_of(model: PlaceModel, config: EvalConfig) -> str:
 def check_depth(benchmarks: list[Benchmark], config: EvalConfig) -> None:
     """Raises ValueError if a K exceeds the database of a benchmark: that recall would say nothing."""
     for benchmark in benchmarks:
-        if config.recall_at[-1] > len(benchmark.database):
+        if benchmark.num_labelled and config.recall_at[-1] > len(benchmark.database):
             raise ValueError(
                 f"eval.recall_at {config.recall_at[-1]}: {benchmark.name} has {len(benchmark.database)} database "
                 f"images; use at most {len(benchmark.database)}"

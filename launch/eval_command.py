@@ -50,8 +50,16 @@ class EvalCommand:
     plugins: tuple[str, ...] = ()
     """Your code, files (my_vpr.py) or modules, that adds aggregators, backbones or benchmarks; see docs/extending.md.
     That of a checkpoint is run only if it is named here."""
+    database: Path | None = None
+    """Any folder of photographs to search, with --queries; sub-folders too."""
+    queries: Path | None = None
+    """Any folder of photographs to find in --database."""
+    radius_m: float | None = None
+    """Metres within which images show one place, for folder:, manifest:, layout: and --database; None is 25."""
+    no_labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Predictions without recall, whatever ground truth there is."""
     out: Path | None = None
-    """Folder for results.json, results.csv and pictures."""
+    """Folder for results.json, results.csv, predictions.parquet, predictions.csv, files for contests and pictures."""
     list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Lists the benchmarks: where to get each, the layouts that are read, what lies under --data-root."""
     no_rerank: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -77,7 +85,8 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
 
         checkpoint = find_checkpoint(named.checkpoint)
         recipe = load_stored_recipe(checkpoint / "recipe.yaml")
-        default = EvalCommand(eval=recipe.eval)
+        own = recipe.eval if named.database is None else recipe.eval.model_copy(update={"benchmarks": []})
+        default = EvalCommand(eval=own)
     command = parse_flags(EvalCommand, argv, default=default, prog=PROG)
     if command.list:
         return command, None, recipe
@@ -86,8 +95,14 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
         command = replace(command, eval=command.eval.model_copy(update={"rerank": off}))
     if command.sweep and not command.eval.rerank.enabled:
         raise ValueError("eval --sweep needs re-ranking: --rerank.enabled, without --no-rerank")
-    if not command.eval.benchmarks:
-        raise ValueError("eval needs --benchmarks, such as town or gardens_point/day_right/night_right/100-199")
+    if (command.database is None) != (command.queries is None):
+        given, other = ("--database", "--queries") if command.database else ("--queries", "--database")
+        raise ValueError(f"eval {given} needs {other} DIR too")
+    if not command.eval.benchmarks and not command.database:
+        raise ValueError(
+            "eval needs --benchmarks, such as town, folder:PATH or gardens_point/day_right/night_right/100-199, or "
+            "--database DIR --queries DIR"
+        )
     if command.weights:
         from model.weights import infer_backbone
 
@@ -110,6 +125,7 @@ class _Named:
     plugins: tuple[str, ...] = ()
     checkpoint: Path | None = None
     weights: Path | None = None
+    database: Path | None = None
 
 
 def main(argv: list[str]) -> int:
@@ -119,17 +135,26 @@ def main(argv: list[str]) -> int:
     if not command.list and os.environ.get("RANK", "0") == "0" and (note := _note_plugins(command, checkpoint)):
         console.print(f"[yellow]{escape(note)}", highlight=False, soft_wrap=True)
     if command.list:
-        from eval.benchmarks.catalogue import catalogue_table
+        from eval.benchmarks.overview import catalogue_table, own_table
 
         console.print(catalogue_table(command.eval.data_root))
+        console.print(own_table())
         return 0
     from data_pipeline.folder_lock import held_by_rank_0
     from eval.benchmarks.load import load_benchmarks
     from eval.evaluate import check_depth
     from trainer.process_group import start_process_group, stop_process_group
 
-    benchmarks = load_benchmarks(command.eval.benchmarks, command.eval.data_root)
+    benchmarks = load_benchmarks(
+        command.eval.benchmarks,
+        command.eval.data_root,
+        labels="unused" if command.no_labels else "found",
+        radius_m=command.radius_m,
+        pair=(command.database, command.queries) if command.database and command.queries else None,
+    )
     check_depth(benchmarks, command.eval)
+    if command.sweep and (unlabelled := [b.name for b in benchmarks if not b.num_labelled]):
+        raise ValueError(f"eval --sweep needs ground truth; {unlabelled[0]} has none")
     rank: Rank = start_process_group(recipe.engine.timeout_s, tf32=recipe.engine.tf32)
     with held_by_rank_0(command.out, "rerankvpr eval") if command.out else nullcontext():
         not_written = _evaluate(console, command, checkpoint, recipe, rank, benchmarks)
@@ -160,6 +185,7 @@ def _evaluate(
     from eval.feature_cache import FeatureCache
     from eval.pixels import as_trained, pixel_differences
     from eval.report.pictures import draw_pictures
+    from eval.report.predictions import predictions_table, write_predictions, write_submission
     from eval.report.tables import results_table, write_csv, write_results
     from launch.eval_tracking import Evaluation, log_evaluation
     from model.network import build_model
@@ -189,6 +215,7 @@ def _evaluate(
             not_written.append(f"{file} could not be written ({reason(error)}); the results are printed above")
 
     results: list[Result] = []
+    predictions = []
     cache = FeatureCache(benchmarks, config.features, beside=command.out)
     watchdog = Watchdog(
         limit_s=command.stall_s if rank.world_size > 1 else 0,
@@ -211,7 +238,12 @@ def _evaluate(
             results.append(result)
             if rank.is_main:
                 for note in result.notes:
-                    console.print(f"[yellow]{benchmark.name}: {note}", highlight=False, soft_wrap=True)
+                    console.print(f"{benchmark.name}: {note}", style="yellow", markup=False, soft_wrap=True)
+                if command.out:
+                    predictions.append(predictions_table(benchmark, result, config.recall_at[-1]))
+                    with writing(command.out / "submissions"):
+                        for file in write_submission(command.out / "submissions", benchmark, result):
+                            console.print(f"written: {file}", soft_wrap=True)
                 if command.out and config.pictures:
                     folder = command.out / "pictures" / benchmark.name
                     with writing(folder):
@@ -226,6 +258,8 @@ def _evaluate(
                 console.print(f"written: {command.out / 'results.json'}", soft_wrap=True)
             with writing(command.out / "results.csv"):
                 write_csv(command.out / "results.csv", results)
+            with writing(command.out / "predictions.parquet"):
+                write_predictions(command.out, predictions)
         if command.track:
             log_evaluation(
                 command.track,

@@ -77,6 +77,8 @@ def _log(uri: str, experiment: str, evaluation: Evaluation, parent: str | None, 
         write_results(Path(name) / "results.json", results, model=model)
         write_csv(Path(name) / "results.csv", results)
         client.log_artifacts(run, name)
+    if out and (out / "predictions.parquet").is_file():
+        client.log_artifact(run, str(out / "predictions.parquet"))
     for pictures in ("pictures", "sweeps"):
         if out and (out / pictures).is_dir():
             client.log_artifacts(run, str(out / pictures), pictures)

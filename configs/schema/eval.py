@@ -78,7 +78,7 @@ class EvalConfig(Section):
     benchmarks: list[str] = Field(
         default_factory=list,
         description="NAME[/VARIANT] of the catalogue (rerankvpr eval --list), folder:PATH[:METRES], "
-        "manifest:FILE[:METRES].",
+        "manifest:FILE[:METRES], layout:LAYOUT:PATH.",
     )
     data_root: Path = Field(Path("data"), description="Folder that holds a folder for each benchmark.")
     image_size: Positive = Field(

@@ -44,7 +44,8 @@ class Section(BaseModel):
 def with_home(value: Any) -> Any:
     """A value whose paths that start with `~` start with the home folder instead, also within lists and mappings.
 
-    `folder:~/x` and `manifest:~/x` name paths too, and other texts that start with `~/` mean nothing else.
+    `folder:~/x`, `manifest:~/x` and `layout:NAME:~/x` name paths too, and other texts that start with `~/` mean nothing
+    else.
     """
     if isinstance(value, Path):
         return Path(_expanded(str(value)))
@@ -52,6 +53,9 @@ def with_home(value: Any) -> Any:
         kind, colon, rest = value.partition(":")
         if kind in ("folder", "manifest") and colon:
             return f"{kind}:{_expanded(rest)}"
+        if kind == "layout" and ":" in rest:
+            layout, _, path = rest.partition(":")
+            return f"layout:{layout}:{_expanded(path)}"
         return _expanded(value)
     if isinstance(value, list):
         return [with_home(part) for part in value]

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.table import Table
-
 from configs.names import nearest
 from eval.benchmarks import msls
 from eval.benchmarks.benchmark import RADIUS_M, Benchmark, BenchmarkError
-from eval.benchmarks.layouts import gsv_lists, netvlad_mat, patch_netvlad, same_names, utm_folder, vpr_bench
+from eval.benchmarks.layouts import netvlad_mat, patch_netvlad, same_names, utm_folder, vpr_bench
+from eval.benchmarks.lists import OPENVPRLAB_PITTS, gsv_lists
 from eval.benchmarks.sequences import NORDLAND_FRAMES, gardens_point, nordland_seasons
 
 DOWNLOADER = "github.com/gmberton/VPR-datasets-downloader"
 VPR_BENCH = "github.com/MubarizZaffar/VPR-Bench"
+MSLS_TEST = "{query,database}/{images/,seq_info.csv,subtask_index.csv}"
 UTM = "images/test/{database,queries}/@UTM_east@UTM_north@...@.jpg"
 ONE_TO_ONE = "one to one, all queries"
 
@@ -44,8 +44,11 @@ class Variant:
         layout = self.found(folder)
         if layout is None:
             wanted = " | ".join(layout.expects for layout in self.layouts)
-            raise FileNotFoundError(f"benchmark {name}: {folder} has none of its layouts; expected {wanted}")
-        benchmark = layout.read(name, folder)
+            raise FileNotFoundError(
+                f"benchmark {name}: {folder} has none of its layouts; expected {wanted} (folder:PATH and "
+                "layout:LAYOUT:PATH read other ones)"
+            )
+        benchmark = replace(layout.read(name, folder), layout=layout.expects)
         counts = len(benchmark.database), len(benchmark.queries)
         if self.counts and counts != self.counts:
             if not self.published:
@@ -53,7 +56,7 @@ class Variant:
                 return replace(benchmark, notes=(*benchmark.notes, note))
             raise BenchmarkError(
                 f"benchmark {name}: {folder} holds {counts[0]} database images and {counts[1]} queries; its protocol "
-                f"has {self.counts[0]} and {self.counts[1]} (folder:PATH runs any UTM folder as it is)"
+                f"has {self.counts[0]} and {self.counts[1]} (folder:PATH runs any folder as it is)"
             )
         return benchmark
 
@@ -83,11 +86,10 @@ class Entry:
             raise ValueError(f"benchmark {name} takes no options, got {given!r}")
         raise ValueError(f"benchmark {name}: unknown variant {given!r}; {nearest(given, known)}")
 
-    def load(self, folder: Path, options: list[str]) -> list[Benchmark]:
+    def load(self, name: str, folder: Path, options: list[str]) -> list[Benchmark]:
         """The benchmarks that a spec's options name."""
         if self.custom:
             return self.custom(folder, options)
-        name = folder.name
         self.check(name, options)
         chosen = options or list(self.every)
         return [self.variants[key].read(f"{name}/{key}" if key else name, folder) for key in chosen]
@@ -122,6 +124,24 @@ def _lists(stem: str, protocol: str, *, unleak: bool = False) -> Layout:
     )
 
 
+def _pitts_lists(stem: str) -> tuple[Layout, Layout]:
+    """gsv-cities' lists of a Pittsburgh set and OpenVPRLab's, which differ in the name of the ground truth."""
+    protocol = "25 m radius, all queries"
+    openvprlab = Layout(
+        f"{stem}_gt_25m.npy",
+        f"{stem}_{{dbImages,qImages,gt_25m}}.npy",
+        lambda name, folder: gsv_lists(name, folder, stem, protocol, parts=OPENVPRLAB_PITTS),
+    )
+    return replace(_lists(stem, protocol), marker=f"{stem}_gt.npy"), openvprlab
+
+
+def _msls_city(city: str) -> Variant:
+    def read(name: str, folder: Path) -> Benchmark:
+        return msls.msls_test(name, folder, [city])
+
+    return Variant((Layout(f"test/{city}", f"test/{city}/{MSLS_TEST}", read),))
+
+
 def _mat(stem: str) -> Layout:
     return Layout(f"datasets/{stem}.mat", f"datasets/{stem}.mat", lambda name, folder: netvlad_mat(name, folder, stem))
 
@@ -154,6 +174,11 @@ CATALOGUE: dict[str, Entry] = {
                         "train_val/{cph,sf}/, msls_val_{dbImages,qImages,qIdx,pIdx}.npy",
                         msls.msls_740,
                     ),
+                    Layout(
+                        "msls_val_ref_image_names.npy",
+                        "{cph,sf}/, msls_val_{ref_image_names,query_image_names,ground_truth_25m}.npy",
+                        msls.msls_openvprlab,
+                    ),
                 ),
                 (18_871, 740),
             ),
@@ -172,6 +197,21 @@ CATALOGUE: dict[str, Entry] = {
         },
         fault="qImages lists 747 queries, of which 740 count; the two protocols differ by 3 to 5 points",
     ),
+    "msls_test": Entry(
+        "the same, test: the contest, whose ground truth is kept back; bare: six cities, /CITY: one",
+        "mapillary.com/dataset/places; predictions are written for its server",
+        {
+            "": Variant(
+                (
+                    Layout("test/*/query/seq_info.csv", f"test/CITY/{MSLS_TEST}", msls.msls_test),
+                    Layout("msls_test_dbImages.npy", "msls_test_{dbImages,qImages}.npy", msls.msls_test_lists),
+                ),
+                (38_770, 27_092),
+                published=False,
+            ),
+            **{city: _msls_city(city) for city in msls.TEST_CITIES},
+        },
+    ),
     "tokyo247": Entry(
         "Tokyo 24/7",
         f"ok.ctrl.titech.ac.jp/~torii/project/247 on request, {DOWNLOADER}",
@@ -182,15 +222,26 @@ CATALOGUE: dict[str, Entry] = {
         "Pittsburgh 30k; bare: test, /val",
         f"on request from the authors of NetVLAD, {DOWNLOADER}",
         {
-            "": Variant((_utm(), _mat("pitts30k_test"), _npz("pitts30k_test")), (10_000, 6_816)),
-            "val": Variant((_utm(base="images/val"), _mat("pitts30k_val"), _npz("pitts30k_val")), (10_000, 7_608)),
+            "": Variant(
+                (_utm(), _mat("pitts30k_test"), _npz("pitts30k_test"), *_pitts_lists("pitts30k_test")), (10_000, 6_816)
+            ),
+            "val": Variant(
+                (_utm(base="images/val"), _mat("pitts30k_val"), _npz("pitts30k_val"), *_pitts_lists("pitts30k_val")),
+                (10_000, 7_608),
+            ),
         },
         fault="secondary tables swap its columns with Pittsburgh 250k's",
     ),
     "pitts250k": Entry(
         "Pittsburgh 250k, test",
         f"on request from the authors of NetVLAD, {DOWNLOADER}",
-        {"": Variant((_utm(), _mat("pitts250k_test"), _npz("pitts250k_test")), (83_952, 8_280), published=False)},
+        {
+            "": Variant(
+                (_utm(), _mat("pitts250k_test"), _npz("pitts250k_test"), *_pitts_lists("pitts250k_test")),
+                (83_952, 8_280),
+                published=False,
+            )
+        },
     ),
     "nordland": Entry(
         "Nordland; bare: 2,760 queries at +-1 frame, /full: 27,592 at +-10",
@@ -252,6 +303,17 @@ CATALOGUE: dict[str, Entry] = {
             )
         },
     ),
+    "17places": Entry(
+        "17 Places, indoors",
+        VPR_BENCH,
+        {"": Variant((_vpr_bench("+-2 frames, VPR-Bench's list"),), (406, 406))},
+        fault="the published ground truth names images past the end; they are left out",
+    ),
+    "corridor": Entry(
+        "Corridor, indoors; its images lie in that repository",
+        f"{VPR_BENCH}, datasets/corridor",
+        {"": Variant((_vpr_bench("+-2 frames, VPR-Bench's list"),), (111, 111))},
+    ),
     "essex3in1": Entry(
         "ESSEX3IN1",
         VPR_BENCH,
@@ -268,28 +330,5 @@ CATALOGUE: dict[str, Entry] = {
 }
 
 
-def catalogue_table(data_root: Path) -> Table:
-    """Every benchmark with where to get it, the layouts that are read, and what of it lies under `data_root`."""
-    table = Table(title=f"Benchmarks; data root {data_root}", title_justify="left", show_lines=True)
-    for column in ("name", "what, where to get it", "layouts read", "database / queries", "found"):
-        table.add_column(column, overflow="fold")
-    for name, entry in CATALOGUE.items():
-        about = f"{entry.what}\n{entry.source}" + (f"\n! {entry.fault}" if entry.fault else "")
-        for number, (key, variant) in enumerate(entry.variants.items()):
-            layout = variant.found(data_root / name)
-            table.add_row(
-                f"{name}/{key}" if key else name,
-                about if not number else "",
-                "\n".join(layout.expects for layout in variant.layouts),
-                "{:,} / {:,}".format(*variant.counts) if variant.counts else "any",
-                f"yes: {layout.marker}" if layout else "no",
-            )
-    table.add_row("folder:PATH[:METRES]", "any folder in the UTM convention", UTM, "any", "")
-    table.add_row(
-        "manifest:FILE[:METRES]",
-        "a CSV or Parquet table of one's own",
-        "columns path, role (database, query), and place | lat, lon | east, north",
-        "any",
-        "",
-    )
-    return table
+ALIASES = {"msls_challenge": "msls_test", "msls-val": "msls_val", "pitts30k-val": "pitts30k/val"}
+"""Other names in use, each of a folder that may have that name too."""

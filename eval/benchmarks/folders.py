@@ -12,7 +12,7 @@ from configs.reading import reason
 from eval.benchmarks.benchmark import RADIUS_M, Benchmark, Whereabouts, without_labels
 from eval.benchmarks.layouts import vpr_bench
 from eval.benchmarks.photographs import images_in
-from eval.benchmarks.places import by_radius, of_utm_names, spread, taken
+from eval.benchmarks.places import by_radius, of_utm_names, spread
 
 BASES = ("images/test", "images/val", "images/train", "", "test", "val", "train")
 PARTS = (("database", "queries"), ("database", "query"), ("ref", "query"), ("gallery", "queries"))
@@ -93,9 +93,7 @@ def two_folders(
     return replace(by_radius(name, *images, at, radius_m, [*notes, *odd]), layout=layout)
 
 
-def _positions(
-    images: Sequence[Sequence[Path]], placed: Sequence[np.ndarray]
-) -> tuple[Whereabouts, list[str]]:
+def _positions(images: Sequence[Sequence[Path]], placed: Sequence[np.ndarray]) -> tuple[Whereabouts, list[str]]:
     named = [[path for path, has in zip(*part, strict=True) if has] for part in zip(images, placed, strict=True)]
     at, notes = of_utm_names(*named)
     return Whereabouts(spread(at.database, placed[0]), spread(at.queries, placed[1])), notes

@@ -87,9 +87,7 @@ def _same_place(
     notes = [f"{lost} of {len(database)} database images have no place and are no query's"] if lost else []
     positives = [np.array(rows.get(place, []), dtype=np.int64) for place in query_places]
     counted = "all queries" if labelled_Q.all() else f"{int(labelled_Q.sum())} of {len(queries)} queries"
-    return make_benchmark(
-        name, f"same place, {counted}", database, queries, positives, notes, labelled_Q=labelled_Q
-    )
+    return make_benchmark(name, f"same place, {counted}", database, queries, positives, notes, labelled_Q=labelled_Q)
 
 
 def _positions(table: dict[str, list[str]], keys: list[str], file: Path) -> Positions:
@@ -101,9 +99,7 @@ def _positions(table: dict[str, list[str]], keys: list[str], file: Path) -> Posi
 
 def _role(file: Path, row: int, role: str) -> str:
     if role.lower() not in ROLES:
-        raise BenchmarkError(
-            f"manifest {file}, row {row + 1 + _HEADER}: role {shown(role)!r}; use database or query"
-        )
+        raise BenchmarkError(f"manifest {file}, row {row + 1 + _HEADER}: role {shown(role)!r}; use database or query")
     return role.lower()
 
 
@@ -158,5 +154,8 @@ def _paths(names: Sequence[str], file: Path) -> tuple[list[Path], str]:
     existing(either, file)
     from_here: NDArray[np.bool_] = np.array([a is b for a, b in zip(here, either, strict=True)])
     if from_here.any():
-        return either, f"{int(from_here.sum())} paths relative to the working folder, {int((~from_here).sum())} to its own"
+        return (
+            either,
+            f"{int(from_here.sum())} paths relative to the working folder, {int((~from_here).sum())} to its own",
+        )
     return beside, "paths relative to its own folder"

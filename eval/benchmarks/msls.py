@@ -61,7 +61,9 @@ def msls_test(name: str, folder: Path, cities: Sequence[str] = TEST_CITIES) -> B
     Images and their order are those of `test/<city>/{database,query}/seq_info.csv`, of which `subtask_index.csv` picks
     those of the subtask "all" (github.com/mapillary/mapillary_sls, datasets/msls.py).
     """
-    sides = {side: [_images_of_test(folder / "test" / city / side) for city in cities] for side in ("database", "query")}
+    sides = {
+        side: [_images_of_test(folder / "test" / city / side) for city in cities] for side in ("database", "query")
+    }
     database, queries = ([path for city in sides[side] for path in city] for side in ("database", "query"))
     return as_msls(without_labels(name, database, queries))
 
@@ -80,7 +82,9 @@ def _images_of_test(folder: Path) -> list[Path]:
     keys = _table(folder / "seq_info.csv", ["key"])["key"]
     chosen = _table(folder / "subtask_index.csv", ["all"])["all"]
     if len(keys) != len(chosen):
-        raise BenchmarkError(f"MSLS tables of {folder}: seq_info.csv has {len(keys)} rows, subtask_index.csv {len(chosen)}")
+        raise BenchmarkError(
+            f"MSLS tables of {folder}: seq_info.csv has {len(keys)} rows, subtask_index.csv {len(chosen)}"
+        )
     _check_keys(keys, folder / "seq_info.csv")
     picked = keys[chosen.str.lower().isin(["true", "1", "1.0"])]
     return existing([folder / "images" / f"{key}.jpg" for key in picked], folder / "seq_info.csv")

@@ -6,23 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.benchmarks.benchmark import Benchmark, BenchmarkError
+from eval.benchmarks.benchmark import RADIUS_M, Benchmark, BenchmarkError
 from eval.benchmarks.folders import GROUND_TRUTH, LISTED, any_folder
 from eval.benchmarks.layouts import netvlad_mat, patch_netvlad, same_names, utm_folder, vpr_bench
 from eval.benchmarks.lists import GSV_CITIES, OPENVPRLAB_MSLS, OPENVPRLAB_PITTS, gsv_lists
 from eval.benchmarks.msls import msls_tables, msls_test
-from eval.benchmarks.photographs import existing
 from eval.benchmarks.sequences import nordland_seasons
 
-Read = Callable[[str, Path, float], Benchmark]
+Read = Callable[[str, Path], Benchmark]
+ReadByRadius = Callable[[str, Path, float], Benchmark]
 
 
 @dataclass(frozen=True)
 class NamedLayout:
-    """A layout: what is read of it, in words, and its reader (name, folder, radius in metres) -> Benchmark."""
+    """A layout: what is read of it, in words, and its reader, which takes a radius if it has positions."""
 
     expects: str
-    read: Read
+    read: Read | None = None
+    read_by_radius: ReadByRadius | None = None
 
 
 def stem_of(folder: Path, suffix: str) -> tuple[Path, str]:
@@ -41,7 +42,7 @@ def stem_of(folder: Path, suffix: str) -> tuple[Path, str]:
 
 
 def _lists(suffix: str, parts: dict[str, str]) -> Read:
-    def read(name: str, folder: Path, radius_m: float) -> Benchmark:
+    def read(name: str, folder: Path) -> Benchmark:
         root, stem = stem_of(folder, suffix)
         files = {part: root / f"{stem}_{called}.npy" for part, called in parts.items()}
         truth = files["gt"].is_file() or files["qIdx"].is_file()
@@ -51,12 +52,12 @@ def _lists(suffix: str, parts: dict[str, str]) -> Read:
     return read
 
 
-def _mat(name: str, folder: Path, radius_m: float) -> Benchmark:
+def _mat(name: str, folder: Path) -> Benchmark:
     root, stem = stem_of(folder / "datasets" if (folder / "datasets").is_dir() else folder, ".mat")
     return replace(netvlad_mat(name, root.parent, stem), layout=f"datasets/{stem}.mat")
 
 
-def _npz(name: str, folder: Path, radius_m: float) -> Benchmark:
+def _npz(name: str, folder: Path) -> Benchmark:
     root, stem = stem_of(folder, ".npz")
     return replace(patch_netvlad(name, root, stem), layout=f"{stem}.npz")
 
@@ -73,14 +74,14 @@ def _msls(name: str, folder: Path, radius_m: float) -> Benchmark:
     return replace(msls_tables(name, cities, protocol, radius_m), layout=f"MSLS tables of {told}")
 
 
-def _msls_test(name: str, folder: Path, radius_m: float) -> Benchmark:
+def _msls_test(name: str, folder: Path) -> Benchmark:
     cities = sorted(path.parent.parent.name for path in (folder / "test").glob("*/query/seq_info.csv"))
     if not cities:
         raise FileNotFoundError(f"{folder} has no test/CITY/query/seq_info.csv")
     return replace(msls_test(name, folder, cities), layout=f"MSLS test tables of {', '.join(cities)}")
 
 
-def _same_names(name: str, folder: Path, radius_m: float) -> Benchmark:
+def _same_names(name: str, folder: Path) -> Benchmark:
     for database, queries in (("new", "old"), ("database", "queries"), ("database", "query"), ("ref", "query")):
         if (folder / database).is_dir() and (folder / queries).is_dir():
             benchmark = same_names(name, folder, database, queries, "one to one by name, all queries")
@@ -89,11 +90,9 @@ def _same_names(name: str, folder: Path, radius_m: float) -> Benchmark:
 
 
 LAYOUTS: dict[str, NamedLayout] = {
-    "folder": NamedLayout("what folder:PATH reads", any_folder),
-    "utm": NamedLayout("images/test/{database,queries}/@UTM_east@UTM_north@...@.jpg", utm_folder),
-    "vpr_bench": NamedLayout(
-        f"query/, ref/, {GROUND_TRUTH}", lambda name, folder, radius_m: vpr_bench(name, folder, LISTED)
-    ),
+    "folder": NamedLayout("what folder:PATH reads", read_by_radius=any_folder),
+    "utm": NamedLayout("images/test/{database,queries}/@UTM_east@UTM_north@...@.jpg", read_by_radius=utm_folder),
+    "vpr_bench": NamedLayout(f"query/, ref/, {GROUND_TRUTH}", lambda name, folder: vpr_bench(name, folder, LISTED)),
     "gsv_lists": NamedLayout(
         "STEM_{dbImages,qImages}.npy and _gt.npy, or _qIdx.npy and _pIdx.npy", _lists("_dbImages.npy", GSV_CITIES)
     ),
@@ -101,25 +100,29 @@ LAYOUTS: dict[str, NamedLayout] = {
         "STEM_{ref_image_names,query_image_names,ground_truth_25m}.npy",
         _lists("_ref_image_names.npy", OPENVPRLAB_MSLS),
     ),
-    "openvprlab_pitts": NamedLayout(
-        "STEM_{dbImages,qImages,gt_25m}.npy", _lists("_dbImages.npy", OPENVPRLAB_PITTS)
-    ),
+    "openvprlab_pitts": NamedLayout("STEM_{dbImages,qImages,gt_25m}.npy", _lists("_dbImages.npy", OPENVPRLAB_PITTS)),
     "netvlad_mat": NamedLayout("datasets/STEM.mat with dbStruct", _mat),
     "patch_netvlad": NamedLayout("STEM.npz, STEM_imageNames_{index,query}.txt", _npz),
-    "msls": NamedLayout("[train_val/]CITY/{query,database}/{images/,postprocessed.csv,raw.csv}", _msls),
+    "msls": NamedLayout("[train_val/]CITY/{query,database}/{images/,postprocessed.csv,raw.csv}", read_by_radius=_msls),
     "msls_test": NamedLayout("test/CITY/{query,database}/{images/,seq_info.csv,subtask_index.csv}", _msls_test),
     "same_names": NamedLayout("{new,old}/ or {database,queries}/ with images of the same names", _same_names),
-    "nordland_seasons": NamedLayout(
-        "{summer,winter}/ with frames of the same names, +-10 frames",
-        lambda name, folder, radius_m: nordland_seasons(name, folder),
-    ),
+    "nordland_seasons": NamedLayout("{summer,winter}/ with frames of the same names, +-10 frames", nordland_seasons),
 }
 
 
-def read_layout(layout: str, name: str, folder: Path, radius_m: float) -> Benchmark:
-    """The benchmark that lies in `folder` in the layout of that name. Raises FileNotFoundError saying what it lacks."""
+def read_layout(layout: str, name: str, folder: Path, radius_m: float | None = None) -> Benchmark:
+    """The benchmark that lies in `folder` in the layout of that name.
+
+    Raises FileNotFoundError saying what the folder lacks, ValueError for a radius where ground truth is listed.
+    """
+    kind = LAYOUTS[layout]
     try:
-        benchmark = LAYOUTS[layout].read(name, folder, radius_m)
+        if kind.read_by_radius:
+            benchmark = kind.read_by_radius(name, folder, radius_m or RADIUS_M)
+        elif kind.read and radius_m is None:
+            benchmark = kind.read(name, folder)
+        else:
+            raise ValueError(f"layout {layout} lists its ground truth; a radius of {radius_m:g} m means nothing to it")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"layout {layout} expects {LAYOUTS[layout].expects}: {error}") from error
-    return benchmark if benchmark.layout else replace(benchmark, layout=LAYOUTS[layout].expects)
+        raise FileNotFoundError(f"layout {layout} expects {kind.expects}: {error}") from error
+    return benchmark if benchmark.layout else replace(benchmark, layout=kind.expects)

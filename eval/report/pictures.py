@@ -21,6 +21,7 @@ from model.network import PlaceModel
 mpl.use("Agg")
 
 RIGHT, WRONG = "#2e9e4f", "#cc3b3b"
+COLOURS = {True: RIGHT, False: WRONG, None: None}
 SHOWN = 3
 LINES = 60
 SCORING: dict[str, Any] = {"color": "#39d6ff", "alpha": 0.8}
@@ -34,17 +35,24 @@ def draw_pictures(
     if not config.pictures:
         return []
     final_QK = result.predictions_QK if result.reranked_QK is None else result.reranked_QK
-    is_right = [bool(np.isin(row[0], benchmark.positives(q))) for q, row in enumerate(final_QK)]
-    wrong = [q for q, right in enumerate(is_right) if not right]
-    right = [q for q, right in enumerate(is_right) if right]
+    verdicts = [_is_right(benchmark, q, int(row[0])) for q, row in enumerate(final_QK)]
+    wrong, right, unknown = ([q for q, is_right in enumerate(verdicts) if is_right is v] for v in (False, True, None))
     wanted = config.pictures
     num_wrong = min(len(wrong), max(wanted - len(right), wanted // 2 + wanted % 2))
     chosen = _spread(wrong, num_wrong) + _spread(right, wanted - num_wrong)
+    chosen += _spread(unknown, wanted - len(chosen))
     folder.mkdir(parents=True, exist_ok=True)
     paths = [_draw_retrieval(folder / "retrieval.png", benchmark, result, chosen)]
     if result.reranked_QK is not None:
         paths.append(_draw_matches(folder / "matches.png", benchmark, result.reranked_QK, chosen, model, config))
     return paths
+
+
+def _is_right(benchmark: Benchmark, query: int, number: int) -> bool | None:
+    """Whether a database image shows the place of a query; None if nobody knows."""
+    if not benchmark.is_labelled_Q[query]:
+        return None
+    return bool(np.isin(number, benchmark.positives(query)))
 
 
 def _spread(items: list[int], n: int) -> list[int]:
@@ -78,9 +86,10 @@ def _draw_retrieval(path: Path, benchmark: Benchmark, result: Result, chosen: li
         for stage, (label, predictions_QK) in enumerate(stages):
             for place in range(shown):
                 number = int(predictions_QK[query, place])
-                colour = RIGHT if number in benchmark.positives(query) else WRONG
+                colour = COLOURS[_is_right(benchmark, query, number)]
                 _frame(row[1 + stage * shown + place], benchmark.database[number], f"{label} {place + 1}", colour)
-    figure.suptitle(f"{benchmark.name} ({benchmark.protocol}): green is the place of the query", fontsize=10)
+    told = ": green is the place of the query" if benchmark.num_labelled else ""
+    figure.suptitle(f"{benchmark.name} ({benchmark.protocol}){told}", fontsize=10)
     figure.savefig(path, dpi=90)
     return path
 
@@ -131,12 +140,12 @@ def _draw_matches(
                 (y0, x0), (y1, x1) = features[0].cell_P2[patch].tolist(), features[1].cell_P2[other].tolist()
                 x, y = [(x0 + 0.5) * side, shift + (x1 + 0.5) * side], [(y0 + 0.5) * side, (y1 + 0.5) * side]
                 right.plot(x, y, linewidth=0.6, marker="o", markersize=1.5, **style)
-        is_right = number in benchmark.positives(query)
-        verdict = "the place" if is_right else "another place"
+        is_right = _is_right(benchmark, query, number)
+        verdict = {True: ": the place", False: ": another place", None: ""}[is_right]
         agree = "" if config.rerank.geometry == "none" else f", {int(scoring.sum())} agree on a shift"
         shown = f"; {LINES} drawn" if int(scoring.sum()) > LINES else ""
-        title = f"{len(matched)} matches{agree}{shown}: {verdict}"
-        right.set_title(title, fontsize=8, color=RIGHT if is_right else WRONG)
+        title = f"{len(matched)} matches{agree}{shown}{verdict}"
+        right.set_title(title, fontsize=8, color=COLOURS[is_right] or "black")
         for axis in (left, right):
             axis.set_axis_off()
             axis.set_xlim(0, picture.shape[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from configs.files import write_whole
 from eval.recall import Recall
@@ -16,28 +17,33 @@ from eval.result import Result
 
 
 def results_table(results: list[Result]) -> Table:
-    """First stage and re-ranked, a row each, with intervals, protocol and cost."""
-    table = Table(title="Recall in %, with 95 % intervals over queries", title_justify="left")
+    """First stage and re-ranked, one row each, with intervals, protocol, what was read of the folder, and cost."""
+    ks = next((list(result.retrieved.by_k) for result in results if result.retrieved), [])
+    title = "Recall in %, with 95 % intervals over queries" if ks else "Predictions, without recall"
+    table = Table(title=title, title_justify="left")
     table.add_column("benchmark, protocol", overflow="fold")
     table.add_column("stage")
-    for k in results[0].retrieved.by_k:
+    for k in ks:
         table.add_column(f"R@{k}", justify="right", no_wrap=True)
     table.add_column("cost", justify="right")
+    none = ["-"] * len(ks)
     for result in results:
         ms = {name: f"{1000 * seconds:.2f} ms" for name, seconds in result.timings.items()}
         counts = f"{result.num_queries} queries in {result.num_database}"
-        what = f"{result.name}\n{result.protocol}\n{result.pixels}, {result.precision}\n{counts}"
+        if result.num_labelled:
+            counts = f"{counts}, {result.num_labelled} with ground truth"
+        about = (result.name, result.protocol, result.layout, f"{result.pixels}, {result.precision}", counts)
         cost = f"{ms['extraction_s_per_image']}/image\n{ms['retrieval_s_per_query']}/query"
         label = "retrieved"
         if result.index_agreement is not None:
             label += f"\n{result.index}: {result.index_agreement:.1f} %\nof the exact"
-        table.add_row(what, label, *_cells(result.retrieved), cost)
-        if result.reranked:
+        table.add_row(Text("\n".join(filter(None, about))), label, *(_cells(result.retrieved) or none), cost)
+        if result.reranked is not None:
             label = "re-ranked"
             if result.num_left_alone:
                 label += f"\n({result.num_left_alone} left alone)"
             cost = f"{ms['rerank_s_per_query']}/query\n{result.mb_per_image:.3f} MB/image"
-            table.add_row("", label, *_cells(result.reranked), cost)
+            table.add_row("", label, *(_cells(result.reranked) or none), cost)
             if result.gain:
                 table.add_row("", "gain, paired", *_cells(result.gain, "+.1f"), "")
         table.add_section()
@@ -65,11 +71,14 @@ def write_results(path: Path, results: list[Result], *, model: str, before: list
 
 
 def write_csv(path: Path, results: list[Result]) -> None:
-    """`results.csv`: a row a benchmark, stage and K, with the interval; figures a table or a plot wants."""
+    """`results.csv`: one row per benchmark, stage and K, with the interval; figures a table or a plot wants.
+
+    A benchmark without ground truth has one row without stage, K and recall.
+    """
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     names = ("benchmark", "protocol", "queries", "database", "image_size", "precision")
-    table.writerow([*names, "stage", "k", "recall", "low", "high"])
+    table.writerow([*names, "stage", "k", "recall", "low", "high", "labelled"])
     for result in results:
         about = [
             result.name,
@@ -79,9 +88,12 @@ def write_csv(path: Path, results: list[Result]) -> None:
             result.image_size,
             result.precision,
         ]
+        labelled = result.num_queries if result.num_labelled is None else result.num_labelled
+        if not result.stages():
+            table.writerow([*about, "", "", "", "", "", labelled])
         for stage, recall in result.stages().items():
             for k, figure in recall.by_k.items():
                 bounds = [f"{bound:.4f}" for bound in figure.interval or ()] or ["", ""]
-                table.writerow([*about, stage, k, f"{figure.value:.4f}", *bounds])
+                table.writerow([*about, stage, k, f"{figure.value:.4f}", *bounds, labelled])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, out.getvalue())
