@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
+from eval.benchmarks import catalogue
+from eval.benchmarks.catalogue import CATALOGUE
 from tests.photos import SMALL_SHARD, write_gsv_cities
 from tests.ranks import end_groups
 
@@ -95,3 +98,11 @@ def own_native(native: Native, tmp_path: Path) -> Native:
     folder = tmp_path / "native"
     shutil.copytree(native[0], folder)
     return folder, {key: [folder / f.relative_to(native[0]) for f in files] for key, files in native[1].items()}
+
+
+@pytest.fixture
+def any_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The catalogue without its counts: folders of tests are small."""
+    for name, entry in CATALOGUE.items():
+        variants = {key: replace(variant, counts=None) for key, variant in entry.variants.items()}
+        monkeypatch.setitem(catalogue.CATALOGUE, name, replace(entry, variants=variants))

@@ -34,7 +34,9 @@ from data_pipeline.sources.msls import read_msls
 from data_pipeline.verify import verify_shards
 from eval.benchmarks import layouts, matlab
 from eval.benchmarks.ground_truth import read_positives
-from eval.benchmarks.layouts import gsv_lists, manifest, netvlad_mat, patch_netvlad, vpr_bench
+from eval.benchmarks.layouts import netvlad_mat, patch_netvlad, vpr_bench
+from eval.benchmarks.lists import gsv_lists
+from eval.benchmarks.manifest import manifest
 from eval.benchmarks.msls import msls_11k
 from eval.features import StoredFeatures, open_folder, shard_is_whole
 from model.network import build_model

@@ -78,7 +78,7 @@ def two_folders(
     """
     found = [images_in(folder, deep=True) for folder in (database, queries)]
     notes = [note for part in found for note in part.notes]
-    images = [part.paths for part in found]
+    images = (found[0].paths, found[1].paths)
     placed = [np.array([path.name.startswith("@") for path in paths]) for paths in images]
     if not any(part.any() for part in placed):
         return replace(without_labels(name, *images, notes), layout="names without positions")

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from configs.reading import reading, shown
 
-EARTH_RADIUS_M = 6_371_008.8
 MAX_NAME_BYTES = 1024
 FARTHEST_M = 1e10  # from an origin: beyond any map, also of cities that are set apart by 1e9 m
 
@@ -143,28 +142,6 @@ def clip_to(
         f"{source} names database images {what} for {len(faulty)} {queries} (first: {faulty[0]}); "
         f"the database has {num_database}, those numbers are left out"
     ]
-
-
-def within_radius(
-    queries_QX: NDArray[np.float64], database_DX: NDArray[np.float64], radius_m: float
-) -> list[NDArray[np.int64]]:
-    """Database numbers at most `radius_m` metres from each query, ascending; the border counts."""
-    from scipy.spatial import cKDTree  # type: ignore[import-untyped]
-
-    origin_X = database_DX.mean(axis=0)  # UTM northings are millions of metres: differences keep their digits
-    tree = cKDTree(database_DX - origin_X)
-    near = tree.query_ball_point(queries_QX - origin_X, radius_m * (1 + 1e-12) + 1e-7, return_sorted=True)
-    found = []
-    for query_X, ids in zip(queries_QX, near, strict=True):
-        ids = np.asarray(ids, dtype=np.int64)
-        found.append(ids[((database_DX[ids] - query_X) ** 2).sum(axis=1) <= radius_m**2])
-    return found
-
-
-def on_sphere(lat_N: NDArray[np.float64], lon_N: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Degrees as points on a sphere of the Earth's mean radius, metres [N, 3]; 25 m of chord are 25 m of arc."""
-    lat, lon = np.radians(lat_N), np.radians(lon_N)
-    return EARTH_RADIUS_M * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
 
 
 def frames_within(num_queries: int, num_database: int, tolerance: int, step: int = 1) -> list[NDArray[np.int64]]:

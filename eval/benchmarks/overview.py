@@ -22,7 +22,7 @@ def catalogue_table(data_root: Path) -> Table:
         for number, (key, variant) in enumerate(entry.variants.items()):
             layout = variant.found(data_root / name)
             counts = "{:,} database images, {:,} queries".format(*variant.counts) if variant.counts else "any number"
-            lines = [f"{f'/{key}' if key else 'bare'}: {counts}"]
+            lines = [f"{name}/{key}: {counts}" if key else f"{name}: {counts}"]
             if not number or len(entry.variants) <= _MANY:
                 lines += [f"reads {layout.expects}" for layout in variant.layouts]
             lines += [f"found: yes: {layout.marker}"] if layout else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,19 +60,19 @@ def metres_to(at: Whereabouts, queries: NDArray[np.int64], database: NDArray[np.
 
 def joined(parts: Sequence[Positions]) -> Positions:
     """Positions one after another."""
-    columns = {key: np.concatenate([getattr(part, key) for part in parts]) for key in _COLUMNS}
+    columns: dict[str, Any] = {key: np.concatenate([getattr(part, key) for part in parts]) for key in _COLUMNS}
     return replace(parts[0], **columns, notes=tuple(note for part in parts for note in part.notes))
 
 
 def taken(positions: Positions, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Positions:
     """The positions of some rows, without notes, which are of them all."""
-    columns = {key: getattr(positions, key)[rows] for key in _COLUMNS}
+    columns: dict[str, Any] = {key: getattr(positions, key)[rows] for key in _COLUMNS}
     return replace(positions, **columns, notes=())
 
 
 def spread(positions: Positions, at: NDArray[np.bool_]) -> Positions:
     """The positions in the rows of `at` that are true, unknown in the others."""
-    columns = {}
+    columns: dict[str, Any] = {}
     for key in _COLUMNS:
         values = getattr(positions, key)
         columns[key] = np.full(len(at), np.nan if values.dtype.kind == "f" else 0, dtype=values.dtype)
