@@ -37,6 +37,10 @@ class BackboneSpec:
         """Tokens before the patches: class token and registers."""
         return 1 + self.registers
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image."""
+        return height // self.patch, width // self.patch
+
     def num_tokens(self, side: int) -> int:
         """Tokens of a square image."""
         return self.num_prefix_tokens + (side // self.patch) ** 2

@@ -13,7 +13,7 @@ import tyro
 
 from configs.flags import FlagError, is_given, parse_flags, parse_known_flags
 from configs.load import RECIPES, load_recipe
-from configs.schema import Recipe
+from configs.schema import Recipe, Section
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ Command = TypeVar("Command", bound=RecipeCommand)
 def parse_over_recipe(kind: type[Command], argv: Sequence[str], *, verb: str) -> tuple[Command, list[str]]:
     """The verb's command, flags applied over the recipe that the first word names, and what was left out of it.
 
-    A mapping that a flag gives replaces the recipe's; another loss or miner drops the arguments of the recipe's own.
+    A mapping that a flag gives replaces the recipe's; another loss, miner or aggregator drops the arguments of the
+    recipe's own.
     Raises FlagError or RecipeError.
     """
     prog = f"rerankvpr {verb}"
@@ -64,15 +65,18 @@ def named_plugins(argv: Sequence[str], *, prog: str) -> list[str] | None:
 
 
 def _without_foreign_arguments(recipe: Recipe, read: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """`recipe` without the arguments that `read` has for another loss or miner, and a line on each mapping dropped."""
-    changes: dict[str, dict[str, object]] = {}
+    """`recipe` without arguments that are for another loss, miner or aggregator of `read`, and a line on each."""
+    changed: dict[str, Section] = {}
     notes = []
-    for name, mapping in (("name", "args"), ("miner", "miner_args")):
-        before, now, kept = getattr(read.loss, name), getattr(recipe.loss, name), getattr(recipe.loss, mapping)
-        if now != before and kept and not is_given(argv, f"loss.{mapping}"):
-            changes[mapping] = {}
+    for section, name, mapping in (
+        ("loss", "name", "args"),
+        ("loss", "miner", "miner_args"),
+        ("model", "aggregator", "aggregator_args"),
+    ):
+        old, new = getattr(read, section), changed.get(section, getattr(recipe, section))
+        before, now, kept = getattr(old, name), getattr(new, name), getattr(new, mapping)
+        if now != before and kept and not is_given(argv, f"{section}.{mapping}"):
+            changed[section] = new.model_copy(update={mapping: {}})
             said = ", ".join(f"{key} {value}" for key, value in kept.items())
-            notes.append(f"loss.{mapping} of the recipe ({said}) are for {before}; {now} is used without them")
-    if not changes:
-        return recipe, notes
-    return recipe.model_copy(update={"loss": recipe.loss.model_copy(update=changes)}), notes
+            notes.append(f"{section}.{mapping} of the recipe ({said}) are for {before}; {now} is used without them")
+    return recipe.model_copy(update=changed), notes

@@ -117,7 +117,13 @@ class Registry(Mapping[str, T], Generic[T]):
 
 AGGREGATORS: Registry[Any] = Registry(
     "aggregator",
-    {"cls": "model.aggregators:ClsAggregator", "gem": "model.aggregators:GemAggregator"},
+    {
+        "cls": "model.aggregators.cls:ClsAggregator",
+        "gem": "model.aggregators.gem:GemAggregator",
+        "salad": "model.aggregators.salad:Salad",
+        "boq": "model.aggregators.boq:BagOfQueries",
+        "tokens": "model.aggregators.tokens:LearnedTokens",
+    },
     key="model.aggregator",
 )
 BACKBONES: Registry[BackboneSpec] = Registry("backbone", SPECS, key="model.backbone")

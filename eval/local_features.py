@@ -50,17 +50,18 @@ def read_local(
         saliency=config.saliency,
         include_cls=config.include_cls,
     )
-    with reader.attached():
+    rows, columns = grid_of(model, inputs_B3HW)
+    with reader.attached(rows * columns):
         descriptor_BD = model(inputs_B3HW)
     local_BNC = reader.local_BNC
     if config.hierarchy:
-        local_BNC = log_bin(local_BNC, grid_of(model, inputs_B3HW), config.hierarchy)
+        local_BNC = log_bin(local_BNC, (rows, columns), config.hierarchy)
     return descriptor_BD, local_BNC, reader.saliency_BN
 
 
 def grid_of(model: PlaceModel, inputs_B3HW: torch.Tensor) -> tuple[int, int]:
     """Rows and columns of patches."""
-    return inputs_B3HW.shape[2] // model.spec.patch, inputs_B3HW.shape[3] // model.spec.patch
+    return model.spec.grid(inputs_B3HW.shape[2], inputs_B3HW.shape[3])
 
 
 def compact(

@@ -1,26 +1,28 @@
-"""DINOv2's vision transformer: timm's modules, facebookresearch's position table, frozen blocks without autograd."""
+"""DINOv2's vision transformer: timm's modules, facebookresearch's position table and keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import SwiGLUPacked
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from configs.backbones import BackboneSpec
+from model.backbone import Backbone, State, TakeQkv
 
 
-class DinoViT(VisionTransformer):
-    """The ViT of a DINOv2 size, for images of any sides that are multiples of its patch.
+class DinoViT(Backbone, VisionTransformer):
+    """The ViT of a DINOv2 size, for images of any sides that are multiples of its patch."""
 
-    `forward` gives all tokens after the final norm. The first `num_frozen_blocks` blocks run without autograd, and the
-    embeddings too unless it is 0; they may have another type than the rest, which activations are cast to between.
-    In training, `activation_checkpointing` keeps only the input of each trained block for the backward pass.
-    """
+    pos_embed: torch.Tensor
+    cls_token: torch.Tensor
+    reg_token: torch.Tensor | None
+
+    gives_qkv: ClassVar[bool] = True
 
     def __init__(self, spec: BackboneSpec) -> None:
         gated = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if spec.mlp == "swiglu" else {}
@@ -40,9 +42,6 @@ class DinoViT(VisionTransformer):
             **gated,
         )
         self.spec = spec
-        self.num_frozen_blocks = 0
-        self.activation_checkpointing = False
-        self._compiled_blocks: list[Callable[[torch.Tensor], torch.Tensor]] = []
 
     def reset_parameters(self) -> None:
         """Draws position table, class token and register tokens as DINOv2 does (its truncation is at 100 sigma)."""
@@ -51,36 +50,35 @@ class DinoViT(VisionTransformer):
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6)
 
-    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """Normalised images -> tokens [B, T, C]: class token, register tokens, patches in row order."""
-        # Read from the parameter objects, whose type outlives their numbers under ZeRO-3 and costs no fetch.
-        frozen, trained = (next(part.parameters()).dtype for part in (self.patch_embed, self.norm))
-        blocks = self._compiled_blocks if self.training and self._compiled_blocks else list(self.blocks)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_blocks == 0):
-            x_BTC = self._pos_embed(self.patch_embed(images_B3HW.to(frozen)))
-            for block in blocks[: self.num_frozen_blocks]:
-                x_BTC = block(x_BTC)
-        if frozen != trained:
-            x_BTC = x_BTC.to(trained)
-        for block in blocks[self.num_frozen_blocks :]:
-            if self.activation_checkpointing and self.training:
-                x_BTC = checkpoint(block, x_BTC, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BTC = block(x_BTC)
-        tokens_BTC: torch.Tensor = self.norm(x_BTC)
-        return tokens_BTC
+    def embed(self, images_B3HW: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Class and register tokens before the patches, positions added; nothing to rotate by."""
+        return self._pos_embed(self.patch_embed(images_B3HW)), None
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compiles the blocks for training; in evaluation they run as they are, because hooks read facets from them."""
-        self._compiled_blocks = [torch.compile(block, backend=backend) for block in self.blocks]
+    def watch(self, block: int, take: TakeQkv) -> list[RemovableHandle]:
+        """q, k and v are slices of the product that attention makes, so they cost nothing."""
 
-    def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Gives the frozen blocks and embeddings another type, also where ZeRO-3 has left a partition of them."""
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad and not name.startswith("norm."):
-                parameter.data = parameter.data.to(dtype)
-                if hasattr(parameter, "ds_tensor"):
-                    parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
+        def split(_module: object, _inputs: object, qkv_BTX: torch.Tensor) -> None:
+            take(*qkv_BTX.chunk(3, dim=-1))
+
+        return [self.blocks[block].attn.qkv.register_forward_hook(split)]
+
+    def from_published(self, state: State) -> State:
+        """From facebookresearch/dinov2's key layout (registers and SwiGLU included), or timm's.
+
+        Raises ValueError for a file with registers where the model has none, or the other way round.
+        """
+        has_registers = "register_tokens" in state or "reg_token" in state
+        if has_registers != bool(self.spec.registers):
+            have, want = ("has", "without") if has_registers else ("has no", "with")
+            raise ValueError(f"{have} register tokens; the model is one {want} them")
+        state.setdefault("mask_token", torch.zeros(0))  # marks DINOv2's layout for timm's converter, which drops it
+        converted: State = checkpoint_filter_fn(state, self)
+        return converted
+
+    @staticmethod
+    def published_layout(state: State) -> State:
+        """`facebook_layout`."""
+        return facebook_layout(state)
 
     def _pos_embed(self, patches_BHWC: torch.Tensor) -> torch.Tensor:
         """Class and register tokens before the patches, positions added.
@@ -105,3 +103,19 @@ class DinoViT(VisionTransformer):
         cls_11C = self.cls_token + table_1NC[:, :first].sum(dim=1, keepdim=True)
         prefix = [cls_11C] if self.reg_token is None else [cls_11C, self.reg_token]
         return torch.cat([*(token.expand(batch, -1, -1) for token in prefix), patches_BNC], dim=1)
+
+
+def facebook_layout(state: State) -> State:
+    """A backbone's state dict in facebookresearch/dinov2's key layout, registers and SwiGLU included."""
+    out = {}
+    for key, value in state.items():
+        block, _, _ = key.partition(".mlp.")
+        gated = f"{block}.mlp.fc2.weight" in state and (
+            state[f"{block}.mlp.fc1.weight"].shape[0] != state[f"{block}.mlp.fc2.weight"].shape[1]
+        )
+        out[key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3") if gated else key] = value
+    if "reg_token" in out:  # timm has added the class token's position to it
+        out["register_tokens"] = out.pop("reg_token")
+        out["pos_embed"] = torch.cat([torch.zeros_like(out["cls_token"]), out["pos_embed"]], dim=1)
+    out["mask_token"] = torch.zeros(1, out["cls_token"].shape[-1])
+    return out

@@ -8,22 +8,22 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from model.dinov2 import DinoViT
+from model.backbone import Backbone
 
 FACETS = ("attn", "query", "key", "value", "token")
 
 
 class FacetReader:
-    """Collects one block's facet and another's CLS attention while it is attached to a ViT.
+    """Collects one block's facet and another's CLS attention while it is attached to a backbone.
 
-    Values, keys and queries are slices of the block's qkv product, so they cost nothing; of the N x N attention map
-    only the CLS row is computed, except for facet `attn`: a patch's attention to all patches, mean over heads.
+    Values, keys and queries are those that the block's attention uses, which it computes anyway; of the N x N attention
+    map only the CLS row is computed, except for facet `attn`: a patch's attention to all patches, mean over heads.
     `saliency` is the CLS row of the logits q.k/sqrt(d), or of their softmax over all tokens.
     """
 
     def __init__(
         self,
-        vit: DinoViT,
+        vit: Backbone,
         *,
         layer: int,
         facet: str,
@@ -35,12 +35,15 @@ class FacetReader:
             raise ValueError(f"facet {facet!r} is not known; use one of {', '.join(FACETS)}")
         if saliency not in ("logits", "softmax"):
             raise ValueError(f"saliency {saliency!r} is not known; use logits or softmax")
+        if not vit.gives_qkv:
+            raise ValueError(f"{type(vit).__name__} gives no q, k and v to re-rank by; use --eval.rerank.no-enabled")
         self.vit = vit
         self.layer = self._index(layer)
         self.facet = facet
         self.saliency_layer = self._index(saliency_layer)
         self.saliency = saliency
         self.include_cls = include_cls
+        self.num_patches = 0
         self.local_BNC: torch.Tensor
         self.saliency_BN: torch.Tensor
 
@@ -51,45 +54,40 @@ class FacetReader:
         return layer % depth
 
     def _take_local(self, tokens_BTC: torch.Tensor) -> None:
-        kept_BNC = tokens_BTC[:, self.vit.num_prefix_tokens :]
+        kept_BNC = tokens_BTC[:, -self.num_patches :]
         if self.include_cls:
             kept_BNC = torch.cat([tokens_BTC[:, :1], kept_BNC], dim=1)
         self.local_BNC = F.normalize(kept_BNC.float(), dim=-1)
 
-    def _take_qkv(self, _module: object, _inputs: object, qkv_BTX: torch.Tensor) -> None:
-        part = ("query", "key", "value").index(self.facet)
-        self._take_local(qkv_BTX.chunk(3, dim=-1)[part])
-
-    def _take_attn(self, _module: object, _inputs: object, qkv_BTX: torch.Tensor) -> None:
-        heads = self.vit.blocks[self.layer].attn.num_heads
-        scale = self.vit.blocks[self.layer].attn.scale
-        q_BTC, k_BTC, _ = qkv_BTX.float().chunk(3, dim=-1)
-        q_BHTd, k_BHTd = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q_BTC, k_BTC))
-        attn_BTT = (q_BHTd @ k_BHTd.transpose(-1, -2) * scale).softmax(dim=-1).mean(dim=1)
-        self._take_local(attn_BTT[:, :, self.vit.num_prefix_tokens :])
-
     def _take_token(self, _module: object, _inputs: object, tokens_BTC: torch.Tensor) -> None:
         self._take_local(tokens_BTC)
 
-    def _take_saliency(self, _module: object, _inputs: object, qkv_BTX: torch.Tensor) -> None:
-        attn = self.vit.blocks[self.saliency_layer].attn
-        q_BTC, k_BTC, _ = qkv_BTX.float().chunk(3, dim=-1)
-        q_BHd = q_BTC[:, 0].unflatten(-1, (attn.num_heads, -1))
-        k_BTHd = k_BTC.unflatten(-1, (attn.num_heads, -1))
-        row_BHT = torch.einsum("bhd,bthd->bht", q_BHd, k_BTHd) * attn.scale
+    def _take_qkv(self, *qkv: torch.Tensor) -> None:
+        self._take_local(qkv[("query", "key", "value").index(self.facet)])
+
+    def _take_attn(self, q_BTC: torch.Tensor, k_BTC: torch.Tensor, _v: torch.Tensor) -> None:
+        heads = self.vit.spec.heads
+        q_BHTd, k_BHTd = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q_BTC, k_BTC))
+        attn_BTT = (q_BHTd @ k_BHTd.transpose(-1, -2) * q_BHTd.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
+        self._take_local(attn_BTT[:, :, -self.num_patches :])
+
+    def _take_saliency(self, q_BTC: torch.Tensor, k_BTC: torch.Tensor, _v: torch.Tensor) -> None:
+        q_BHd = q_BTC[:, 0].float().unflatten(-1, (self.vit.spec.heads, -1))
+        k_BTHd = k_BTC.float().unflatten(-1, (self.vit.spec.heads, -1))
+        row_BHT = torch.einsum("bhd,bthd->bht", q_BHd, k_BTHd) * q_BHd.shape[-1] ** -0.5
         if self.saliency == "softmax":
             row_BHT = row_BHT.softmax(dim=-1)
-        self.saliency_BN = row_BHT[:, :, self.vit.num_prefix_tokens :].mean(dim=1)
+        self.saliency_BN = row_BHT[:, :, -self.num_patches :].mean(dim=1)
 
     @contextmanager
-    def attached(self) -> Iterator[FacetReader]:
-        """Hooks the blocks for the forward passes inside the `with`."""
-        block = self.vit.blocks[self.layer]
+    def attached(self, num_patches: int) -> Iterator[FacetReader]:
+        """Hooks the blocks for the forward passes inside the `with`, of images of that many patches."""
+        self.num_patches = num_patches
         if self.facet == "token":
-            local = block.register_forward_hook(self._take_token)
+            handles = [self.vit.blocks[self.layer].register_forward_hook(self._take_token)]
         else:
-            local = block.attn.qkv.register_forward_hook(self._take_attn if self.facet == "attn" else self._take_qkv)
-        handles = [local, self.vit.blocks[self.saliency_layer].attn.qkv.register_forward_hook(self._take_saliency)]
+            handles = self.vit.watch(self.layer, self._take_attn if self.facet == "attn" else self._take_qkv)
+        handles += self.vit.watch(self.saliency_layer, self._take_saliency)
         try:
             yield self
         finally:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from configs.schema import ModelConfig
-from model.dinov2 import DinoViT
+from model.aggregators.aggregator import Aggregator
+from model.backbone import Backbone
 
 
-def choose_trained(vit: DinoViT, aggregator: nn.Module, config: ModelConfig) -> None:
+def choose_trained(vit: Backbone, aggregator: Aggregator, config: ModelConfig) -> None:
     """Sets `requires_grad` and the number of frozen blocks as `model.finetune` says; the aggregator is always trained.
 
     Raises ValueError where the choice does not fit the network.
@@ -28,4 +27,4 @@ def choose_trained(vit: DinoViT, aggregator: nn.Module, config: ModelConfig) -> 
     if trained < depth:
         vit.requires_grad_(False)
         vit.blocks[depth - trained :].requires_grad_(True)
-        vit.norm.requires_grad_(trained > 0)
+    vit.norm.requires_grad_(trained > 0 and aggregator.final_norm)

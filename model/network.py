@@ -11,18 +11,17 @@ from torch import nn
 from configs.backbones import BackboneSpec
 from configs.registry import AGGREGATORS
 from configs.schema import ModelConfig
-from model.dinov2 import DinoViT
+from model.aggregators.aggregator import Aggregator
+from model.backbone import Backbone, build_backbone
 from model.finetune import choose_trained
 from model.materialise import materialise
-from model.weights import AGGREGATOR, backbone_weights, find_weights, read_weights
-
-BACKBONE = "backbone."
+from model.weights import AGGREGATOR, BACKBONE, backbone_weights, find_weights, head_weights, read_weights
 
 
 class PlaceModel(nn.Module):
     """A ViT whose global descriptor retrieves and whose facets re-rank."""
 
-    def __init__(self, backbone: DinoViT, aggregator: nn.Module, frozen_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, backbone: Backbone, aggregator: Aggregator, frozen_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.aggregator = aggregator
@@ -36,7 +35,7 @@ class PlaceModel(nn.Module):
     @property
     def descriptor_size(self) -> int:
         """D, the length of the global descriptor."""
-        return self.spec.channels
+        return self.aggregator.output_size
 
     @property
     def device(self) -> torch.device:
@@ -80,9 +79,24 @@ class PlaceModel(nn.Module):
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """Normalised float images -> float32 L2-normalised descriptors [B, D]; frozen blocks run without autograd."""
-        tokens_BTC = self.backbone(images_B3HW)
-        descriptor_BD = self.aggregator(tokens_BTC[:, 0], tokens_BTC[:, self.backbone.num_prefix_tokens :])
+        grid, least = self.spec.grid(images_B3HW.shape[2], images_B3HW.shape[3]), self.aggregator.least_patches
+        if grid[0] * grid[1] < least:
+            raise ValueError(f"images of {grid[0]} x {grid[1]} patches; the aggregator needs {least} or more")
+        tokens_BTC = self.backbone(images_B3HW, self.aggregator.insertion(), final_norm=self.aggregator.final_norm)
+        descriptor_BD = self.aggregator(tokens_BTC, grid)
         return F.normalize(descriptor_BD.float(), dim=-1)
+
+
+def build_aggregator(config: ModelConfig) -> Aggregator:
+    """The aggregator of a recipe, on the current default device.
+
+    Raises ValueError for an argument that it does not take, or that does not fit the backbone.
+    """
+    try:
+        built: Aggregator = AGGREGATORS.build(config.aggregator, config.aggregator_args, config.spec)
+    except ValueError as error:
+        raise ValueError(f"model.aggregator: {error}") from error
+    return built
 
 
 def meta_model(config: ModelConfig) -> PlaceModel:
@@ -92,7 +106,7 @@ def meta_model(config: ModelConfig) -> PlaceModel:
     """
     frozen_dtype = torch.bfloat16 if config.frozen_precision == "bf16" else None
     with torch.device("meta"):
-        model = PlaceModel(DinoViT(config.spec), AGGREGATORS.get(config.aggregator)(), frozen_dtype)
+        model = PlaceModel(build_backbone(config.spec), build_aggregator(config), frozen_dtype)
     choose_trained(model.backbone, model.aggregator, config)
     model.cast_frozen()
     return model
@@ -113,8 +127,6 @@ def build_model(
     if file := find_weights(config.backbone, config.weights):
         state = read_weights(file)
         weights = {BACKBONE + key: tensor for key, tensor in backbone_weights(model.backbone, file, state).items()}
-        head = {key: tensor for key, tensor in state.items() if key.startswith(AGGREGATOR)}
-        if head.keys() == {AGGREGATOR + key for key in model.aggregator.state_dict()}:  # exported, same aggregator
-            weights |= head
+        weights |= {AGGREGATOR + key: tensor for key, tensor in head_weights(model.aggregator, file, state).items()}
     materialise(model, weights, seed=seed, partition=partition)
     return model

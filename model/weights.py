@@ -1,4 +1,4 @@
-"""Weights of DINOv2 backbones: files in, in whichever layout, and out again in facebookresearch's."""
+"""Weights of backbones and aggregators: files in, in whichever layout."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
 
 from configs.reading import reading
 from configs.registry import BACKBONES
-from model.dinov2 import DinoViT
+from model.aggregators.aggregator import Aggregator
+from model.backbone import Backbone
 
-AGGREGATOR = "aggregator."  # prefix of what is no backbone in an exported file
+BACKBONE, AGGREGATOR = "backbone.", "aggregator."  # prefixes in a state dict of the network
+# Prefixes of the backbone in checkpoints of whole networks that others publish: SALAD's, BoQ's.
+WITHIN = (f"{BACKBONE}model.", f"{BACKBONE}dino.", BACKBONE)
 
 
 class WeightsError(ValueError):
@@ -69,26 +71,50 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else "the file is empty or cut off"
 
 
-def backbone_weights(vit: DinoViT, path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of file `path` under the keys of `vit`, which may be on the meta device.
+def backbone_weights(backbone: Backbone, path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of file `path` under the keys of `backbone`, which may be on the meta device.
 
-    `state`, what the file holds, has facebookresearch/dinov2's key layout (registers and SwiGLU included), or timm's.
+    `state`, what the file holds, has the keys that the backbone's weights are published with, or timm's; its keys may
+    stand within those of a whole network.
     """
-    state = {key: value for key, value in state.items() if not key.startswith(AGGREGATOR)}
-    has_registers = "register_tokens" in state or "reg_token" in state
-    if has_registers != (vit.reg_token is not None):
-        have, want = ("has", "without") if has_registers else ("has no", "with")
-        raise WeightsError(f"weights file {path} {have} register tokens; the model is one {want} them")
-    state.setdefault("mask_token", torch.zeros(0))  # marks DINOv2's layout for timm's converter, which drops it
-    with reading(f"weights file {path}", "weights of a DINOv2 backbone", WeightsError):
-        converted = checkpoint_filter_fn(state, vit)
-    expected = vit.state_dict()
-    missing = sorted(expected.keys() - converted.keys())
-    unexpected = sorted(converted.keys() - expected.keys())
+    with reading(f"weights file {path}", "weights of such a backbone", WeightsError):
+        try:
+            converted = backbone.from_published(_backbone_part(state))
+        except ValueError as error:
+            raise WeightsError(f"weights file {path} {error}") from error
+    return _fitting(converted, backbone.state_dict(), path)
+
+
+def head_weights(aggregator: Aggregator, path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of file `path` under the keys of `aggregator`; none if the file holds another one's, or none.
+
+    Raises WeightsError for the same aggregator with other arguments.
+    """
+    head = {key.removeprefix(AGGREGATOR): tensor for key, tensor in state.items() if key.startswith(AGGREGATOR)}
+    own = aggregator.state_dict()
+    with reading(f"weights file {path}", "weights of such an aggregator", WeightsError):
+        head = aggregator.from_authors(head)
+    return _fitting(head, own, path) if head.keys() == own.keys() else {}
+
+
+def _backbone_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a file is the backbone's, under the backbone's own keys."""
+    prefix = next((prefix for prefix in WITHIN if any(key.startswith(prefix) for key in state)), "")
+    return {
+        key.removeprefix(prefix): tensor
+        for key, tensor in state.items()
+        if key.startswith(prefix) and not key.startswith(AGGREGATOR)
+    }
+
+
+def _fitting(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """`found` in the order of `expected`. Raises WeightsError naming the keys that differ."""
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
     shapes = [
-        f"{key} is {tuple(converted[key].shape)}, expected {tuple(expected[key].shape)}"
+        f"{key} is {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
         for key in expected
-        if key in converted and converted[key].shape != expected[key].shape
+        if key in found and found[key].shape != expected[key].shape
     ]
     differences = [
         f"{len(keys)} {label}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
@@ -97,28 +123,12 @@ def backbone_weights(vit: DinoViT, path: Path, state: dict[str, torch.Tensor]) -
     ]
     if differences:
         raise WeightsError(f"weights file {path} does not fit the model; keys {'; '.join(differences)}")
-    return {key: converted[key] for key in expected}
-
-
-def facebook_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A backbone's state dict in facebookresearch/dinov2's key layout, registers and SwiGLU included."""
-    out = {}
-    for key, value in state.items():
-        block, _, _ = key.partition(".mlp.")
-        gated = f"{block}.mlp.fc2.weight" in state and (
-            state[f"{block}.mlp.fc1.weight"].shape[0] != state[f"{block}.mlp.fc2.weight"].shape[1]
-        )
-        out[key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3") if gated else key] = value
-    if "reg_token" in out:  # timm has added the class token's position to it
-        out["register_tokens"] = out.pop("reg_token")
-        out["pos_embed"] = torch.cat([torch.zeros_like(out["cls_token"]), out["pos_embed"]], dim=1)
-    out["mask_token"] = torch.zeros(1, out["cls_token"].shape[-1])
-    return out
+    return {key: found[key] for key in expected}
 
 
 def infer_backbone(path: Path) -> str:
     """The backbone name that a weights file is for, from its width and its register tokens."""
-    state = read_weights(path)
+    state = _backbone_part(read_weights(path))
     width = state["cls_token"].shape[-1] if "cls_token" in state and state["cls_token"].ndim else 0
     registers = "register_tokens" in state or "reg_token" in state
     for name, spec in BACKBONES.items():

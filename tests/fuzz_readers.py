@@ -39,8 +39,9 @@ from eval.benchmarks.lists import gsv_lists
 from eval.benchmarks.manifest import manifest
 from eval.benchmarks.msls import msls_11k
 from eval.features import StoredFeatures, open_folder, shard_is_whole
+from model.dinov2 import facebook_layout
 from model.network import build_model
-from model.weights import facebook_layout, infer_backbone
+from model.weights import infer_backbone
 from tests.fuzzing import Reader
 from tests.networks import backbone
 from tests.photos import jpeg, write_gsv_cities

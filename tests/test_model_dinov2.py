@@ -12,10 +12,9 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from configs.registry import BACKBONES
-from model.dinov2 import DinoViT
+from model.dinov2 import DinoViT, facebook_layout
 from model.weights import (
     WeightsError,
-    facebook_layout,
     find_weights,
     infer_backbone,
     read_weights,

@@ -10,7 +10,10 @@ from torch import nn
 
 from configs.schema import ModelConfig
 from model.network import build_model
+from tests.networks import AGGREGATORS
 from tests.ranks import on_ranks
+
+TINY = {"backbone": "tiny14", "weights": "random", "frozen_precision": "bf16"}
 
 
 def anonymous_bytes() -> int:
@@ -53,8 +56,12 @@ def partition_bytes(parameters: Any) -> int:
 
 
 def check_partitioned_values_are_those_of_the_whole() -> None:
-    config = ModelConfig(backbone="tiny14", weights="random", aggregator="gem", frozen_precision="bf16")
-    config = config.model_copy(update={"finetune_last_n_blocks": 2})
+    for aggregator, arguments in AGGREGATORS.items():
+        head = {"aggregator": aggregator, "aggregator_args": arguments, "finetune_last_n_blocks": 2}
+        compare_partitioned(ModelConfig.model_validate({**head, **TINY}))
+
+
+def compare_partitioned(config: ModelConfig) -> None:
     whole = build_model(config, seed=5)
     parts = build_model(config, seed=5, partition=Partition())
     assert parts.device.type == "cpu"

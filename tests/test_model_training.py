@@ -10,6 +10,7 @@ from torch import nn
 from configs.schema import ModelConfig, RerankConfig
 from eval.local_features import read_local
 from model.network import PlaceModel, build_model
+from tests.networks import AGGREGATORS
 
 
 def tiny(**changes: Any) -> PlaceModel:
@@ -89,20 +90,27 @@ def test_drawn_weights_depend_on_seed_and_name_alone() -> None:
     assert plain["aggregator.p"].tolist() == [3]
 
 
-def test_frozen_part_in_bf16_trains_the_rest_in_float32() -> None:
-    whole, half = tiny(), tiny(frozen_precision="bf16")
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_frozen_part_in_bf16_trains_the_rest_in_float32(aggregator: str) -> None:
+    head = {"aggregator": aggregator, "aggregator_args": AGGREGATORS[aggregator]}
+    whole, half = tiny(**head), tiny(**head, frozen_precision="bf16")
     kinds = {name: p.dtype for name, p in half.named_parameters()}
     assert {name for name, kind in kinds.items() if kind == torch.bfloat16} == {
-        name for name, p in half.named_parameters() if not p.requires_grad
+        name for name, p in half.named_parameters() if not p.requires_grad and not name.startswith("backbone.norm.")
     }
     half.load_state_dict(whole.state_dict())
     loss, gradients = loss_and_gradients(half)
     expected_loss, expected = loss_and_gradients(whole)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=2e-3)
     assert gradients.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
-        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0.05 * expected[name].abs().max().item())
+        if "widen" in name:  # of BoQ: a ReLU that rounding turns over changes a whole row
+            assert (gradient - expected[name]).norm() < 0.15 * expected[name].norm()
+            continue
+        within = 0.05 * expected[name].abs().max().item() + 1e-4 * largest  # what should be 0 is rounding
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=within)
     half.float()  # as DeepSpeed casts all of it
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     half.cast_frozen()
@@ -110,9 +118,10 @@ def test_frozen_part_in_bf16_trains_the_rest_in_float32() -> None:
     assert loss_and_gradients(half)[0] == loss
 
 
-def test_activation_checkpointing_changes_memory_alone() -> None:
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_activation_checkpointing_changes_memory_alone(aggregator: str) -> None:
     """Trained blocks run twice in training, once otherwise; frozen ones always once."""
-    model = tiny().train()
+    model = tiny(aggregator=aggregator, aggregator_args=AGGREGATORS[aggregator]).train()
     plain = loss_and_gradients(model)
     runs = [0] * 4
     for index, block in enumerate(model.backbone.blocks):

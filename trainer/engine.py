@@ -22,7 +22,7 @@ from configs.schema import EngineConfig, OptimConfig
 from model.network import PlaceModel
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-NO_DECAY = ("cls_token", "pos_embed", "reg_token")
+NO_DECAY = ("cls_token", "pos_embed", "reg_token", "agg_token")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by engine.precision
 BUCKET = 50_000_000  # elements reduced or gathered at a time; DeepSpeed's own 5e8 is 2 GB a buffer in fp32
 GIVEN_BACK = 1 << 20  # bytes from which ZeRO-3 has glibc return freed memory to the system

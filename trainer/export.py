@@ -13,7 +13,8 @@ from configs.load import load_stored_recipe, recipe_text
 from configs.plugins import METADATA
 from configs.reading import reading
 from configs.schema import Recipe
-from model.weights import AGGREGATOR, facebook_layout
+from model.backbone import network_of
+from model.weights import AGGREGATOR, BACKBONE
 from trainer.checkpoint import checkpoint_weights
 from trainer.checkpoint_folder import CheckpointError
 from trainer.recorded_plugins import plugins_of
@@ -31,15 +32,15 @@ class Exported:
 def export_network(checkpoint: Path, out: Path) -> Exported:
     """Writes backbone and aggregator of a step folder to a safetensors file, atomically.
 
-    The backbone has facebookresearch/dinov2's keys, the aggregator keys that begin with `aggregator.`; the metadata
-    holds the recipe, and the digests of the plug-ins that it was trained with.
+    The backbone has the keys that its weights are published with (facebookresearch's), the aggregator keys that begin
+    with `aggregator.`; the metadata holds the recipe, and the digests of the plug-ins that it was trained with.
     """
-    weights = checkpoint_weights(checkpoint)
-    backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
-    with reading(checkpoint, "a checkpoint of a network", CheckpointError):
-        layout = facebook_layout(backbone)
-    state = layout | {key: value for key, value in weights.items() if key.startswith(AGGREGATOR)}
     recipe = load_stored_recipe(checkpoint / "recipe.yaml")
+    weights = checkpoint_weights(checkpoint)
+    backbone = {key.removeprefix(BACKBONE): value for key, value in weights.items() if key.startswith(BACKBONE)}
+    with reading(checkpoint, "a checkpoint of a network", CheckpointError):
+        layout = network_of(recipe.model.spec).published_layout(backbone)
+    state = layout | {key: value for key, value in weights.items() if key.startswith(AGGREGATOR)}
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "recipe": recipe_text(recipe), "checkpoint": checkpoint.name}
     if plugins := plugins_of(checkpoint):

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from configs.backbones import BackboneSpec
 from configs.registry import AGGREGATORS, BACKBONES
+from configs.schema.loss import Argument
 from configs.schema.section import NonNegative, Section, registered
 
 
@@ -23,7 +24,12 @@ class ModelConfig(Section):
         description="timm: its own download; random; or a file in facebookresearch's key layout (.pth, .safetensors).",
     )
     aggregator: Annotated[str, registered(AGGREGATORS)] = Field(
-        "cls", description="Global descriptor: cls, the CLS token; gem, GeM over patch tokens; or a plug-in's."
+        "cls",
+        description="Global descriptor: cls, the CLS token; gem, GeM over patch tokens; salad; boq; tokens, learned "
+        "ones; or a plug-in's.",
+    )
+    aggregator_args: dict[str, Argument] = Field(
+        default_factory=dict, description="The aggregator's own arguments; docs/training.md has a table."
     )
     finetune: Literal["all", "last_n_blocks", "head"] = Field(
         "last_n_blocks", description="What is trained: everything, the last blocks and the head, or the aggregator."

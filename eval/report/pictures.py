@@ -133,7 +133,7 @@ def _draw_matches(
         left.set_title(f"query {query} and its best candidate: CLS attention", fontsize=8)
         right.imshow(picture)
         matched, scoring = _matches(matches, features, config.rerank)
-        side = model.backbone.patch_embed.patch_size[0]
+        side = model.spec.patch
         for patches, style in ((matched[~scoring], OTHERS), (matched[scoring], SCORING)):
             for patch in [p for p in patches.tolist() if int(features[0].cell_P2[p, 0]) != NO_CELL][:LINES]:
                 other = int(matches.nearest_BNT[0, patch, 0])

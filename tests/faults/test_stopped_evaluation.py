@@ -15,7 +15,7 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from model.weights import facebook_layout
+from model.dinov2 import facebook_layout
 from tests.networks import backbone
 from tests.photos import jpeg
 from tests.training import ROOT, kill_all
