@@ -8,9 +8,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from configs.reading import shown
 from configs.schema import DataConfig
 from data_pipeline.index import PlaceRange, ShardIndex, read_index
-from data_pipeline.plan import Batching, EpochPlan, Int64, plan_epoch, visits_of_epoch
+from data_pipeline.plan import (
+    Batching,
+    EpochPlan,
+    Int64,
+    batch_faults,
+    held_out_places,
+    plan_epoch,
+    visits_of_epoch,
+)
 from data_pipeline.storage import RangeReader
 
 
@@ -80,13 +89,22 @@ class EpochPlans:
     """The epoch plans of a recipe's data, planned when asked for; every epoch has `num_steps` steps."""
 
     def __init__(self, places: PlaceMixture, data: DataConfig, *, seed: int) -> None:
-        unknown = sorted(set(data.repeat) - set(places.cities))
-        if unknown:
-            raise ValueError(f"data.repeat names {unknown[0]}; the shard set has {', '.join(places.cities)}")
+        """Raises ValueError for all that the places have not enough of, a line each."""
+        faults = []
+        if unknown := sorted(set(data.repeat) - set(places.cities)):
+            faults.append(
+                f"data.repeat names {unknown[0]}; the shard set has {shown(', '.join(places.cities))}; --data.repeat "
+                "alone empties it"
+            )
         if data.repeat and any(weight % 1 for weight in places.weights):
-            raise ValueError("data.repeat needs whole weights in data.mix; leave one of them out")
+            faults.append("data.repeat needs whole weights in data.mix; leave one of them out")
         self.places, self.seed, self.data = places, seed, data
         self.repeat = {n: data.repeat[city] for n, city in enumerate(places.cities) if city in data.repeat}
+        self.held_out = held_out_places(places.num_places, data.held_out, seed=seed)
+        if faults:
+            seen = np.ones(places.num_places, dtype=np.int64)
+            seen[self.held_out] = 0
+            raise ValueError("\n".join([*faults, *batch_faults(places.num_views, seen, self._batching())]))
         self.num_steps = self.epoch(0).num_steps
 
     def epoch(self, epoch: int) -> EpochPlan:
@@ -94,13 +112,30 @@ class EpochPlans:
         return plan_epoch(
             self.places.place_city,
             self.places.num_views,
-            Batching(
-                places_per_batch=self.data.places_per_batch,
-                images_per_place=self.data.images_per_place,
-                composition=self.data.composition,
-                repeat=self.repeat,
-            ),
+            self._batching(),
             seed=self.seed,
             epoch=epoch,
-            visits=self.places.visits(seed=self.seed, epoch=epoch),
+            visits=self._visits(epoch),
+        )
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of what is trained on: the mixture's own, or with the places that are held out of it."""
+        if not len(self.held_out):
+            return self.places.digest
+        return hashlib.sha256(f"{self.places.digest} {self.held_out.tolist()}".encode()).hexdigest()[:16]
+
+    def _visits(self, epoch: int) -> Int64 | None:
+        visits = self.places.visits(seed=self.seed, epoch=epoch)
+        if len(self.held_out):
+            visits = np.ones(self.places.num_places, dtype=np.int64) if visits is None else visits.copy()
+            visits[self.held_out] = 0
+        return visits
+
+    def _batching(self) -> Batching:
+        return Batching(
+            places_per_batch=self.data.places_per_batch,
+            images_per_place=self.data.images_per_place,
+            composition=self.data.composition,
+            repeat=self.repeat,
         )

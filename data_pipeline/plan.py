@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from configs.files import replacing
 
 Int64 = NDArray[np.int64]
+MOST_HELD_OUT = 1_000
 _AT_ONCE = 2**15
+_HELD_OUT = 2**20 + 1  # a stream of draws, beside those of a mixture's sets
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,26 @@ class Batching:
     repeat: Mapping[int, int] = field(default_factory=dict)
 
 
+def batch_faults(num_views: Int64, visits: Int64, batching: Batching) -> list[str]:
+    """Why places with so many views, seen so often (int64 [n]), cannot be planned in such batches; a line each."""
+    faults = []
+    num_seen, k = int(np.count_nonzero(visits)), batching.images_per_place
+    if num_seen < batching.places_per_batch:
+        faults.append(
+            f"{num_seen} places are fewer than data.places_per_batch {batching.places_per_batch}; use at most "
+            f"{num_seen}"
+        )
+    if num_views.min() < k:
+        place = int(num_views.argmin())
+        faults.append(
+            f"place {place} has {num_views[place]} views, fewer than data.images_per_place {k}; "
+            f"use at most {num_views[place]} or shard with --min-images-per-place {k}"
+        )
+    if batching.repeat and batching.composition == "mixed":
+        faults.append("data.repeat needs data.composition city; --data.repeat alone empties it")
+    return faults
+
+
 def plan_epoch(
     place_city: Int64, num_views: Int64, batching: Batching, *, seed: int, epoch: int, visits: Int64 | None = None
 ) -> EpochPlan:
@@ -77,21 +99,10 @@ def plan_epoch(
     places_per_batch, images_per_place = batching.places_per_batch, batching.images_per_place
     if visits is None:
         visits = np.ones(len(num_views), dtype=np.int64)
-    num_seen = int(np.count_nonzero(visits))
-    if num_seen < places_per_batch:
-        raise ValueError(
-            f"{num_seen} places are fewer than data.places_per_batch {places_per_batch}; use at most {num_seen}"
-        )
-    if num_views.min() < images_per_place:
-        place = int(num_views.argmin())
-        raise ValueError(
-            f"place {place} has {num_views[place]} views, fewer than data.images_per_place {images_per_place}; "
-            f"use at most {num_views[place]} or shard with --min-images-per-place {images_per_place}"
-        )
+    if faults := batch_faults(num_views, visits, batching):
+        raise ValueError("\n".join(faults))
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     if batching.composition == "mixed":
-        if batching.repeat:
-            raise ValueError("data.repeat needs data.composition city")
         stream = _rounds(np.arange(len(num_views), dtype=np.int64), visits, places_per_batch, bits)
     else:
         stream = _city_stream(place_city, batching, visits, bits)
@@ -128,6 +139,23 @@ def visits_of_epoch(num_places: int, weight: float, *, seed: int, epoch: int, st
     return visits
 
 
+def held_out_places(num_places: int, share: float, *, seed: int) -> Int64:
+    """Places that training leaves out, ascending: `share` of them, at least one if above 0, at most MOST_HELD_OUT.
+
+    Nothing but the arguments enters. Raises ValueError where fewer than 2 would be left to train on.
+    """
+    if share == 0:
+        return np.zeros(0, dtype=np.int64)
+    number = min(max(1, round(share * num_places)), MOST_HELD_OUT)
+    if num_places - number < 2:
+        raise ValueError(
+            f"data.held_out {share:g} leaves {num_places - number} of {num_places} places to train on; at least 2 are "
+            "needed"
+        )
+    bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_HELD_OUT,)))
+    return np.sort(_shuffled(np.arange(num_places), bits)[:number])
+
+
 def _rounds(places: Int64, visits: Int64, batch: int, bits: np.random.Philox) -> Int64:
     """Each place `visits` times, shuffled in rounds so that no batch of the stream holds a place twice."""
     stream = places[:0]
@@ -155,9 +183,10 @@ def _city_stream(place_city: Int64, batching: Batching, visits: Int64, bits: np.
     members = dict(zip(cities.tolist(), np.split(by_city, starts[1:]), strict=True))
     for city in _shuffled(cities, bits).tolist():
         rounds = batching.repeat.get(city, 1)
-        if rounds > 1 and len(members[city]) < batch:
+        seen = int(np.count_nonzero(visits[members[city]]))
+        if rounds > 1 and seen < batch:
             raise ValueError(
-                f"data.repeat: city number {city} has {len(members[city])} places, fewer than "
+                f"data.repeat: city number {city} has {seen} places, fewer than "
                 f"data.places_per_batch {batch}; only larger cities can be repeated"
             )
         stream = _rounds(members[city], visits[members[city]] * rounds, batch, bits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +45,16 @@ def main(argv: list[str]) -> int:
     # torch is loaded here, not for help.
     from rich.console import Console
 
+    from trainer.fit import fitted
     from trainer.plan import Assumed, check_fit, plan, print_plan
     from trainer.preflight import check_training
 
-    assumed = Assumed(command.ranks, command.device_gb, command.tflops)
-    planned = plan(command.recipe, assumed)
-    absent = check_training(command.recipe, planned.ranks, resume=True)
+    recipe, lowered = fitted(command.recipe)
+    for note in lowered:
+        print(f"rerankvpr: {note}", file=sys.stderr)
+    ranks = command.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    absent = check_training(recipe, ranks, resume=True)
+    planned = plan(recipe, Assumed(ranks, command.device_gb, command.tflops))
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)

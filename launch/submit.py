@@ -91,10 +91,11 @@ def _train_job(verb: list[str], want: Resources) -> Job:
     from trainer.command import parse
 
     command = parse(verb[1:])  # a mistake in it is reported before torch is loaded
+    from trainer.fit import fitted
     from trainer.preflight import check_training
     from trainer.tracking import open_command
 
-    recipe = command.recipe
+    recipe, _ = fitted(command.recipe)
     absent = check_training(recipe, want.ranks, resume=command.resume is not None, checkpoint=command.checkpoint)
     for line in absent:
         print(f"rerankvpr: not here when it was submitted: {line}", file=sys.stderr)

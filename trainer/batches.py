@@ -12,24 +12,6 @@ from trainer.process_group import Rank
 from trainer.watchdog import Watchdog
 
 
-def images_per_rank(recipe: Recipe, world_size: int) -> int:
-    """Images that each rank encodes in a step. Raises ValueError if they are not equally many, or too few."""
-    places, chunks = recipe.data.places_per_batch, recipe.engine.encode_chunks
-    if places % world_size:
-        low = max(world_size, places // world_size * world_size)
-        raise ValueError(
-            f"data.places_per_batch {places} is not divisible by {world_size} ranks; nearest: {low} or "
-            f"{low + world_size}"
-        )
-    images = places // world_size * recipe.data.images_per_place
-    if chunks > images:
-        raise ValueError(
-            f"engine.encode_chunks {chunks} is more than the {images} images of a rank; it counts the "
-            "chunks that these are encoded in"
-        )
-    return images
-
-
 class Batches:
     """This rank's share of every batch of a training: which places and views, read and decoded ahead."""
 
@@ -37,12 +19,18 @@ class Batches:
         """Raises what `read_mixture`, `EpochPlans` and `PlaceLoader` raise."""
         reader = build_reader(recipe.data, rank=rank.rank)
         self.places = read_mixture(recipe.data, reader)
-        self._plans = EpochPlans(self.places, recipe.data, seed=recipe.seed)
+        self.reader = reader
+        self.plans = EpochPlans(self.places, recipe.data, seed=recipe.seed)
         self._loader = PlaceLoader(self.places, recipe.data, rank=rank.rank, world_size=rank.world_size, reader=reader)
-        self.steps_per_epoch = self._plans.num_steps
+        self.steps_per_epoch = self.plans.num_steps
         self.total_steps = recipe.trainer.epochs * self.steps_per_epoch
         if recipe.trainer.max_steps:
             self.total_steps = min(self.total_steps, recipe.trainer.max_steps)
+
+    @property
+    def dataset(self) -> str:
+        """The digest of the shard sets and of the places held out of them."""
+        return self.plans.digest
 
     @property
     def num_bad_images(self) -> int:
@@ -54,7 +42,7 @@ class Batches:
         while step < self.total_steps:
             epoch, start = divmod(step, self.steps_per_epoch)
             stop = min(self.steps_per_epoch, start + self.total_steps - step)
-            batches = iter(self._loader.batches(self._plans.epoch(epoch), range(start, stop)))
+            batches = iter(self._loader.batches(self.plans.epoch(epoch), range(start, stop)))
             while True:
                 watchdog.enter("data", step)
                 asked = time.perf_counter()

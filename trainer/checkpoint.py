@@ -77,8 +77,8 @@ def check_resumable(checkpoint: Path, recipe: Recipe, dataset: str | None) -> No
     trained_on = _stored_progress(checkpoint).dataset
     if dataset is not None and trained_on != dataset:
         raise CheckpointError(
-            f"{checkpoint} was trained on shards with digest {trained_on}, data.shards and data.mix now have "
-            f"{dataset}: the order of data would be another; resume with the same shards, or export the network and "
+            f"{checkpoint} was trained on shards with digest {trained_on}, data.shards, data.mix and data.held_out now "
+            f"have {dataset}: the order of data would be another; resume with the same, or export the network and "
             "start from it with model.weights"
         )
     recipe_changes(recipe, checkpoint)

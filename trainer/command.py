@@ -12,6 +12,7 @@ from typing import Annotated
 from tyro.constructors import PrimitiveConstructorSpec
 
 from configs.recipe_flags import RecipeCommand, parse_over_recipe
+from configs.schema import Recipe
 from trainer.errors import TrainingError, leave, one_line_errors
 
 AUTO = "auto"
@@ -58,6 +59,20 @@ def parse(argv: Sequence[str]) -> TrainCommand:
     return command
 
 
+def _checked(command: TrainCommand) -> Recipe:
+    """The recipe for its data. Raises all that is wrong with it at once; a restart was checked when it started."""
+    from trainer.first_checks import check_start
+    from trainer.fit import fitted
+
+    recipe, notes = fitted(command.recipe)
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"rerankvpr: {note}", file=sys.stderr, flush=True)
+        if command.resume is None:
+            check_start(recipe, int(os.environ.get("WORLD_SIZE", "1")), resume=False)
+    return recipe
+
+
 def warm_up() -> None:
     """Parses a recipe, for a fork server: the parsers keep what they learn of the schema."""
     parse(["demo"])
@@ -67,6 +82,7 @@ def main(argv: list[str]) -> int:
     """Runs one rank of a training."""
     with one_line_errors():
         command = parse(argv)
+        recipe = _checked(command)
     from rich.console import Console
 
     from data_pipeline.loader import TooManyBadImagesError
@@ -76,7 +92,7 @@ def main(argv: list[str]) -> int:
     from trainer.start_time import StartTime
     from trainer.stop_signal import REQUEUE_STATUS, Stopped, StoppedInEvaluation
 
-    console, recipe = Console(), command.recipe
+    console = Console()
     with one_line_errors(TooManyBadImagesError, TrainingError, folder=recipe.output):
         start_time = StartTime()
         rank = start_process_group(recipe.engine.collective_timeout_s, tf32=recipe.engine.tf32)

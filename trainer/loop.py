@@ -17,9 +17,11 @@ from eval.benchmarks.load import load_benchmarks
 from eval.report.tables import write_results
 from eval.result import Result
 from memory.global_loss import GlobalLoss
-from trainer.batches import Batches, images_per_rank
+from trainer.batches import Batches
 from trainer.checkpoint_folder import find_checkpoint
 from trainer.context import main_rank_says, open_context
+from trainer.first_checks import images_per_rank
+from trainer.held_out import held_out_benchmark
 from trainer.metrics import StepMetrics
 from trainer.process_group import Rank
 from trainer.progress import progress_bar
@@ -65,10 +67,13 @@ class Training:
         benchmarks = load_benchmarks(recipe.eval.benchmarks, recipe.eval.data_root)
         self.recipe, self.rank = recipe, rank
         self.batches = Batches(recipe, rank)
+        if len(held_out := self.batches.plans.held_out):
+            places, reader = self.batches.places, self.batches.reader
+            benchmarks = [held_out_benchmark(recipe, places, held_out, reader, rank), *benchmarks]
         start_time.part_done("index")
         self.state = build_state(recipe, rank, images_per_rank=num_images)
         start_time.part_done("model")
-        changes = restore(self.state, recipe, rank, checkpoint, dataset=self.batches.places.digest, say=say)
+        changes = restore(self.state, recipe, rank, checkpoint, dataset=self.batches.dataset, say=say)
         if changes:
             say(f"[yellow]resumed with another recipe: {escape(', '.join(f'{k} {v}' for k, v in changes.items()))}")
         start_time.part_done("weights")
@@ -175,10 +180,14 @@ class Training:
         trained, total = self.state.num_parameters()
         self.context.say(
             f"{recipe.name}: {recipe.model.backbone}, {trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters trained; "
-            f"{batches.places.num_places} places, {batches.steps_per_epoch} steps an epoch, {batches.total_steps} in "
-            f"all; {self.rank.world_size} rank(s) on {self.rank.device.type}, ZeRO {recipe.engine.zero_stage}, "
-            f"{recipe.engine.precision}"
+            f"{batches.places.num_places} places{self._held_out()}, {batches.steps_per_epoch} steps an epoch, "
+            f"{batches.total_steps} in all; {self.rank.world_size} rank(s) on {self.rank.device.type}, "
+            f"ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}"
         )
+
+    def _held_out(self) -> str:
+        held_out = self.batches.plans.held_out
+        return f" ({len(held_out)} of them held out)" if len(held_out) else ""
 
     def _say_why_it_ends(self) -> None:
         if self.validation.brings_no_more():

@@ -351,7 +351,7 @@ def _checkpoint_part(recipe: Recipe, sizes: Sizes, ranks: int, saves_between_ste
 
 def _evaluation_parts(recipe: Recipe, sizes: Sizes, on_cpu: bool) -> list[Part]:
     """A forward pass of evaluation, the search, and at ZeRO-3 the whole weights that it runs on."""
-    if not recipe.eval.benchmarks:
+    if not (recipe.eval.benchmarks or recipe.data.held_out):
         return []
     each, each_frozen = element_bytes(recipe)
     spec = recipe.model.spec

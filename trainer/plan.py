@@ -15,7 +15,7 @@ from rich.table import Table
 
 from configs.schema import Recipe
 from data_pipeline.mixture import EpochPlans, read_mixture
-from trainer.batches import images_per_rank
+from trainer.first_checks import images_per_rank
 from trainer.flops import model_flops, peak_tflops, step_flops
 from trainer.memory_plan import GB, MemoryPlan, Sizes, bytes_sent, parameter_sizes, plan_memory
 

@@ -19,6 +19,7 @@ FIXED = (
     "data.images_per_place",
     "data.composition",
     "data.repeat",
+    "data.held_out",
     "data.image_size",
     "model.backbone",
     "model.aggregator",

@@ -28,6 +28,16 @@ class DataConfig(Section):
     repeat: dict[str, Positive] = Field(
         default_factory=dict, description="Times that each place of a city is seen in an epoch, where not once."
     )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Share of the places that training never sees and that benchmark held_out is made of (at most "
+        "1,000), drawn by the seed.",
+    )
+    fit: bool = Field(
+        False,
+        description="Lower P, K, memory.size and eval.recall_at to what the shard set has places and views for, and "
+        "say so.",
+    )
     image_size: Positive = Field(
         224, description="Side in pixels of the square that images are resized to; a multiple of the patch."
     )

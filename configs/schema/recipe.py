@@ -55,9 +55,11 @@ class Recipe(Section):
                 "model.frozen_precision bf16 at engine.zero_stage 3 needs engine.precision bf16: DeepSpeed keeps "
                 "partitioned weights in one precision"
             )
-        if self.optim.schedule == "plateau" and not (trainer.validate_every_epochs and self.eval.benchmarks):
+        evaluated = self.eval.benchmarks or self.data.held_out
+        if self.optim.schedule == "plateau" and not (trainer.validate_every_epochs and evaluated):
             raise ValueError(
-                "optim.schedule plateau needs validations: eval.benchmarks and trainer.validate_every_epochs"
+                "optim.schedule plateau needs validations: trainer.validate_every_epochs, and eval.benchmarks or "
+                "data.held_out"
             )
         return self
 

@@ -62,7 +62,7 @@ class CellSurvey:
 def read_photo_folder(source: Path, on_progress: OnProgress = untold) -> PhotoFolder:
     """The photographs below `source` that say where they were taken; those that do not are named with why.
 
-    Of photographs with the same bytes the first by name is kept. Raises FileNotFoundError for a folder without
+    Of photographs with the same bytes the one with the shortest name is kept. Raises FileNotFoundError for a folder without
     photographs, OSError for one that cannot be read, ValueError where none of them has a position.
     """
     if not source.is_dir():
@@ -176,9 +176,9 @@ def _facts(path: Path) -> CameraFacts:
 
 
 def _same_bytes(source: Path, names: list[str]) -> set[str]:
-    """Names of the photographs whose bytes one earlier by name has; only those of one length are read."""
+    """Names of the photographs whose bytes one of a shorter name has; only those of one length are read."""
     by_size: dict[int, list[str]] = {}
-    for name in names:
+    for name in sorted(names, key=lambda name: (len(name), name)):
         by_size.setdefault((source / name).stat().st_size, []).append(name)
     twice: set[str] = set()
     for same in by_size.values():
