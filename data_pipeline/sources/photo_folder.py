@@ -62,8 +62,8 @@ class CellSurvey:
 def read_photo_folder(source: Path, on_progress: OnProgress = untold) -> PhotoFolder:
     """The photographs below `source` that say where they were taken; those that do not are named with why.
 
-    Of photographs with the same bytes the one with the shortest name is kept. Raises FileNotFoundError for a folder without
-    photographs, OSError for one that cannot be read, ValueError where none of them has a position.
+    Of photographs with the same bytes the one with the shortest name is kept. Raises FileNotFoundError for a folder
+    without photographs, OSError for one that cannot be read, ValueError where none of them has a position.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; give one of photographs whose EXIF holds GPS")
