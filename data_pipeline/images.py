@@ -20,6 +20,14 @@ _RESIZE = {
 }
 
 
+class UnreadableImageError(ValueError):
+    """An image file that is damaged or of no kind that is read; names the file, `why` does not."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path}: not a readable image ({why})")
+        self.why = why
+
+
 def empty_batch(num_images: int, side: int, *, device: str = "cpu", pin_memory: bool = False) -> torch.Tensor:
     """uint8 [num_images, 3, side, side] to be filled, its channels interleaved as decoders write them."""
     shape = (num_images, 3, side, side)
@@ -52,7 +60,7 @@ def read_image(path: Path, side: int, interpolation: str = "bilinear") -> torch.
     try:
         return decode(read_regular(path), side, interpolation)
     except ValueError as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        raise UnreadableImageError(path, str(error)) from error
 
 
 def normalise(images_B3HW: torch.Tensor) -> torch.Tensor:

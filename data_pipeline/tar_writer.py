@@ -8,7 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class BadImages:
     share: float
     total: int
 
-    def check(self, bad: list[BadImage]) -> None:
+    def check(self, bad: Sequence[BadImage]) -> None:
         """Raises ValueError, naming the first, where there are more."""
         if len(bad) > self.share * self.total:
             first = "; ".join(map(str, bad[:_NAMED])) + ("; ..." if len(bad) > _NAMED else "")

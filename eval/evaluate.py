@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from configs.progress import OnProgress, PartOf, untold
 from configs.ranks import on_all_ranks
 from configs.schema import EvalConfig
+from data_pipeline.tar_writer import BadImages
 from eval.approximate import Trained
 from eval.benchmarks.benchmark import Benchmark
 from eval.clock import Clock
@@ -26,6 +27,7 @@ from eval.rerank import Reranked, learn_margin, rerank
 from eval.result import Result
 from eval.search import agreement, search_ranks
 from eval.train_index import train_together
+from eval.unreadable import as_bad_images, ranked_without, unreadable_note
 from model.network import PlaceModel
 
 # What of the re-ranking's settings decides which local features are stored.
@@ -149,6 +151,7 @@ def features_of(
     about = _about(model, config) | {
         "projection": None if projection_CK is None else digest(projection_CK.cpu().tolist()),
     }
+    allowed = BadImages(config.max_bad, total)
     both: list[Cached] = []
     for paths, before in ((benchmark.database, 0), (benchmark.queries, len(benchmark.database))):
         with on_all_ranks():
@@ -158,15 +161,26 @@ def features_of(
             earlier = cache.of_earlier_run(key)
             told = PartOf(on_progress, total, "features", before, each=dist.get_world_size())
             folder = cache.folder(key)
-            features = extract(model, paths, config, folder, key=key, projection_CK=projection_CK, on_progress=told)
+            features = extract(
+                *(model, paths, config, folder),
+                key=key,
+                projection_CK=projection_CK,
+                allowed=allowed,
+                on_progress=told,
+            )
             cached = Cached(features, clock.lap(), earlier)
             cache.hold(paths, key, cached)
         both.append(cached)
     timings["extraction_s_per_image"] = (seconds + sum(cached.seconds for cached in both)) / total
     if all(cached.of_earlier_run for cached in both):
         notes.append("features of an earlier run were read: the time per image is no extraction's")
-    database, queries = both
-    return database.features, queries.features
+    database, queries = (cached.features for cached in both)
+    bad_D = as_bad_images(benchmark.database, database.unreadable)
+    bad_Q = as_bad_images(benchmark.queries, queries.unreadable)
+    allowed.check([*bad_Q, *bad_D])
+    if note := unreadable_note(bad_D, bad_Q, len(database), len(queries)):
+        notes.append(note)
+    return database, queries
 
 
 def _about(model: PlaceModel, config: EvalConfig) -> dict[str, Any]:
@@ -187,23 +201,25 @@ def _search(
     """What retrieval finds, and the percent of exact neighbours among it if the index is approximate."""
     deepest = max(config.recall_at[-1], config.rerank.top_k if config.rerank.enabled else 1)
     k = min(deepest, len(database))
+    fetched = min(deepest + len(database.unreadable), len(database))
     block_bytes = config.search_block_mb << 20
     with on_all_ranks():
         queries_QD = queries.descriptors()
 
-    def search(trained: Trained | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(trained: Trained | None = None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         blocks = database.blocks(dist.get_rank(), dist.get_world_size(), block_bytes)
-        return search_ranks(queries_QD, blocks, k, trained)
+        similarities_QK, predictions_QK = search_ranks(queries_QD, blocks, fetched, trained)
+        return ranked_without(predictions_QK, similarities_QK, database.unreadable, queries.unreadable, k)
 
     exact = config.faiss_index == "Flat"
     trained = None if exact else train_together(config.faiss_index, config.faiss_params, database)
-    similarities_QK, predictions_QK = search(trained)
+    predictions_QK, similarities_QK = search(trained)
     timings["retrieval_s_per_query"] = clock.lap() / len(queries)
     found = FirstStage(database, queries, predictions_QK, similarities_QK)
     if exact:
         return found, None
     shown = slice(config.recall_at[-1])
-    agreed = agreement(predictions_QK[:, shown], search()[1][:, shown])
+    agreed = agreement(predictions_QK[:, shown], search()[0][:, shown])
     clock.lap()
     return found, agreed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,15 +13,20 @@ import torch.distributed as dist
 
 from configs.progress import OnProgress, PartOf, untold
 from configs.ranks import on_all_ranks
+from configs.reading import is_out_of_memory, reason
 from configs.schema import EvalConfig
 from data_pipeline.folder_lock import FolderLock
-from data_pipeline.images import normalise
+from data_pipeline.images import UnreadableImageError, normalise
+from data_pipeline.index import BadImage
+from data_pipeline.tar_writer import BadImages
 from eval.features import INDEX, StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
 from eval.forward import encode_images
 from eval.local_features import pca_basis, random_basis, read_local
-from eval.pixels import load_image
+from eval.pixels import input_size, load_image
 from eval.scratch import hosts_that_miss
 from model.network import PlaceModel
+
+OnUnreadable = Callable[[int, UnreadableImageError | OSError], None]
 
 FIT_IMAGES = 64
 FIT_PATCHES_PER_IMAGE = 256
@@ -36,17 +41,19 @@ def extract(
     *,
     key: str,
     projection_CK: torch.Tensor | None = None,
+    allowed: BadImages | None = None,
     on_progress: OnProgress = untold,
 ) -> StoredFeatures:
     """Features of `paths` in `folder`: rank r of W makes shards r, r + W, ... that are not there yet.
 
     Every rank returns all of them. `on_progress` gets the number of this rank's images that are done. What stops one
-    rank, such as a file that cannot be read, ends it on all ranks, once each has finished the shard it is at, with the
-    rank's number (see `on_all_ranks`).
+    rank, such as a file that cannot be read (or more of them than are `allowed`), ends it on all ranks, once each has
+    finished the shard it is at, with the rank's number (see `on_all_ranks`).
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     bounds = shard_bounds(len(paths), config.batch_size)
     done = 0
+    bad: list[BadImage] = []
     lock = FolderLock(folder, "writing features")
     try:
         with on_all_ranks():
@@ -64,8 +71,9 @@ def extract(
                     first, stop = bounds[turn + rank]
                     path, told = shard_path(folder, turn + rank), PartOf(on_progress, len(paths), before=done)
                     if not shard_is_whole(path, key, stop - first):
-                        shard = _extract_shard(model, paths[first:stop], config, projection_CK, told)
-                        write_shard(path, shard, key)
+                        unreadable = _Unreadable(paths[first:stop], allowed, bad)
+                        shard = _extract_shard(model, paths[first:stop], config, projection_CK, unreadable, told)
+                        write_shard(path, shard, key, unreadable.why)
                     done += stop - first
             on_progress(done, len(paths))
         with on_all_ranks():
@@ -74,17 +82,35 @@ def extract(
         lock.release()
 
 
+class _Unreadable:
+    """Images of a shard that cannot be read; raises ValueError if this rank has met more than are allowed."""
+
+    def __init__(self, paths: list[Path], allowed: BadImages | None, bad: list[BadImage]) -> None:
+        self.paths, self.allowed, self.bad = paths, allowed, bad
+        self.why: dict[int, str] = {}
+
+    def note(self, number: int, error: UnreadableImageError | OSError) -> None:
+        """Leaves an image out, or raises why none is."""
+        if self.allowed is None or is_out_of_memory(error):
+            raise error
+        why = error.why if isinstance(error, UnreadableImageError) else error.strerror or reason(error)
+        self.why[number] = why
+        self.bad.append(BadImage("", 0, str(self.paths[number]), why))
+        self.allowed.check(self.bad)
+
+
 def _extract_shard(
     model: PlaceModel,
     paths: list[Path],
     config: EvalConfig,
     projection_CK: torch.Tensor | None,
+    unreadable: _Unreadable,
     on_progress: OnProgress,
 ) -> dict[str, torch.Tensor]:
     done = 0
     descriptors = torch.zeros(len(paths), model.descriptor_size)
     local: list[tuple[torch.Tensor, ...]] = [()] * len(paths)
-    for numbers, images_B3HW in _image_batches(paths, config, model.spec.patch):
+    for numbers, images_B3HW in _image_batches(paths, config, model.spec.patch, unreadable.note):
         encoded = encode_images(model, images_B3HW, config, projection_CK)
         descriptor_BD = encoded.descriptor_BD
         finite_B = descriptor_BD.isfinite().all(dim=1).cpu()
@@ -101,6 +127,9 @@ def _extract_shard(
         on_progress(done)
     if not config.rerank.enabled:
         return {"descriptors": descriptors}
+    if unreadable.why:
+        nothing = _no_patches(model, config, projection_CK)
+        local = [parts or nothing for parts in local]
     codes, scale, cell, saliency = (torch.cat(column) for column in zip(*local, strict=True))
     count = torch.tensor([len(patches[0]) for patches in local])
     return {
@@ -111,6 +140,14 @@ def _extract_shard(
         "cell": cell,
         "saliency": saliency,
     }
+
+
+def _no_patches(model: PlaceModel, config: EvalConfig, projection_CK: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The local features of an image that has none, of the types and channels that others have."""
+    sides = input_size(config.image_size, config.image_size, config, model.spec.patch)
+    kept = encode_images(model, torch.zeros(1, 3, *sides, dtype=torch.uint8), config, projection_CK).local
+    assert kept is not None
+    return tuple(t[:0].cpu() for t in (kept.codes_PC, kept.scale_P, kept.cell_P2, kept.saliency_P))
 
 
 @torch.inference_mode()
@@ -132,7 +169,8 @@ def _basis(model: PlaceModel, paths: list[Path], config: EvalConfig) -> torch.Te
     rerank = config.rerank
     numbers = np.unique(np.linspace(0, len(paths) - 1, min(FIT_IMAGES, len(paths))).astype(int))
     sample = []
-    for _, images_B3HW in _image_batches([paths[i] for i in numbers], config, model.spec.patch):
+    chosen = [paths[i] for i in numbers]
+    for _, images_B3HW in _image_batches(chosen, config, model.spec.patch, lambda *_: None):
         _, local_BNC, _ = read_local(model, normalise(images_B3HW.to(model.device)), rerank)
         channels = local_BNC.shape[2]
         if rerank.project_size > channels:
@@ -141,13 +179,18 @@ def _basis(model: PlaceModel, paths: list[Path], config: EvalConfig) -> torch.Te
             return random_basis(channels, rerank.project_size).to(model.device)
         step = -(-local_BNC.shape[1] // FIT_PATCHES_PER_IMAGE)
         sample.append(local_BNC[:, ::step].flatten(0, 1))
+    if not sample:
+        raise ValueError(f"{chosen[0]}: not a readable image, nor are {len(chosen) - 1} others of the database")
     return pca_basis(torch.cat(sample), rerank.project_size)
 
 
-def _image_batches(paths: list[Path], config: EvalConfig, patch: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+def _image_batches(
+    paths: list[Path], config: EvalConfig, patch: int, on_unreadable: OnUnreadable
+) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Batches of images of one size with their numbers, read two batches ahead.
 
-    Images of one size are collected over the whole list, so few batches are short.
+    Images of one size are collected over the whole list, so few batches are short. One that cannot be read is left out
+    and handed to `on_unreadable`.
     """
     with ThreadPoolExecutor(config.decode_threads, thread_name_prefix="read") as pool:
         waiting: deque[tuple[int, Future[torch.Tensor]]] = deque()
@@ -160,7 +203,11 @@ def _image_batches(paths: list[Path], config: EvalConfig, patch: int) -> Iterato
                 if not waiting:
                     break
                 number, future = waiting.popleft()
-                image = future.result()
+                try:
+                    image = future.result()
+                except (UnreadableImageError, OSError) as error:
+                    on_unreadable(number, error)
+                    continue
                 bucket = buckets[image.shape]
                 bucket.append((number, image))
                 if len(bucket) == config.batch_size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from configs.files import replacing, write_whole
 from configs.plugins import digests_of_network
-from configs.reading import reading
+from configs.reading import reading, shown
 from eval.feature_digest import LOCAL, SUMS, image_sum, image_sums, shard_digest
 from eval.scratch import is_seen
 
@@ -26,6 +26,7 @@ MAX_SHARD_IMAGES = 1024  # at 400 kB an image, half a gigabyte in memory while i
 SHARDS_WANTED = 64  # so that many ranks have work, and an interrupted run loses little
 _WHOLE = "a whole shard of features"
 INDEX = "index.json"
+UNREADABLE = "unreadable"
 DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8, "I64": np.int64, "F64": np.float64}
 
 
@@ -107,14 +108,32 @@ def open_folder(folder: Path, about: dict[str, Any]) -> None:
     write_whole(file, json.dumps(about, indent=1, default=str))
 
 
-def write_shard(path: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
-    """A shard of features with its digests; it appears whole or not at all."""
+def write_shard(
+    path: Path, tensors: dict[str, torch.Tensor], key: str, unreadable: Mapping[int, str] | None = None
+) -> None:
+    """A shard of features with its digests; it appears whole or not at all.
+
+    `unreadable` says why some of its rows are of no image: their descriptors are zeros, they have no patches.
+    """
     arrays = {name: t.contiguous().cpu() for name, t in tensors.items()}
     if "codes" in arrays:
         arrays[SUMS] = torch.from_numpy(image_sums({name: t.numpy() for name, t in arrays.items()}))
     metadata = {"key": key, "digest": shard_digest({name: t.numpy() for name, t in arrays.items()})}
+    if unreadable:
+        metadata[UNREADABLE] = json.dumps({str(row): why for row, why in sorted(unreadable.items())})
     with replacing(path) as partial:
         save_file(arrays, partial, metadata=metadata)
+
+
+def unreadable_in(path: Path, metadata: Mapping[str, str], num_images: int) -> dict[int, str]:
+    """Rows of a shard that are of no image, with the reason. Raises FeatureError if that is damaged."""
+    if UNREADABLE not in metadata:
+        return {}
+    with reading(f"feature shard {path}", f"{_WHOLE}; remove it and it is made again", FeatureError):
+        rows = {int(row): shown(why) for row, why in dict(json.loads(metadata[UNREADABLE])).items()}
+        if not all(0 <= row < num_images for row in rows):
+            raise ValueError(f"unreadable rows {sorted(rows)} of {num_images} images")
+    return rows
 
 
 def shard_is_whole(path: Path, key: str, num_images: int) -> bool:
@@ -182,6 +201,15 @@ class StoredFeatures:
 
     def __len__(self) -> int:
         return self.bounds[-1][1] if self.bounds else 0
+
+    @cached_property
+    def unreadable(self) -> dict[int, str]:
+        """Images that could not be read, by number, with the reason; they have a descriptor of zeros, no patches."""
+        return {
+            first + row: why
+            for path, said, (first, stop) in zip(self.paths, self._metadata, self.bounds, strict=True)
+            for row, why in unreadable_in(path, said, stop - first).items()
+        }
 
     @property
     def has_local(self) -> bool:

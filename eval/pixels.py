@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as TF
 from configs.reading import read_regular
 from configs.schema import DataConfig, EvalConfig
 from data_pipeline.decoders import decode_rgb
-from data_pipeline.images import read_image
+from data_pipeline.images import UnreadableImageError, read_image
 from eval.local_features import NO_CELL
 
 MOST_CELLS = NO_CELL - 1  # rows and columns of patches are stored in a byte
@@ -60,7 +60,7 @@ def load_image(path: Path, config: EvalConfig, patch: int) -> torch.Tensor:
     try:
         image = decode_rgb(read_regular(path))
     except ValueError as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        raise UnreadableImageError(path, str(error)) from error
     sides, most = input_size(image.shape[1], image.shape[2], config, patch), MOST_CELLS * patch
     if max(sides) > most:
         raise ValueError(f"{path}: {sides[1]} x {sides[0]} pixels, at most {most} a side; use eval.resize aspect")

@@ -110,6 +110,11 @@ class EvalConfig(Section):
     search_block_mb: Positive = Field(1024, description="MB of database descriptors that a rank indexes at a time.")
     bootstrap: NonNegative = Field(2000, description="Resamples of the queries for 95 % intervals; 0 gives none.")
     decode_threads: Positive = Field(2, description="Threads a rank reads images with.")
+    max_bad: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.001,
+        description="Share of a benchmark's images that may be missing or damaged: named, counted, a query among them "
+        "a miss; more stop the evaluation.",
+    )
     recall_at: list[Positive] = Field(default_factory=lambda: [1, 5, 10], description="The K of recall@K.")
     pictures: NonNegative = Field(8, description="Queries drawn with their candidates, wrong ones first.")
     rerank: RerankConfig = Field(default_factory=RerankConfig)

@@ -35,12 +35,14 @@ def draw_pictures(
     if not config.pictures:
         return []
     final_QK = result.predictions_QK if result.reranked_QK is None else result.reranked_QK
-    verdicts = [_is_right(benchmark, q, int(row[0])) for q, row in enumerate(final_QK)]
-    wrong, right, unknown = ([q for q, is_right in enumerate(verdicts) if is_right is v] for v in (False, True, None))
+    drawn = {q: _is_right(benchmark, q, int(row[0])) for q, row in enumerate(final_QK) if row[0] >= 0}
+    wrong, right, unknown = ([q for q, is_right in drawn.items() if is_right is v] for v in (False, True, None))
     wanted = config.pictures
     num_wrong = min(len(wrong), max(wanted - len(right), wanted // 2 + wanted % 2))
     chosen = _spread(wrong, num_wrong) + _spread(right, wanted - num_wrong)
     chosen += _spread(unknown, wanted - len(chosen))
+    if not chosen:  # a query that cannot be read has no candidate
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     paths = [_draw_retrieval(folder / "retrieval.png", benchmark, result, chosen)]
     if result.reranked_QK is not None:
@@ -86,6 +88,9 @@ def _draw_retrieval(path: Path, benchmark: Benchmark, result: Result, chosen: li
         for stage, (label, predictions_QK) in enumerate(stages):
             for place in range(shown):
                 number = int(predictions_QK[query, place])
+                if number < 0:
+                    row[1 + stage * shown + place].set_axis_off()
+                    continue
                 colour = COLOURS[_is_right(benchmark, query, number)]
                 _frame(row[1 + stage * shown + place], benchmark.database[number], f"{label} {place + 1}", colour)
     told = ": green is the place of the query" if benchmark.num_labelled else ""
