@@ -191,6 +191,7 @@ def _about(model: PlaceModel, config: EvalConfig) -> dict[str, Any]:
     return {
         "weights": weights_digest(model) if config.features else "these",
         "preprocessing": preprocessing,
+        "decoded": "upright",  # as EXIF says
         "local": config.rerank.model_dump(include=STORED_AS) if config.rerank.enabled else None,
     }
 
