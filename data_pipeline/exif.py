@@ -47,10 +47,10 @@ def read_exif(path: Path) -> CameraFacts:
         try:
             with Image.open(path) as image:
                 exif = image.getexif()
+                gps, inner = (_directory(exif, tag) for tag in (_GPS, _EXIF))
+                taken = _time(inner.get(_TAKEN) or exif.get(_CHANGED))
         except UnidentifiedImageError:
             raise ValueError(f"{path}: not a photograph") from None
-        gps, inner = (_directory(exif, tag) for tag in (_GPS, _EXIF))
-        taken = _time(inner.get(_TAKEN) or exif.get(_CHANGED))
     lat, lat_fault = _degrees(gps, _LAT, _LAT_REF, {"N": 1, "S": -1}, 90)
     lon, lon_fault = _degrees(gps, _LON, _LON_REF, {"E": 1, "W": -1}, 180)
     fault = lat_fault or lon_fault

@@ -109,7 +109,7 @@ def list_photo_folder(
     """The places of a folder by `grid`.
 
     The city is `city`, or the folder's name; UTM zones far apart and the grid's groups are told apart by suffixes.
-    Raises ValueError where no place has enough photographs, saying what would do by the survey.
+    Raises ValueError where no two places have enough photographs, saying what would do by the survey.
     """
     facts = folder.facts
     heading = _known(fact.heading for fact in facts)
@@ -141,8 +141,18 @@ def list_photo_folder(
             notes=_notes(folder, positions.notes),
         )
     except ValueError as error:
-        raise ValueError(f"{error}{_what_would_do(survey, grid)}") from error
+        turned = grid.heading_deg < 360 and not np.isnan(heading).all()
+        raise ValueError(f"{error}{_what_would_do(survey, grid, turned)}") from error
+    if listing.num_places < 2:
+        raise ValueError(
+            f"{folder.source}: all {listing.num_images} photographs show one place (they lie within "
+            f"{_extent(east, north):.0f} m); training needs two"
+        )
     return replace(listing, left_out=tuple(folder.left_out))
+
+
+def _extent(east: NDArray[np.float64], north: NDArray[np.float64]) -> float:
+    return float(np.hypot(np.ptp(east), np.ptp(north)))
 
 
 def _positions(folder: PhotoFolder) -> Positions:
@@ -150,10 +160,10 @@ def _positions(folder: PhotoFolder) -> Positions:
     return from_lat_lon(lat, lon, folder.source)
 
 
-def _what_would_do(survey: CellSurvey, grid: Grid) -> str:
+def _what_would_do(survey: CellSurvey, grid: Grid, has_sectors: bool) -> str:
     if survey.suggested_m and survey.suggested_m != grid.cell_m:
         return f", or use --cell-m {survey.suggested_m:g}"
-    return "" if grid.heading_deg == 360 else ", or use --heading-deg 360"
+    return ", or use --heading-deg 360" if has_sectors else ""
 
 
 def _notes(folder: PhotoFolder, odd: Sequence[str]) -> list[str]:
