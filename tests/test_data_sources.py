@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from pathlib import Path
 
@@ -196,6 +197,56 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path: Path, text: str, wo
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         read_manifest(tmp_path / "mine.csv", min_images_per_place=1)
     assert "\n" not in str(error.value)
+
+
+def test_a_table_with_positions_and_no_places_makes_cells(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    lines = ["Path ; LAT;lon; northdeg"]
+    for n in range(12):
+        (tmp_path / f"{n}.JPG").write_bytes(jpeg(rng))
+        lines.append(f"{n}.JPG; {48 + n // 6 * 1e-3};9.5;{[359.7, 12.4, 100.0][n % 3]}")
+    lines.append("nowhere.jpg;;;")
+    (tmp_path / "my walk 2024.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    listing = read_manifest(tmp_path / "my walk 2024.csv", grid=Grid(groups=1, heading_deg=90), min_images_per_place=1)
+    assert (listing.cities, listing.notes) == (["my-walk-2024"], ("left out: 1 rows without a position",))
+    assert np.diff(listing.place_starts).tolist() == [2, 2, 2, 2, 2, 2]
+    assert sorted(set(listing.images["northdeg"].to_pylist())) == [0, 12, 100]
+    rows = [f"{n}.JPG,{500000 + n // 6 * 100},5300000" for n in range(12)]
+    (tmp_path / "metres.csv").write_text("\n".join(["path,east,north", *rows]))
+    assert read_manifest(tmp_path / "metres.csv").num_places == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("path;lat;lon\na.jpg;48,1;9\n", "mine.csv row 2: lat is '48,1'; a decimal comma; write 48.1"),
+        ("path,lat,lon\na.jpg,48,9\n\nb.jpg,9,148\nc.jpg,148,9\n", "mine.csv row 5: lat, lon are 148, 9"),
+        ("path,lat,lon\na.jpg,inf,9\n", "mine.csv row 2: lat is 'inf'; expected a finite number"),
+        ("path,lat,lon\na.jpg,480035974,90804331\n", "degrees times 10^7"),
+        ("path,lat,lon\na.jpg,,\n", "no row has a position"),
+        ("path,place,northdeg\na.jpg,1,north\n", "mine.csv row 2: northdeg is 'north'; expected a finite number"),
+        ("path,place,year\na.jpg,1,2024.5\n", "mine.csv row 2: year is 2024.5; expected a whole number"),
+        ("path,Path ,place\na.jpg,b.jpg,1\n", "the column path is there twice"),
+    ],
+)
+def test_a_table_with_odd_positions_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        read_manifest(tmp_path / "mine.csv", min_images_per_place=1)
+    assert "\n" not in str(error.value)
+
+
+CASES = Path(os.environ.get("RERANKVPR_TEST_CASES", ""))
+
+
+@pytest.mark.skipif(not (CASES / "own_train").is_dir(), reason="RERANKVPR_TEST_CASES names no folder with own_train/")
+@pytest.mark.parametrize(
+    "name", ["mine", "mine_back", "mine_bom", "mine_date", "mine_north", "mine_semi", "mine_spaces", "my data 2024"]
+)
+def test_tables_as_people_write_them_are_read(name: str) -> None:
+    listing = read_manifest(CASES / "own_train" / f"{name}.csv", min_images_per_place=2)
+    assert (listing.num_places, listing.num_images) == (12, 48)
+    assert all((listing.source / file).is_file() for file in listing.images["file"].to_pylist())
 
 
 # The command line
