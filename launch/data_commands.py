@@ -160,6 +160,12 @@ class ShardPhotosCommand(_Gridded, _Writing, _Places):
 
     city: str = ""
     """Name of the city; the folder's without it."""
+    track: Path | None = None
+    """Table of time, lat, lon (heading): where photographs without GPS were, by the time in their name or EXIF."""
+    track_offset_s: float = 0.0
+    """Seconds that the track's clock is ahead of the camera's."""
+    fps: float | None = None
+    """Frames per second of a video: a frame's time, in the track's seconds, is the last number of its name / fps."""
     heading_deg: float = 60.0
     """Width of the sectors that headings are divided in; 360 ignores them."""
     groups: int = 1
@@ -167,11 +173,16 @@ class ShardPhotosCommand(_Gridded, _Writing, _Places):
 
     def listing(self) -> PlaceListing:
         from data_pipeline.sources.photo_folder import list_photo_folder, read_photo_folder, survey_cells
+        from data_pipeline.sources.track import read_track
         from launch.photo_tables import print_survey
 
-        console = Console()
+        console, track = Console(), None
+        if self.track:
+            track = read_track(self.track, fps=self.fps, offset_s=self.track_offset_s)
+        elif self.fps is not None or self.track_offset_s:
+            raise ValueError("--fps and --track-offset-s are for --track, a table of time, lat and lon")
         with progress_bar(console, "EXIF") as update:
-            folder = read_photo_folder(self.source, update)
+            folder = read_photo_folder(self.source, update, track=track)
         survey = survey_cells(folder, self.grid(), self.min_images_per_place)
         print_survey(console, survey, len(folder.names), self.grid(), self.min_images_per_place)
         return list_photo_folder(

@@ -27,6 +27,7 @@ from data_pipeline.sources.cells import (
     plane,
     suggested,
 )
+from data_pipeline.sources.track import Track
 
 DUPLICATE = "the same bytes as another"
 
@@ -59,9 +60,10 @@ class CellSurvey:
     suggested_m: float | None
 
 
-def read_photo_folder(source: Path, on_progress: OnProgress = untold) -> PhotoFolder:
+def read_photo_folder(source: Path, on_progress: OnProgress = untold, *, track: Track | None = None) -> PhotoFolder:
     """The photographs below `source` that say where they were taken; those that do not are named with why.
 
+    A track gives positions to those without GPS, by their time.
     Of photographs with the same bytes the one with the shortest name is kept. Raises FileNotFoundError for a folder
     without photographs, OSError for one that cannot be read, ValueError where none of them has a position.
     """
@@ -76,7 +78,7 @@ def read_photo_folder(source: Path, on_progress: OnProgress = untold) -> PhotoFo
     facts: list[CameraFacts] = []
     left_out: list[tuple[str, str]] = []
     for number, name in enumerate(found.names, 1):
-        fact = CameraFacts(fault=DUPLICATE) if name in twice else _facts(source / name)
+        fact = CameraFacts(fault=DUPLICATE) if name in twice else _facts(source / name, track)
         if fact.fault:
             left_out.append((name, fact.fault))
         else:
@@ -88,7 +90,7 @@ def read_photo_folder(source: Path, on_progress: OnProgress = untold) -> PhotoFo
         told = ", ".join(f"{why} {count}" for why, count in folder.reasons().items())
         raise ValueError(
             f"{source}: none of {len(found.names)} photographs says where it was taken ({told}); was the camera "
-            "allowed to use its position? `shard manifest` takes a table with lat and lon"
+            "allowed to use its position? --track gives positions by time, `shard manifest` takes lat and lon"
         )
     return folder
 
@@ -177,9 +179,10 @@ def _notes(folder: PhotoFolder, odd: Sequence[str]) -> list[str]:
     return [*notes, *odd]
 
 
-def _facts(path: Path) -> CameraFacts:
+def _facts(path: Path, track: Track | None) -> CameraFacts:
     try:
-        return read_exif(path)
+        facts = read_exif(path)
+        return track.locate(path.name, facts.taken) if facts.fault and track else facts
     except (ValueError, OSError) as error:
         text = reason(error).removeprefix(f"{path}: ").removeprefix("not a readable photograph ")
         return CameraFacts(fault=f"unreadable {text}" if "(" in text else text)
