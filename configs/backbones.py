@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from configs.image_size import height_width
+
 
 @dataclass(frozen=True)
 class BackboneSpec:
@@ -41,17 +43,20 @@ class BackboneSpec:
         """Rows and columns of patches of an image."""
         return height // self.patch, width // self.patch
 
-    def num_tokens(self, side: int) -> int:
-        """Tokens of a square image."""
-        return self.num_prefix_tokens + (side // self.patch) ** 2
+    def num_tokens(self, size: int | tuple[int, int]) -> int:
+        """Tokens of an image of this side, or height and width."""
+        rows, columns = self.grid(*height_width(size))
+        return self.num_prefix_tokens + rows * columns
 
-    def check_side(self, side: int, key: str) -> None:
-        """Raises ValueError naming `key` and the nearest sides that patches cover, if they do not cover `side`."""
-        if side < self.patch or side % self.patch:
-            low = max(self.patch, side // self.patch * self.patch)
-            raise ValueError(
-                f"{key}: {side} is not a multiple of the patch size {self.patch}; nearest: {low} or {low + self.patch}"
-            )
+    def check_side(self, size: int | tuple[int, int], key: str) -> None:
+        """Raises ValueError naming `key` and the nearest sides that patches cover, if they do not cover the image."""
+        for side in height_width(size):
+            if side < self.patch or side % self.patch:
+                low = max(self.patch, side // self.patch * self.patch)
+                raise ValueError(
+                    f"{key}: {side} is not a multiple of the patch size {self.patch}; nearest: {low} or "
+                    f"{low + self.patch}"
+                )
 
 
 def _dinov2(size: str, channels: int, depth: int, heads: int, **more: Any) -> BackboneSpec:

@@ -185,6 +185,20 @@ def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int | float] | 
     )
 
 
+@REGISTRY.primitive_rule
+def _image_size(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """One number, or two: what fits is for the section to say."""
+    if get_args(info.type) != get_args(int | tuple[int, int]):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="SIDE | HEIGHT WIDTH",
+        instance_from_str=lambda words: words[0] if len(words) == 1 else words,
+        is_instance=lambda value: isinstance(value, int | tuple),
+        str_from_instance=lambda value: [str(side) for side in (value if isinstance(value, tuple) else [value])],
+    )
+
+
 def _scalar(text: str) -> bool | int | float | str:
     if text in ("True", "False", "true", "false"):
         return text.lower() == "true"

@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from configs.image_size import height_width
 from configs.reading import read_regular
 from data_pipeline.decoders import decode_rgb
+
+Size = int | tuple[int, int]  # the side of a square, or height and width
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,16 +31,16 @@ class UnreadableImageError(ValueError):
         self.why = why
 
 
-def empty_batch(num_images: int, side: int, *, device: str = "cpu", pin_memory: bool = False) -> torch.Tensor:
-    """uint8 [num_images, 3, side, side] to be filled, its channels interleaved as decoders write them."""
-    shape = (num_images, 3, side, side)
+def empty_batch(num_images: int, size: Size, *, device: str = "cpu", pin_memory: bool = False) -> torch.Tensor:
+    """uint8 [num_images, 3, H, W] to be filled, its channels interleaved as decoders write them."""
+    shape = (num_images, 3, *height_width(size))
     layout = torch.channels_last
     return torch.empty(shape, dtype=torch.uint8, memory_format=layout, device=device, pin_memory=pin_memory)
 
 
-def decode(data: bytes, side: int, interpolation: str = "bilinear") -> torch.Tensor:
-    """An image file's bytes as uint8 [3, side, side]; see `decode_into`."""
-    out_3HW = empty_batch(1, side)[0]
+def decode(data: bytes, size: Size, interpolation: str = "bilinear") -> torch.Tensor:
+    """An image file's bytes as uint8 [3, H, W] of that size; see `decode_into`."""
+    out_3HW = empty_batch(1, size)[0]
     decode_into(out_3HW, data, interpolation)
     return out_3HW
 
@@ -55,10 +58,10 @@ def decode_into(out_3HW: torch.Tensor, data: bytes, interpolation: str = "biline
         _RESIZE[interpolation](image[None], list(out_3HW.shape[1:]), False, None, None, out=out_3HW[None])
 
 
-def read_image(path: Path, side: int, interpolation: str = "bilinear") -> torch.Tensor:
-    """The image file at `path` as uint8 [3, side, side]; see `decode_into`. Errors name the file."""
+def read_image(path: Path, size: Size, interpolation: str = "bilinear") -> torch.Tensor:
+    """The image file at `path` as uint8 [3, H, W] of that size; see `decode_into`. Errors name the file."""
     try:
-        return decode(read_regular(path), side, interpolation)
+        return decode(read_regular(path), size, interpolation)
     except ValueError as error:
         raise UnreadableImageError(path, str(error)) from error
 

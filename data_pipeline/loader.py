@@ -175,12 +175,12 @@ class PlaceLoader:
         return _Step(places, views_PK, [self.places.place_range(int(place)) for place in places])
 
     def _empty(self, step: _Step) -> torch.Tensor:
-        """The step's batch to be filled, as [P, K, 3, side, side]."""
-        side, shape_PK = self.config.image_size, step.views_PK.shape
+        """The step's batch to be filled, as [P, K, 3, H, W]."""
+        size, shape_PK = self.config.image_size, step.views_PK.shape
         if self._gpu:
-            step.images_B3HW = empty_on_gpu(step.views_PK.size, side, self._gpu)
+            step.images_B3HW = empty_on_gpu(step.views_PK.size, size, self._gpu)
         else:
-            step.images_B3HW = empty_batch(step.views_PK.size, side, pin_memory=self._pinned)
+            step.images_B3HW = empty_batch(step.views_PK.size, size, pin_memory=self._pinned)
         return step.images_B3HW.unflatten(0, shape_PK)
 
     def _read(self, place: PlaceRange, stop: threading.Event | None = None) -> bytes:
@@ -195,7 +195,7 @@ class PlaceLoader:
     def _decode_place(
         self, place: int, planned: PlaceRange, views_K: NDArray[np.int64], data: bytes, out_K3HW: torch.Tensor
     ) -> None:
-        """Decodes the planned views of a place into `out`, uint8 [K, 3, side, side]."""
+        """Decodes the planned views of a place into `out`, uint8 [K, 3, H, W]."""
         views = views_K.tolist()
         if not out_K3HW.is_cuda:
             for view, out in zip(views, out_K3HW, strict=True):

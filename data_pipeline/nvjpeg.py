@@ -16,7 +16,7 @@ from torchcodec.decoders import decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data_pipeline.images import empty_batch
+from data_pipeline.images import Size, empty_batch
 
 _one_at_a_time = threading.Lock()
 
@@ -26,10 +26,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def empty_on_gpu(num_images: int, side: int, device: torch.device) -> torch.Tensor:
+def empty_on_gpu(num_images: int, size: Size, device: torch.device) -> torch.Tensor:
     """`empty_batch` of a CUDA device, from the memory that the side stream has freed: for `decode_on_gpu` to fill."""
     with torch.cuda.device(device), torch.cuda.stream(_side_stream(device)):
-        return empty_batch(num_images, side, device=str(device))
+        return empty_batch(num_images, size, device=str(device))
 
 
 def hand_over(images_B3HW: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from configs.image_size import height_width
 from configs.progress import OnProgress, PartOf, untold
 from configs.ranks import on_all_ranks
 from configs.reading import is_out_of_memory, reason
@@ -144,7 +145,7 @@ def _extract_shard(
 
 def _no_patches(model: PlaceModel, config: EvalConfig, projection_CK: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The local features of an image that has none, of the types and channels that others have."""
-    sides = input_size(config.image_size, config.image_size, config, model.spec.patch)
+    sides = input_size(*height_width(config.image_size), config, model.spec.patch)
     kept = encode_images(model, torch.zeros(1, 3, *sides, dtype=torch.uint8), config, projection_CK).local
     assert kept is not None
     return tuple(t[:0].cpu() for t in (kept.codes_PC, kept.scale_P, kept.cell_P2, kept.saliency_P))

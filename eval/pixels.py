@@ -8,6 +8,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from configs.image_size import height_width, num_pixels, shown_size
 from configs.reading import read_regular
 from configs.schema import DataConfig, EvalConfig
 from data_pipeline.decoders import decode_rgb
@@ -29,14 +30,20 @@ def interpolation_of(config: EvalConfig) -> str:
 
 def pixel_rule(config: EvalConfig) -> str:
     """How photographs become pixels, for a protocol: `224 px square, bilinear`."""
-    scaled = {"square": f"{config.image_size} px square", "aspect": f"area of {config.image_size} px squared"}
+    size, (height, width) = shown_size(config.image_size), height_width(config.image_size)
+    square, squared = (" square", " squared") if height == width else ("", "")
+    scaled = {"square": f"{size} px{square}", "aspect": f"area of {size} px{squared}"}
     return f"{scaled.get(config.resize, 'native size')}, {interpolation_of(config)}"
 
 
 def pixel_differences(config: EvalConfig, data: DataConfig) -> str:
     """In one line, where the pixels of an evaluation are not those of the training; empty if they are the same."""
-    trained = {"image_size": data.image_size, "resize": "square", "interpolation": data.interpolation}
-    ours = {"image_size": config.image_size, "resize": config.resize, "interpolation": interpolation_of(config)}
+    trained = {"image_size": shown_size(data.image_size), "resize": "square", "interpolation": data.interpolation}
+    ours = {
+        "image_size": shown_size(config.image_size),
+        "resize": config.resize,
+        "interpolation": interpolation_of(config),
+    }
     told = [f"eval.{key} is {ours[key]}, trained with {value}" for key, value in trained.items() if ours[key] != value]
     return "; ".join(told)
 
@@ -44,11 +51,11 @@ def pixel_differences(config: EvalConfig, data: DataConfig) -> str:
 def input_size(height: int, width: int, config: EvalConfig, patch: int) -> tuple[int, int]:
     """Height and width that an image is resized to, multiples of `patch`, the side of the network's."""
     if config.resize == "square":
-        return config.image_size, config.image_size
+        return height_width(config.image_size)
     sides: tuple[float, float] = (height, width)
     if config.resize == "aspect":
-        ratio = (height / width) ** 0.5
-        sides = (config.image_size * ratio, config.image_size / ratio)
+        ratio, side = (height / width) ** 0.5, num_pixels(config.image_size) ** 0.5
+        sides = (side * ratio, side / ratio)
     tall, wide = (max(patch, round(side / patch) * patch) for side in sides)
     return tall, wide
 

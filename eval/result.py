@@ -22,7 +22,7 @@ class Result:
     num_database: int
     num_queries: int
     num_without_positive: int
-    image_size: int
+    image_size: int | tuple[int, int]
     precision: str  # of the forward pass
     retrieved: Recall
     predictions_QK: NDArray[np.int64]

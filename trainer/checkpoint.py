@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from configs.image_size import height_width
 from configs.load import recipe_text
 from configs.ranks import from_rank_0
 from configs.reading import reading
@@ -92,8 +93,7 @@ def load_checkpoint(checkpoint: Path, state: TrainingState, recipe: Recipe, data
     engine, queue, drift = state.engine, state.queue, state.drift
     check_resumable(checkpoint, recipe, dataset)
     progress = _stored_progress(checkpoint)
-    side = recipe.data.image_size
-    blank = torch.zeros(1, 3, side, side, device=engine.device)
+    blank = torch.zeros(1, 3, *height_width(recipe.data.image_size), device=engine.device)
     weights, optimizer = (StoredTensors(part_files(checkpoint, kind)) for kind in ("model", "optimizer"))
     with reading(checkpoint / "optimizer.json", "the numbers of an optimizer", CheckpointError):
         numbers = read_numbers((checkpoint / "optimizer.json").read_text())

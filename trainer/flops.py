@@ -42,7 +42,7 @@ PEAKS: tuple[tuple[str, float, float], ...] = (
 BF16_MISSING = ("V100 PCIE", "V100", "T4")  # no bf16 in hardware
 
 
-def block_flops(spec: BackboneSpec, side: int) -> float:
+def block_flops(spec: BackboneSpec, side: int | tuple[int, int]) -> float:
     """Operations of one block's forward pass on one image, a multiply-add counted as two.
 
     Per token and channel: query, key, value and projection 8 channels, an MLP 4 hidden (16 channels at width 4), SwiGLU
@@ -52,9 +52,9 @@ def block_flops(spec: BackboneSpec, side: int) -> float:
     return tokens * spec.channels * (8.0 * spec.channels + 2.0 * layers * spec.hidden + 4.0 * tokens)
 
 
-def forward_flops(spec: BackboneSpec, side: int) -> float:
+def forward_flops(spec: BackboneSpec, side: int | tuple[int, int]) -> float:
     """Operations of a forward pass on one image: the blocks and the patch embedding."""
-    embedding = 2.0 * 3 * spec.patch**2 * spec.channels * (side // spec.patch) ** 2
+    embedding = 2.0 * 3 * spec.patch**2 * spec.channels * (spec.num_tokens(side) - spec.num_prefix_tokens)
     return spec.depth * block_flops(spec, side) + embedding
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.backbones import BackboneSpec
+from configs.image_size import num_pixels
 from configs.registry import LOSSES
 from configs.schema import Recipe
 from model.network import PlaceModel, meta_model
@@ -263,7 +264,7 @@ def mlp_widths(spec: BackboneSpec) -> tuple[float, float]:
     return width, 2 * width
 
 
-def block_activations(spec: BackboneSpec, side: int, each: int) -> float:
+def block_activations(spec: BackboneSpec, side: int | tuple[int, int], each: int) -> float:
     """Bytes that one trained block keeps of one image for its backward pass, with fused attention.
 
     In channels a token: inputs of both norms and both layer scales 4, of query-key-value and the MLP 2, query, key,
@@ -289,7 +290,7 @@ def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
     if recipe.engine.activation_checkpointing:
         while_backward += block
     running = stream / each * (each_frozen if trained < spec.depth else each) * (2 + 2 * width)
-    pixels = images * 3 * side**2
+    pixels = images * 3 * num_pixels(side)
     both: tuple[Phase, ...] = ("loss", "backward")
     return [
         Part("activations, one a channel", kept_narrow + 2 * stream, phases=both, tensor=stream),
@@ -321,7 +322,7 @@ def _memory_parts(recipe: Recipe, size: int, ranks: int) -> list[Part]:
         Part("loss", tile + 4 * batch * size * FP32 + 24 * (batch + memory.size), phases=("loss",)),
     ]
     if memory.size and memory.drift_every:
-        kept = memory.drift_images * (3 * data.image_size**2 + size * FP32)
+        kept = memory.drift_images * (3 * num_pixels(data.image_size) + size * FP32)
         parts.append(Part("drift probe", kept))
     return parts
 
@@ -330,7 +331,7 @@ def _data_parts(recipe: Recipe, ranks: int, on_cpu: bool, shard_bytes: float) ->
     """Decoded batches ahead of the step, bytes read ahead of the decoder, and the step's own images."""
     data = recipe.data
     images = data.places_per_batch * data.images_per_place // ranks
-    batch = images * 3 * data.image_size**2
+    batch = images * 3 * num_pixels(data.image_size)
     ahead = data.prefetch_batches + 2 if data.decode_threads else 1
     augmented = 2 if data.augmentation == "randaugment" else 0
     read = min(data.read_ahead_mb * 2.0**20, shard_bytes / ranks)

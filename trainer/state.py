@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from configs.image_size import height_width
 from configs.schema import Recipe
 from memory.drift import DriftProbe
 from memory.queue import MemoryQueue
@@ -80,7 +81,7 @@ def _drift_probe(recipe: Recipe, descriptor_size: int, device: torch.device) -> 
         every=memory.drift_every,
         num_images=memory.drift_images,
         queue_steps=math.ceil(memory.size / (data.places_per_batch * data.images_per_place)),
-        image_shape=(3, data.image_size, data.image_size),
+        image_shape=(3, *height_width(data.image_size)),
         descriptor_size=descriptor_size,
         device=device,
     )

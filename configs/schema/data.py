@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from configs.image_size import ImageSize
 from configs.schema.section import NonNegative, Positive, Section
 
 
@@ -38,8 +39,10 @@ class DataConfig(Section):
         description="Lower P, K, memory.size and eval.recall_at to what the shard set has places and views for, and "
         "say so.",
     )
-    image_size: Positive = Field(
-        224, description="Side in pixels of the square that images are resized to; a multiple of the patch."
+    image_size: ImageSize = Field(
+        224,
+        description="Side in pixels of the square that images are resized to, or height and width ([322, 434]); "
+        "multiples of the patch.",
     )
     interpolation: Literal["bilinear", "bicubic"] = Field(
         "bilinear", description="How images are resized; the field uses both."

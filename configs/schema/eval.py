@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.image_size import ImageSize
 from configs.schema.section import NonNegative, Positive, Section
 
 
@@ -81,12 +82,14 @@ class EvalConfig(Section):
         "manifest:FILE[:METRES], layout:LAYOUT:PATH.",
     )
     data_root: Path = Field(Path("data"), description="Folder that holds a folder for each benchmark.")
-    image_size: Positive = Field(
-        224, description="Side in pixels of the square that images are resized to; a multiple of the patch."
+    image_size: ImageSize = Field(
+        224,
+        description="Side in pixels of the square that images are resized to, or height and width ([322, 434]); "
+        "multiples of the patch.",
     )
     resize: Literal["square", "aspect", "native"] = Field(
         "square",
-        description="aspect keeps width to height, at the area of the square; native keeps the image's own size; both "
+        description="aspect keeps width to height, at the area of image_size; native keeps the image's own size; both "
         "in multiples of the patch.",
     )
     interpolation: Literal["bilinear", "bicubic"] | None = Field(

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.files import write_whole
+from configs.image_size import shown_size
 from eval.recall import Recall
 from eval.result import Result
 
@@ -85,7 +86,7 @@ def write_csv(path: Path, results: list[Result]) -> None:
             result.protocol,
             result.num_queries,
             result.num_database,
-            result.image_size,
+            shown_size(result.image_size),
             result.precision,
         ]
         labelled = result.num_queries if result.num_labelled is None else result.num_labelled
