@@ -25,6 +25,7 @@ class BackboneSpec:
     registers: int = 0
     mlp: Literal["gelu", "swiglu"] = "gelu"
     hidden: int = 0  # outputs of an MLP's first layer, or of each of its two under SwiGLU; 0 is 4 x channels
+    qkv_bias: bool = True
     norm_eps: float = 1e-6
     layer_scale: float = 1e-5  # what layer scales start from, if not loaded
     table_side: int = 0  # side in pixels of the images that a learned position table is for; 0 if there is none
@@ -75,8 +76,31 @@ _DINOV2 = {
     "vitg14": _dinov2("giant", 1536, 40, 24, mlp="swiglu", hidden=4096),
 }
 
+
+def _dinov3(size: str, channels: int, depth: int, heads: int, tag: str = "_qkvb", **more: Any) -> BackboneSpec:
+    return BackboneSpec(
+        "model.dinov3:DinoV3",
+        channels,
+        depth,
+        heads,
+        patch=16,
+        registers=4,
+        norm_eps=1e-5,
+        published=f"timm/vit_{size}_patch16_dinov3{tag}.lvd1689m" if size else "",
+        licence="DINOv3 License",
+        **more,
+    )
+
+
 SPECS: Mapping[str, BackboneSpec] = {
     **_DINOV2,
     **{f"{name}_reg": _with_registers(spec) for name, spec in _DINOV2.items()},
     "tiny14": BackboneSpec("model.dinov2:DinoViT", 128, 4, 2, patch=14, table_side=84, layer_scale=1.0),
+    "dinov3_vits16": _dinov3("small", 384, 12, 6),
+    "dinov3_vits16plus": _dinov3("small_plus", 384, 12, 6, mlp="swiglu", hidden=1536),
+    "dinov3_vitb16": _dinov3("base", 768, 12, 12),
+    "dinov3_vitl16": _dinov3("large", 1024, 24, 16),
+    "dinov3_vith16plus": _dinov3("huge_plus", 1280, 32, 20, mlp="swiglu", hidden=5120),
+    "dinov3_vit7b16": _dinov3("7b", 4096, 40, 32, tag="", mlp="swiglu", hidden=8192, qkv_bias=False),
+    "tiny16": replace(_dinov3("", 128, 4, 2, mlp="swiglu", hidden=344, layer_scale=1.0), licence="Apache-2.0"),
 }

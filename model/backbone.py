@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         return state
 
     @staticmethod
-    def published_layout(state: State) -> State:
+    def published_layout(state: State, spec: BackboneSpec) -> State:  # noqa: ARG004
         """This network's state dict under the keys that its weights are published with."""
         return state
 

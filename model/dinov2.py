@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SwiGLUPacked
+from timm.layers import LayerNorm, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -38,6 +39,7 @@ class DinoViT(Backbone, VisionTransformer):
             no_embed_class=bool(spec.registers),
             num_classes=0,
             dynamic_img_size=True,
+            norm_layer=partial(LayerNorm, eps=spec.norm_eps),
             mlp_ratio=(first + 0.5) / spec.channels,  # timm rounds the product down
             **gated,
         )
@@ -76,7 +78,7 @@ class DinoViT(Backbone, VisionTransformer):
         return converted
 
     @staticmethod
-    def published_layout(state: State) -> State:
+    def published_layout(state: State, spec: BackboneSpec) -> State:  # noqa: ARG004
         """`facebook_layout`."""
         return facebook_layout(state)
 

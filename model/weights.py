@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from model.aggregators.aggregator import Aggregator
 from model.backbone import Backbone
 
 BACKBONE, AGGREGATOR = "backbone.", "aggregator."  # prefixes in a state dict of the network
+REGISTERS = ("register_tokens", "storage_tokens", "reg_token")  # what files call them
 # Prefixes of the backbone in checkpoints of whole networks that others publish: SALAD's, BoQ's.
 WITHIN = (f"{BACKBONE}model.", f"{BACKBONE}dino.", BACKBONE)
 
@@ -127,11 +129,26 @@ def _fitting(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], 
 
 
 def infer_backbone(path: Path) -> str:
-    """The backbone name that a weights file is for, from its width and its register tokens."""
+    """The backbone name that a weights file is for, from width, patch, registers and kind of MLP."""
     state = _backbone_part(read_weights(path))
-    width = state["cls_token"].shape[-1] if "cls_token" in state and state["cls_token"].ndim else 0
-    registers = "register_tokens" in state or "reg_token" in state
-    for name, spec in BACKBONES.items():
-        if spec.channels == width and bool(spec.registers) == registers:
-            return name
-    raise WeightsError(f"weights file {path} is no DINOv2 backbone: expected a cls_token of 384 to 1536 channels")
+    cls_token, patches = state.get("cls_token"), state.get("patch_embed.proj.weight")
+    if cls_token is not None and patches is not None and cls_token.ndim and patches.ndim == 4:
+        depth = 1 + max((int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)), default=-1)
+        found = {
+            "channels": cls_token.shape[-1],
+            "depth": depth,
+            "patch": patches.shape[-1],
+            "registers": next((state[key].shape[1] for key in REGISTERS if key in state and state[key].ndim > 1), 0),
+            "mlp": "swiglu" if _is_gated(state) else "gelu",
+        }
+        for name, spec in BACKBONES.items():
+            if all(getattr(spec, field) == value for field, value in found.items()):
+                return name
+    raise WeightsError(f"weights file {path} fits no backbone; known: {', '.join(BACKBONES)}")
+
+
+def _is_gated(state: dict[str, torch.Tensor]) -> bool:
+    """Whether MLPs have a gate: layers of their own, or one of twice the width."""
+    first, second = (state.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    packed = first is not None and second is not None and first.shape[:1] != second.shape[1:]
+    return packed or any(key.startswith(("blocks.0.mlp.w1", "blocks.0.mlp.fc1_")) for key in state)

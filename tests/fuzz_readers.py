@@ -387,7 +387,7 @@ def _read_weights(folder: Path, file: Path) -> bool:
     try:
         infer_backbone(file)
     except ValueError as error:  # of a tiny network there is no name to infer
-        if "no DINOv2 backbone" not in str(error):
+        if "fits no backbone" not in str(error):
             raise
     return False
 

@@ -63,7 +63,7 @@ def take_state(engine: Any) -> EngineState:
             if mine:
                 optimizer[f"{name}:master"] = _copy(master).view(_shape(parameter))
     if rank == 0:
-        weights |= {name: _copy(buffer) for name, buffer in engine.module.named_buffers()}
+        weights |= {name: _copy(buffer) for name, buffer in _buffers(engine.module)}
     return EngineState(weights, optimizer, json.dumps({"counts": _counts(engine), "scaler": _scaler(engine)}))
 
 
@@ -114,7 +114,7 @@ def put_state(
         with _whole(parameter, written=True):
             if not _is_partitioned(parameter) or dist.get_rank() == 0:  # of a partitioned one, the others get rank 0's
                 parameter.data.copy_(weights[name])
-    for name, buffer in engine.module.named_buffers():
+    for name, buffer in _buffers(engine.module):
         buffer.copy_(weights[name])
     # A checkpoint from before any update has no moments: they are 0.
     stepped = any(not name.endswith(":master") for name in optimizer)
@@ -180,6 +180,12 @@ def _lay_out(engine: Any, forward: Callable[[], torch.Tensor]) -> None:
     for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     _link_states(engine)
+
+
+def _buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The buffers that a state dict has: others follow from the network's sizes."""
+    stored = module.state_dict().keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in stored]
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
