@@ -16,6 +16,7 @@ from configs.reading import reading
 from configs.schema import EvalConfig, ModelConfig, Recipe
 from eval.describer import Describer
 from eval.pixels import as_trained
+from model.lora import merge_lora
 from model.network import PlaceModel, build_model
 from model.weights import WeightsError, infer_backbone
 
@@ -58,6 +59,7 @@ def describer_of(
     model: PlaceModel, recipe: Recipe, source: str, *, device: torch.device | None = None, **settings: Any
 ) -> Describer:
     """A network for use from one that holds its weights, in the precision in which its training evaluated it."""
+    merge_lora(model)
     config = as_trained(with_settings(recipe.eval, settings), recipe.data)
     if config.precision == "same":
         model.to(DTYPES[recipe.engine.precision])

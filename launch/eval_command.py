@@ -188,6 +188,7 @@ def _evaluate(
     from eval.report.predictions import predictions_table, write_predictions, write_submission
     from eval.report.tables import results_table, write_csv, write_results
     from launch.eval_tracking import Evaluation, log_evaluation
+    from model.lora import merge_lora
     from model.network import build_model
     from trainer.checkpoint import load_model_weights
     from trainer.engine import DTYPES
@@ -199,6 +200,7 @@ def _evaluate(
     if checkpoint:
         model = build_model(recipe.model.model_copy(update={"weights": "random"}), seed=recipe.seed)
         load_model_weights(model, checkpoint)
+        merge_lora(model)
         if config.precision == "same":  # as its training evaluated it
             model.to(DTYPES[recipe.engine.precision])
             model.cast_frozen()

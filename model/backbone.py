@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from configs.backbones import BackboneSpec
+from model.lora import in_frozen_precision
 
 State = dict[str, torch.Tensor]
 TakeQkv = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -108,7 +109,7 @@ class Backbone(nn.Module):
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Gives the frozen blocks and embeddings another type, also where ZeRO-3 has left a partition of them."""
         for name, parameter in self.named_parameters():
-            if not parameter.requires_grad and not name.startswith("norm."):
+            if not parameter.requires_grad and in_frozen_precision(self, name):
                 parameter.data = parameter.data.to(dtype)
                 if hasattr(parameter, "ds_tensor"):
                     parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)

@@ -14,6 +14,7 @@ from configs.schema import ModelConfig
 from model.aggregators.aggregator import Aggregator
 from model.backbone import Backbone, build_backbone
 from model.finetune import choose_trained
+from model.lora import add_lora
 from model.materialise import materialise
 from model.weights import AGGREGATOR, BACKBONE, backbone_weights, find_weights, head_weights, read_weights
 
@@ -107,6 +108,8 @@ def meta_model(config: ModelConfig) -> PlaceModel:
     frozen_dtype = torch.bfloat16 if config.frozen_precision == "bf16" else None
     with torch.device("meta"):
         model = PlaceModel(build_backbone(config.spec), build_aggregator(config), frozen_dtype)
+        if config.finetune == "lora":
+            add_lora(model.backbone, config)
     choose_trained(model.backbone, model.aggregator, config)
     model.cast_frozen()
     return model

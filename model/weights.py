@@ -15,6 +15,7 @@ from configs.reading import reading
 from configs.registry import BACKBONES
 from model.aggregators.aggregator import Aggregator
 from model.backbone import Backbone
+from model.lora import is_lora
 
 BACKBONE, AGGREGATOR = "backbone.", "aggregator."  # prefixes in a state dict of the network
 REGISTERS = ("register_tokens", "storage_tokens", "reg_token")  # what files call them
@@ -84,7 +85,8 @@ def backbone_weights(backbone: Backbone, path: Path, state: dict[str, torch.Tens
             converted = backbone.from_published(_backbone_part(state))
         except ValueError as error:
             raise WeightsError(f"weights file {path} {error}") from error
-    return _fitting(converted, backbone.state_dict(), path)
+    own = {key: tensor for key, tensor in backbone.state_dict().items() if not is_lora(key)}
+    return _fitting(converted, own, path)
 
 
 def head_weights(aggregator: Aggregator, path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,10 +16,10 @@ from configs.registry import BACKBONES
 from configs.schema import Recipe
 from launch.plan_command import main
 from model.network import build_model, meta_model
+from trainer.activations import block_activations
 from trainer.engine_state import keepers
 from trainer.flops import forward_flops, model_flops, peak_tflops, step_flops
 from trainer.memory_plan import (
-    block_activations,
     bytes_sent,
     parameter_sizes,
     plan_memory,
@@ -100,10 +100,24 @@ def test_the_peak_of_tf32() -> None:
     assert peak_tflops("Tesla V100-SXM2-32GB", "fp32", tf32=True) == 15.7  # has none
 
 
-@pytest.mark.parametrize(("backbone", "dtype"), [("vits14", torch.float32), ("vitg14", torch.bfloat16)])
-def test_a_block_keeps_the_activations_that_are_planned_for(backbone: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("backbone", "dtype", "finetune"),
+    [
+        ("vits14", torch.float32, {"finetune": "all"}),
+        ("vitg14", torch.bfloat16, {"finetune": "all"}),
+        *(
+            ("vits14", torch.float32, {"finetune": "lora", "lora_targets": targets, "finetune_last_n_blocks": 12})
+            for targets in (["q", "v"], ["qkv", "mlp", "proj"], ["proj"])
+        ),
+        ("vitg14", torch.float32, {"finetune": "lora", "lora_targets": ["q"], "finetune_last_n_blocks": 40}),
+    ],
+)
+def test_a_block_keeps_the_activations_that_are_planned_for(
+    backbone: str, dtype: torch.dtype, finetune: dict[str, Any]
+) -> None:
     """Counted from what autograd saves in the forward pass of one real block, parameters left out."""
-    model = meta_model(recipe(model={"backbone": backbone, "finetune": "all"}).model)
+    config = recipe(model={"backbone": backbone, **finetune}).model
+    model = meta_model(config)
     block = model.backbone.blocks[3].to_empty(device="cpu").to(dtype)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -121,7 +135,7 @@ def test_a_block_keeps_the_activations_that_are_planned_for(backbone: str, dtype
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out_BTC = block(x_BTC)
     assert out_BTC.requires_grad
-    planned = images * block_activations(model.spec, side, x_BTC.element_size())
+    planned = images * block_activations(config, side, x_BTC.element_size())
     assert sum(saved.values()) == pytest.approx(planned, rel=0.06)
 
 

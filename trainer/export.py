@@ -15,6 +15,7 @@ from configs.reading import reading
 from configs.schema import Recipe
 from model.backbone import network_of
 from model.licences import licence_metadata
+from model.lora import merged_weights
 from model.weights import AGGREGATOR, BACKBONE
 from trainer.checkpoint import checkpoint_weights
 from trainer.checkpoint_folder import CheckpointError
@@ -34,14 +35,17 @@ def export_network(checkpoint: Path, out: Path) -> Exported:
     """Writes backbone and aggregator of a step folder to a safetensors file, atomically.
 
     The backbone has the keys that its weights are published with (facebookresearch's), the aggregator keys that begin
-    with `aggregator.`; the metadata holds the recipe, the licence of the backbone's weights, and the
-    digests of the plug-ins that it was trained with.
+    with `aggregator.`; the metadata holds the recipe, the licence of the backbone's weights, and the digests of the
+    plug-ins that it was trained with. What LoRA trained is added to the backbone's matrices.
     """
     recipe = load_stored_recipe(checkpoint / "recipe.yaml")
-    weights = checkpoint_weights(checkpoint)
-    backbone = {key.removeprefix(BACKBONE): value for key, value in weights.items() if key.startswith(BACKBONE)}
     with reading(checkpoint, "a checkpoint of a network", CheckpointError):
-        layout = network_of(recipe.model.spec).published_layout(backbone, recipe.model.spec)
+        weights = merged_weights(checkpoint_weights(checkpoint), recipe.model)
+    backbone = {key.removeprefix(BACKBONE): value for key, value in weights.items() if key.startswith(BACKBONE)}
+    spec = recipe.model.spec
+    published_layout = network_of(spec).published_layout
+    with reading(checkpoint, "a checkpoint of a network", CheckpointError):
+        layout = published_layout(backbone, spec)
     state = layout | {key: value for key, value in weights.items() if key.startswith(AGGREGATOR)}
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "recipe": recipe_text(recipe), "checkpoint": checkpoint.name}

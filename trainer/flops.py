@@ -59,8 +59,22 @@ def forward_flops(spec: BackboneSpec, side: int | tuple[int, int]) -> float:
 
 
 def num_trained_blocks(model: ModelConfig) -> int:
-    """Blocks that are trained."""
-    return {"all": model.spec.depth, "last_n_blocks": model.finetune_last_n_blocks, "head": 0}[model.finetune]
+    """Blocks that gradients go through: trained ones, or those with LoRA."""
+    last = model.finetune_last_n_blocks
+    return {"all": model.spec.depth, "last_n_blocks": last, "lora": last, "head": 0}[model.finetune]
+
+
+def block_backward_flops(model: ModelConfig, side: int | tuple[int, int]) -> float:
+    """Operations of the backward pass through one trained block on one image.
+
+    Twice those forward; under LoRA once those of the matrices, which get no gradient themselves, and twice those of
+    attention. LoRA's own products are left out: rank / channels of the matrices'.
+    """
+    forward, spec = block_flops(model.spec, side), model.spec
+    if model.finetune != "lora":
+        return 2 * forward
+    attention = 4.0 * spec.num_tokens(side) ** 2 * spec.channels
+    return forward + attention
 
 
 def model_flops(recipe: Recipe) -> float:
@@ -70,9 +84,9 @@ def model_flops(recipe: Recipe) -> float:
     """
     model, side = recipe.model, recipe.data.image_size
     trained, forward = num_trained_blocks(model), forward_flops(model.spec, side)
-    if trained == model.spec.depth:
+    if trained == model.spec.depth and model.finetune != "lora":
         return 3 * forward
-    return forward + 2 * trained * block_flops(model.spec, side)
+    return forward + trained * block_backward_flops(model, side)
 
 
 def step_flops(recipe: Recipe) -> float:

@@ -10,11 +10,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.backbones import BackboneSpec
 from configs.image_size import num_pixels
 from configs.registry import LOSSES
 from configs.schema import Recipe
+from model.lora import in_frozen_precision
 from model.network import PlaceModel, meta_model
+from trainer.activations import block_activations, mlp_widths
 from trainer.engine import BUCKET, GIVEN_BACK, LIVE, parameter_groups
 from trainer.engine_state import keepers
 from trainer.flops import num_trained_blocks
@@ -23,7 +24,6 @@ GB = 1e9
 FP32 = 4
 KEPT_WHOLE = 100_000  # elements up to which ZeRO-3 leaves a parameter whole on all ranks (DeepSpeed's default)
 REDUCE_ALL = 500_000_000  # elements that DeepSpeed adds up at a time at stage 0
-BLOCK_KEEPS = 10  # activations of a block that backward needs, in channels a token, beside those of the MLP
 HEAP = 32 << 20  # bytes of the largest tensor that glibc takes from its heap (DEFAULT_MMAP_THRESHOLD_MAX)
 CPU_PROCESS = 0.74e9  # a rank on a CPU that trains a network of no size: packages, libraries, process group, threads
 GPU_PROCESS = 2.3e9  # CUDA context, cuBLAS and NCCL of a rank, on its GPU; an estimate, not measured here
@@ -64,6 +64,7 @@ class Sizes:
     largest: int  # of the trained parameters
     by_parameter: tuple[tuple[int, bool], ...]  # elements and whether trained, in the model's order
     descriptor: int  # numbers of a global descriptor
+    frozen_narrow: int  # of the frozen elements, those that model.frozen_precision is for
 
     @property
     def total(self) -> int:
@@ -89,6 +90,11 @@ def parameter_sizes(recipe: Recipe, model: PlaceModel | None = None) -> Sizes:
         largest=max(numel for numel, trains in every if trains),
         by_parameter=every,
         descriptor=model.descriptor_size,
+        frozen_narrow=sum(
+            parameter.numel()
+            for name, parameter in model.backbone.named_parameters()
+            if not parameter.requires_grad and in_frozen_precision(model.backbone, name)
+        ),
     )
 
 
@@ -166,6 +172,13 @@ def element_bytes(recipe: Recipe) -> tuple[int, int]:
     return trained, 2 if recipe.model.frozen_precision == "bf16" else trained
 
 
+def frozen_bytes(recipe: Recipe, sizes: Sizes) -> int:
+    """Bytes of the frozen weights; in blocks with LoRA only matrices that have it are in model.frozen_precision."""
+    each, each_frozen = element_bytes(recipe)
+    narrow = sizes.frozen_narrow if recipe.model.frozen_precision == "bf16" else sizes.frozen
+    return narrow * each_frozen + (sizes.frozen - narrow) * each
+
+
 def sends_wide(recipe: Recipe) -> bool:
     """Whether gradients of 16 bits are sent in fp32."""
     return recipe.engine.precision != "fp32" and recipe.engine.reduce_precision == "fp32"
@@ -179,7 +192,7 @@ def images_at_once(recipe: Recipe, ranks: int) -> int:
 
 def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> list[Part]:
     """Weights, gradients, optimizer and buffers, by stage and offload."""
-    engine, trained, frozen = recipe.engine, sizes.trained, sizes.frozen
+    engine, trained = recipe.engine, sizes.trained
     stage, offloads = engine.zero_stage, engine.offload != "none"
     each, each_frozen = element_bytes(recipe)
     half = each < FP32
@@ -201,10 +214,12 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
         return Part(name, 0.0 if host else num_bytes, num_bytes if host else 0.0, phases or ("always",), tensor)
 
     if stage == 3:
-        partitioned = (trained * each + frozen * each_frozen) / ranks
+        partitioned = (trained * each + frozen_bytes(recipe, sizes)) / ranks
         whole = sizes.kept_whole * each + sizes.kept_whole_frozen * each_frozen
-        # Autograd's reference to a trained weight keeps it whole from forward to backward, though ZeRO-3 lets it go.
-        kept = 0 if engine.activation_checkpointing else trained
+        # Autograd's reference to a weight that gradients go through keeps it whole from forward to backward, though
+        # ZeRO-3 lets it go: a trained one, or all of a block with LoRA.
+        passed = sizes.total * num_trained_blocks(recipe.model) // recipe.model.spec.depth
+        kept = 0 if engine.activation_checkpointing else passed if recipe.model.finetune == "lora" else trained
         gathered = min(sizes.total, LIVE + BUCKET + kept) * max(each, each_frozen)
         if ranks == 1 and (on_cpu or engine.offload != "all"):
             gathered = 0  # one rank uses its only part as it is
@@ -221,7 +236,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
             placed("reduce bucket", bucket, False),
             placed("reduce bucket, as sent", flattened * (1 + 1 / ranks), False, "backward"),
         ]
-    weights = trained * each + frozen * each_frozen
+    weights = trained * each + frozen_bytes(recipe, sizes)
     if stage == 0:
         masters, copied = (FP32, trained * FP32) if half else (0, 0.0)
         return [
@@ -258,22 +273,6 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     ]
 
 
-def mlp_widths(spec: BackboneSpec) -> tuple[float, float]:
-    """Outputs of a block's first MLP layers, and activations that its MLP keeps for backward, both / channels."""
-    width = spec.hidden / spec.channels * {"gelu": 1, "swiglu": 2}[spec.mlp]
-    return width, 2 * width
-
-
-def block_activations(spec: BackboneSpec, side: int | tuple[int, int], each: int) -> float:
-    """Bytes that one trained block keeps of one image for its backward pass, with fused attention.
-
-    In channels a token: inputs of both norms and both layer scales 4, of query-key-value and the MLP 2, query, key,
-    value 3, the attention's output 1, the MLP 8 (SwiGLU 32/3); beside them fp32 numbers of norms and attention.
-    """
-    kept = spec.channels * each * (BLOCK_KEEPS + mlp_widths(spec)[1])
-    return spec.num_tokens(side) * (kept + FP32 * (spec.heads + 4))
-
-
 def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
     """Activations: of the frozen part while it runs, of the trained blocks until backward has passed them."""
     spec, side, images = recipe.model.spec, recipe.data.image_size, images_at_once(recipe, ranks)
@@ -282,7 +281,7 @@ def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
     stream = images * spec.num_tokens(side) * spec.channels * each  # bytes of all tokens
     width, _ = mlp_widths(spec)
     wide = max(width, 3)  # of the widest tensor: MLP, or query, key and value
-    block = images * block_activations(spec, side, each)
+    block = images * block_activations(recipe.model, side, each)
     narrow = 7 * stream  # of a block's: what has one number a channel
     kept = trained * stream if recipe.engine.activation_checkpointing else trained * block
     kept_narrow = trained * (stream if recipe.engine.activation_checkpointing else narrow)
@@ -354,7 +353,7 @@ def _evaluation_parts(recipe: Recipe, sizes: Sizes, on_cpu: bool) -> list[Part]:
     """A forward pass of evaluation, the search, and at ZeRO-3 the whole weights that it runs on."""
     if not (recipe.eval.benchmarks or recipe.data.held_out):
         return []
-    each, each_frozen = element_bytes(recipe)
+    each, _ = element_bytes(recipe)
     spec = recipe.model.spec
     tokens = recipe.eval.batch_size * spec.num_tokens(recipe.eval.image_size)
     parts = [
@@ -367,14 +366,14 @@ def _evaluation_parts(recipe: Recipe, sizes: Sizes, on_cpu: bool) -> list[Part]:
     if not on_cpu:
         parts.append(Part("evaluation, search", FAISS_SCRATCH, phases=("evaluate",)))
     if recipe.engine.zero_stage == 3:
-        whole = sizes.trained * each + sizes.frozen * each_frozen
+        whole = sizes.trained * each + frozen_bytes(recipe, sizes)
         parts.append(Part("evaluation, weights whole", whole, phases=("evaluate",)))
     return parts
 
 
 def bytes_sent(recipe: Recipe, sizes: Sizes, ranks: int) -> dict[str, float]:
     """Bytes that each rank sends in a step, by what for; ring collectives, which send (W - 1) / W of a tensor."""
-    each, each_frozen = element_bytes(recipe)
+    each, _ = element_bytes(recipe)
     stage, chunks = recipe.engine.zero_stage, recipe.engine.encode_chunks
     ring = (ranks - 1) / ranks
     weights = sizes.trained * each * ring
@@ -388,7 +387,7 @@ def bytes_sent(recipe: Recipe, sizes: Sizes, ranks: int) -> dict[str, float]:
     if stage in (1, 2):
         sent["weights, after the update"] = weights
     if stage == 3:
-        forward = (sizes.trained * each + sizes.frozen * each_frozen) * ring
+        forward = (sizes.trained * each + frozen_bytes(recipe, sizes)) * ring
         passes = 2 * chunks if chunks > 1 else 1
         sent["weights, gathered for use"] = passes * forward + chunks * weights
     if recipe.memory.placement == "sharded" and recipe.memory.size:
