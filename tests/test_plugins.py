@@ -13,19 +13,20 @@ from configs.plugins import PluginError, digests, keep, load_plugins, loaded, no
 from configs.recipe_flags import RecipeCommand, parse_over_recipe
 from configs.registry import AGGREGATORS, LOSSES, NOT_RUN, REGISTRIES
 
-MEAN = '''
-from torch import nn
-
+MEAN = """
 from configs.registry import AGGREGATORS
+from model.aggregators.aggregator import Aggregator, patches_of
 
 
 @AGGREGATORS.register("mean")
-class Mean(nn.Module):
-    """The mean of the patch tokens."""
+class Mean(Aggregator):
+    def __init__(self, spec):
+        super().__init__()
+        self.output_size = spec.channels
 
-    def forward(self, cls_BD, patches_BND):
-        return patches_BND.mean(dim=1)
-'''
+    def forward(self, tokens_BTC, grid):
+        return patches_of(tokens_BTC, grid).mean(dim=1)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def test_a_file_is_run_once_and_anew_when_it_has_changed() -> None:
         ("import sys\nsys.exit(3)\n", r"/my.py:2: SystemExit: 3"),
         ("print()\n", r'^plug-in my.py registers nothing; expected a line such as @AGGREGATORS.register\("name"\)'),
         (MEAN.replace('"mean"', '"gem"'), r"/my.py:\d+: aggregator 'gem' exists already \(built in\); choose another"),
-        (MEAN + "1 / 0\n", r"/my.py:13: ZeroDivisionError: division by zero"),
+        (MEAN + "1 / 0\n", r"/my.py:14: ZeroDivisionError: division by zero"),
         (b"\xff\xfe\x00", r"^plug-in my.py: .*(null bytes|invalid|utf-8).*"),
     ],
 )
