@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -16,11 +17,10 @@ from configs.registry import BACKBONES
 from model.aggregators.aggregator import Aggregator
 from model.backbone import Backbone
 from model.lora import is_lora
+from model.wrapped_weights import AGGREGATOR, told, unwrapped
 
-BACKBONE, AGGREGATOR = "backbone.", "aggregator."  # prefixes in a state dict of the network
+BACKBONE = "backbone."  # its prefix in a state dict of the network, as `AGGREGATOR` is the head's
 REGISTERS = ("register_tokens", "storage_tokens", "reg_token")  # what files call them
-# Prefixes of the backbone in checkpoints of whole networks that others publish: SALAD's, BoQ's.
-WITHIN = (f"{BACKBONE}model.", f"{BACKBONE}dino.", BACKBONE)
 
 
 class WeightsError(ValueError):
@@ -50,24 +50,27 @@ def find_weights(name: str, weights: str) -> Path | None:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `.safetensors` or `.pth` file, by key; nothing but tensors is ever unpickled.
 
+    Those of a backbone inside another program's checkpoint have its own keys; see `unwrapped`.
+
     Numbers stay in the file, mapped into memory, until they are used (a `.pth` of torch before 1.6 is read whole).
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights file {path} does not exist")
     with reading(f"weights file {path}", "a file of tensors that can be read", WeightsError):
-        if path.suffix == ".safetensors":
-            return load_file(path)
+        content: Any
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if path.suffix == ".safetensors":
+                content = load_file(path)
+            else:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             raise WeightsError(
                 f"weights file {path} holds more than tensors, which is refused: save a state_dict"
             ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        raise WeightsError(f"weights file {path} is not a state_dict: expected a flat mapping of keys to tensors")
-    return state
+    try:
+        return unwrapped(content)
+    except ValueError as error:
+        raise WeightsError(f"weights file {path} is not a state_dict: {error}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -103,12 +106,7 @@ def head_weights(aggregator: Aggregator, path: Path, state: dict[str, torch.Tens
 
 def _backbone_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a file is the backbone's, under the backbone's own keys."""
-    prefix = next((prefix for prefix in WITHIN if any(key.startswith(prefix) for key in state)), "")
-    return {
-        key.removeprefix(prefix): tensor
-        for key, tensor in state.items()
-        if key.startswith(prefix) and not key.startswith(AGGREGATOR)
-    }
+    return {key: tensor for key, tensor in unwrapped(state).items() if not key.startswith(AGGREGATOR)}
 
 
 def _fitting(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
@@ -146,7 +144,7 @@ def infer_backbone(path: Path) -> str:
         for name, spec in BACKBONES.items():
             if all(getattr(spec, field) == value for field, value in found.items()):
                 return name
-    raise WeightsError(f"weights file {path} fits no backbone; known: {', '.join(BACKBONES)}")
+    raise WeightsError(f"weights file {path} fits no backbone; known: {', '.join(BACKBONES)}; {told(state)}")
 
 
 def _is_gated(state: dict[str, torch.Tensor]) -> bool:
