@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.weights import WeightsError, facebook_layout, infer_backbone, read_weights
+from model.dinov2 import facebook_layout
+from model.weights import WeightsError, infer_backbone, read_weights
 from tests.networks import backbone
 
 
