@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from configs.schema import EvalConfig
+from configs.schema import EvalConfig, ModelConfig
 from eval.features import Patches, shard_bounds
 from eval.forward import Encoded, encode_images
 from eval.given_images import GivenImage, GivenImages, Pixels, as_list, pixels_of
@@ -60,12 +60,15 @@ class Describer:
     `rerankvpr eval`, to the bit where images, batch size, threads and device are the same. One thread at a time.
     """
 
-    def __init__(self, model: PlaceModel, config: EvalConfig, source: str = "") -> None:
+    def __init__(
+        self, model: PlaceModel, config: EvalConfig, source: str = "", network: ModelConfig | None = None
+    ) -> None:
         if config.rerank.project != "none":  # a projection belongs to a database
             config = config.model_copy(update={"rerank": config.rerank.model_copy(update={"project": "none"})})
         self.model = model.eval()
         self.config = config
         self.source = source
+        self.network = network  # the recipe's section that the model was built from, where it is known
 
     def __repr__(self) -> str:
         return f"Describer({self.source!r}, {self.descriptor_size} numbers, {self.pixels}, {self.device})"

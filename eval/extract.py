@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from configs.image_size import height_width
 from configs.progress import OnProgress, PartOf, untold
 from configs.ranks import on_all_ranks
 from configs.reading import is_out_of_memory, reason
@@ -20,14 +16,12 @@ from data_pipeline.folder_lock import FolderLock
 from data_pipeline.images import UnreadableImageError, normalise
 from data_pipeline.index import BadImage
 from data_pipeline.tar_writer import BadImages
+from eval.encode import Batches, OnUnreadable, encode, image_batches, shard_of
 from eval.features import INDEX, StoredFeatures, open_folder, shard_bounds, shard_is_whole, shard_path, write_shard
-from eval.forward import encode_images
 from eval.local_features import pca_basis, random_basis, read_local
-from eval.pixels import input_size, load_image
+from eval.pixels import load_image
 from eval.scratch import hosts_that_miss
 from model.network import PlaceModel
-
-OnUnreadable = Callable[[int, UnreadableImageError | OSError], None]
 
 FIT_IMAGES = 64
 FIT_PATCHES_PER_IMAGE = 256
@@ -108,47 +102,9 @@ def _extract_shard(
     unreadable: _Unreadable,
     on_progress: OnProgress,
 ) -> dict[str, torch.Tensor]:
-    done = 0
-    descriptors = torch.zeros(len(paths), model.descriptor_size)
-    local: list[tuple[torch.Tensor, ...]] = [()] * len(paths)
-    for numbers, images_B3HW in _image_batches(paths, config, model.spec.patch, unreadable.note):
-        encoded = encode_images(model, images_B3HW, config, projection_CK)
-        descriptor_BD = encoded.descriptor_BD
-        finite_B = descriptor_BD.isfinite().all(dim=1).cpu()
-        if not finite_B.all():
-            broken = paths[numbers[int(finite_B.int().argmin())]]
-            raise ValueError(f"{broken}: the descriptor is not finite; are the weights?")
-        descriptors[numbers] = descriptor_BD.float().cpu()
-        if kept := encoded.local:
-            sizes = kept.count_I.tolist()
-            parts = [t.cpu().split(sizes) for t in (kept.codes_PC, kept.scale_P, kept.cell_P2, kept.saliency_P)]
-            for i, number in enumerate(numbers):
-                local[number] = tuple(part[i] for part in parts)
-        done += len(numbers)
-        on_progress(done)
-    if not config.rerank.enabled:
-        return {"descriptors": descriptors}
-    if unreadable.why:
-        nothing = _no_patches(model, config, projection_CK)
-        local = [parts or nothing for parts in local]
-    codes, scale, cell, saliency = (torch.cat(column) for column in zip(*local, strict=True))
-    count = torch.tensor([len(patches[0]) for patches in local])
-    return {
-        "descriptors": descriptors,
-        "count": count,
-        "codes": codes,
-        "scale": scale,
-        "cell": cell,
-        "saliency": saliency,
-    }
-
-
-def _no_patches(model: PlaceModel, config: EvalConfig, projection_CK: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The local features of an image that has none, of the types and channels that others have."""
-    sides = input_size(*height_width(config.image_size), config, model.spec.patch)
-    kept = encode_images(model, torch.zeros(1, 3, *sides, dtype=torch.uint8), config, projection_CK).local
-    assert kept is not None
-    return tuple(t[:0].cpu() for t in (kept.codes_PC, kept.scale_P, kept.cell_P2, kept.saliency_P))
+    batches = _image_batches(paths, config, model.spec.patch, unreadable.note)
+    found = encode(model, batches, config, lambda i: paths[i], projection_CK, on_progress)
+    return shard_of(model, found, range(len(paths)), config, projection_CK)
 
 
 @torch.inference_mode()
@@ -185,37 +141,5 @@ def _basis(model: PlaceModel, paths: list[Path], config: EvalConfig) -> torch.Te
     return pca_basis(torch.cat(sample), rerank.project_size)
 
 
-def _image_batches(
-    paths: list[Path], config: EvalConfig, patch: int, on_unreadable: OnUnreadable
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Batches of images of one size with their numbers, read two batches ahead.
-
-    Images of one size are collected over the whole list, so few batches are short. One that cannot be read is left out
-    and handed to `on_unreadable`.
-    """
-    with ThreadPoolExecutor(config.decode_threads, thread_name_prefix="read") as pool:
-        waiting: deque[tuple[int, Future[torch.Tensor]]] = deque()
-        buckets: dict[torch.Size, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-        upcoming = iter(enumerate(paths))
-        try:
-            while True:
-                while len(waiting) < 3 * config.batch_size and (item := next(upcoming, None)):
-                    waiting.append((item[0], pool.submit(load_image, item[1], config, patch)))
-                if not waiting:
-                    break
-                number, future = waiting.popleft()
-                try:
-                    image = future.result()
-                except (UnreadableImageError, OSError) as error:
-                    on_unreadable(number, error)
-                    continue
-                bucket = buckets[image.shape]
-                bucket.append((number, image))
-                if len(bucket) == config.batch_size:
-                    yield [n for n, _ in bucket], torch.stack([x for _, x in bucket])
-                    bucket.clear()
-            for bucket in buckets.values():
-                if bucket:
-                    yield [n for n, _ in bucket], torch.stack([x for _, x in bucket])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def _image_batches(paths: list[Path], config: EvalConfig, patch: int, on_unreadable: OnUnreadable) -> Batches:
+    return image_batches(len(paths), lambda i: load_image(paths[i], config, patch), config, on_unreadable)

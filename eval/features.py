@@ -175,6 +175,7 @@ class StoredFeatures:
     ) -> None:
         self.bounds, self.shards, self._metadata = bounds, shards, metadata
         self.starts = np.array([first for first, _ in bounds], dtype=np.int64)
+        self._offsets: dict[int, NDArray[np.int64]] = {}
         self._checked_shards: set[int] = set()
         self._checked = np.zeros(len(self), dtype=bool)
 
@@ -216,12 +217,13 @@ class StoredFeatures:
         """Whether local features were stored."""
         return bool(self.shards) and "codes" in self.shards[0]
 
-    @cached_property
-    def offsets(self) -> list[NDArray[np.int64]]:
-        """First patch of each image in its shard."""
-        for number in range(len(self.shards)):
+    def offsets(self, number: int) -> NDArray[np.int64]:
+        """First patch of each image of a shard, and the end of the last."""
+        if number not in self._offsets:
             self._check_shard(number)
-        return [np.concatenate([[0], np.cumsum(shard["count"])]).astype(np.int64) for shard in self.shards]
+            count = np.asarray(self.shards[number]["count"], dtype=np.int64)
+            self._offsets[number] = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
+        return self._offsets[number]
 
     @cached_property
     def max_patches(self) -> int:
@@ -252,7 +254,7 @@ class StoredFeatures:
     def _check_image(self, image: int, number: int) -> None:
         if self._checked[image]:
             return
-        shard, row, offsets = self.shards[number], image - int(self.starts[number]), self.offsets[number]
+        shard, row, offsets = self.shards[number], image - int(self.starts[number]), self.offsets(number)
         if image_sum(shard, int(offsets[row]), int(offsets[row + 1])) != shard[SUMS][row]:
             path = self.paths[number]
             raise FeatureError(
@@ -297,7 +299,9 @@ class StoredFeatures:
         """Local features of some images, padded to the largest count among them, or to `width`."""
         shard_B = np.searchsorted(self.starts, images, side="right") - 1
         rows = [int(image - self.starts[s]) for image, s in zip(images, shard_B, strict=True)]
-        spans = [(int(self.offsets[s][r]), int(self.offsets[s][r + 1])) for s, r in zip(shard_B, rows, strict=True)]
+        spans = [
+            (int(self.offsets(int(s))[r]), int(self.offsets(int(s))[r + 1])) for s, r in zip(shard_B, rows, strict=True)
+        ]
         counts = [stop - first for first, stop in spans]
         width = max(width, *counts, 1)
         dtype = self.shards[0]["codes"].dtype

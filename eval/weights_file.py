@@ -64,7 +64,7 @@ def describer_of(
     if config.precision == "same":
         model.to(DTYPES[recipe.engine.precision])
         model.cast_frozen()
-    return Describer(model.to(device or default_device()), config, source)
+    return Describer(model.to(device or default_device()), config, source, recipe.model)
 
 
 def with_settings(config: EvalConfig, settings: dict[str, Any]) -> EvalConfig:

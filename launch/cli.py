@@ -53,6 +53,16 @@ VERBS = {
         "--checkpoint DIR|--weights FILE --benchmarks NAME...",
         "Recall before and after re-ranking.",
     ),
+    "index": (
+        "launch.index_command:main",
+        "build DB --checkpoint C --out IDX | add IDX DB | info IDX | verify IDX",
+        "Encodes a database of photographs once, for `locate`.",
+    ),
+    "locate": (
+        "launch.locate_command:main",
+        "PHOTO... --index IDX",
+        "Where photographs were taken: candidates, position, whether to believe it.",
+    ),
     "sync": ("launch.sync_command:main", "OUTPUT...", "Sends MLflow what it has not got of trainings."),
     "export": ("launch.export_command:main", "CHECKPOINT OUT.safetensors", "The trained network as one file."),
 }

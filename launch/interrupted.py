@@ -20,6 +20,8 @@ KEPT = {
     "train": "before its first step in this start, so nothing is lost; add --resume where it was started before",
     "shard": "tars that are whole stay, the same command resumes",
     "eval": "with --features, features that are whole stay and the same command resumes",
+    "index": "features that are whole stay and readers see the index as it was; the same command resumes",
+    "locate": "what is printed holds; files asked for are not written",
     "sync": "what is sent stays sent, the same command resumes",
     "demo": "what is whole stays, the same command resumes",
     "submit": "jobs that are submitted stay in the queue: squeue --me shows them",

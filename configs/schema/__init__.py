@@ -6,7 +6,7 @@ where they differ and why.
 
 from configs.schema.data import DataConfig
 from configs.schema.engine import EngineConfig
-from configs.schema.eval import EvalConfig, RerankConfig
+from configs.schema.eval import EncodingConfig, EvalConfig, RerankConfig
 from configs.schema.loss import Argument, LossConfig
 from configs.schema.memory import MemoryConfig
 from configs.schema.model import ModelConfig
@@ -20,6 +20,7 @@ __all__ = [
     "ANY_NAME",
     "Argument",
     "DataConfig",
+    "EncodingConfig",
     "EngineConfig",
     "EvalConfig",
     "LossConfig",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
 from configs.image_size import ImageSize
 from configs.schema.section import NonNegative, Positive, Section
@@ -73,15 +74,9 @@ class RerankConfig(Section):
         return self
 
 
-class EvalConfig(Section):
-    """Benchmarks and how they are run."""
+class EncodingConfig(Section):
+    """How photographs become pixels, descriptors and local features."""
 
-    benchmarks: list[str] = Field(
-        default_factory=list,
-        description="NAME[/VARIANT] of the catalogue (rerankvpr eval --list), folder:PATH[:METRES], "
-        "manifest:FILE[:METRES], layout:LAYOUT:PATH.",
-    )
-    data_root: Path = Field(Path("data"), description="Folder that holds a folder for each benchmark.")
     image_size: ImageSize = Field(
         224,
         description="Side in pixels of the square that images are resized to, or height and width ([322, 434]); "
@@ -101,6 +96,30 @@ class EvalConfig(Section):
         description="Precision of the forward pass: same is engine.precision, in a training and of its checkpoints; in "
         "a training the weights are in that in any case; bf16 of weights in fp32 is autocast.",
     )
+    decode_threads: Positive = Field(2, description="Threads a rank reads images with.")
+    max_bad: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.001,
+        description="Share of a benchmark's images that may be missing or damaged: named, counted, a query among them "
+        "a miss; more stop the evaluation.",
+    )
+    rerank: RerankConfig = Field(default_factory=RerankConfig)
+
+    @model_validator(mode="after")
+    def _attention_is_of_one_grid(self) -> Self:
+        if self.resize != "square" and self.rerank.enabled and self.rerank.facet == "attn":
+            raise ValueError("facet attn has a channel a patch, so all images need one size; use resize square")
+        return self
+
+
+class EvalConfig(EncodingConfig):
+    """Benchmarks and how they are run."""
+
+    benchmarks: list[str] = Field(
+        default_factory=list,
+        description="NAME[/VARIANT] of the catalogue (rerankvpr eval --list), folder:PATH[:METRES], "
+        "manifest:FILE[:METRES], layout:LAYOUT:PATH.",
+    )
+    data_root: Path = Field(Path("data"), description="Folder that holds a folder for each benchmark.")
     features: Path | None = Field(
         None,
         description="Folder that keeps features for later runs and unfinished ones (all nodes must see it); None uses "
@@ -112,21 +131,8 @@ class EvalConfig(Section):
     faiss_params: str = Field("", description="FAISS search parameters of the index, such as nprobe=32 or efSearch=64.")
     search_block_mb: Positive = Field(1024, description="MB of database descriptors that a rank indexes at a time.")
     bootstrap: NonNegative = Field(2000, description="Resamples of the queries for 95 % intervals; 0 gives none.")
-    decode_threads: Positive = Field(2, description="Threads a rank reads images with.")
-    max_bad: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.001,
-        description="Share of a benchmark's images that may be missing or damaged: named, counted, a query among them "
-        "a miss; more stop the evaluation.",
-    )
     recall_at: list[Positive] = Field(default_factory=lambda: [1, 5, 10], description="The K of recall@K.")
     pictures: NonNegative = Field(8, description="Queries drawn with their candidates, wrong ones first.")
-    rerank: RerankConfig = Field(default_factory=RerankConfig)
-
-    @model_validator(mode="after")
-    def _attention_is_of_one_grid(self) -> EvalConfig:
-        if self.resize != "square" and self.rerank.enabled and self.rerank.facet == "attn":
-            raise ValueError("facet attn has a channel a patch, so all images need one size; use resize square")
-        return self
 
     @field_validator("recall_at")
     @classmethod
