@@ -45,9 +45,9 @@ class Trained:
         return index
 
 
-def sample_size(factory: str, size: int, num_rows: int) -> int:
+def sample_size(factory: str, size: int, num_rows: int, setting: str) -> int:
     """Rows that an index of `size` numbers is trained on, of `num_rows`. Raises ValueError as `train_index` does."""
-    ivf = faiss.try_extract_index_ivf(_empty(factory, "", size, f"{factory!r}"))
+    ivf = faiss.try_extract_index_ivf(_empty(factory, "", size, f"{setting} {factory!r}", setting))
     return min(num_rows, max(SAMPLE_ROWS, ROWS_PER_CENTROID * (ivf.nlist if ivf else 0)))
 
 

@@ -15,17 +15,17 @@ def train_together(factory: str, params: str, database: StoredFeatures, setting:
     """The same trained index on every rank, which all call this. Raises ValueError as `train_index` does."""
 
     def train() -> tuple[NDArray[np.uint8], str]:
-        trained = train_index(factory, params, sample_of(factory, database), setting)
+        trained = train_index(factory, params, sample_of(factory, database, setting), setting)
         return faiss.serialize_index(trained.index), trained.asked
 
     stored, asked = from_rank_0(train)
     return Trained(faiss.deserialize_index(stored), params, asked)
 
 
-def sample_of(factory: str, database: StoredFeatures) -> NDArray[np.float32]:
+def sample_of(factory: str, database: StoredFeatures, setting: str) -> NDArray[np.float32]:
     """Descriptors [S, D], evenly spread over the database, that an index is trained on."""
     size = int(database.shards[0]["descriptors"].shape[1]) if database.shards else 1
-    chosen = spread(len(database), sample_size(factory, size, len(database)))
+    chosen = spread(len(database), sample_size(factory, size, len(database), setting))
     return database.rows(chosen)
 
 

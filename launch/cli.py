@@ -63,6 +63,16 @@ VERBS = {
         "PHOTO... --index IDX",
         "Where photographs were taken: candidates, position, whether to believe it.",
     ),
+    "show": (
+        "launch.show_command:main",
+        "attention|pca|matches|similarity IMAGE... --model RUN",
+        "Draws what a network sees of photographs.",
+    ),
+    "report": (
+        "launch.report_command:main",
+        "FOLDER... [--out PAGE.html]",
+        "Evaluations as one page, several against each other.",
+    ),
     "sync": ("launch.sync_command:main", "OUTPUT...", "Sends MLflow what it has not got of trainings."),
     "export": ("launch.export_command:main", "CHECKPOINT OUT.safetensors", "The trained network as one file."),
 }

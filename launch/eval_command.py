@@ -59,7 +59,8 @@ class EvalCommand:
     no_labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Predictions without recall, whatever ground truth there is."""
     out: Path | None = None
-    """Folder for results.json, results.csv, predictions.parquet, predictions.csv, files for contests and pictures."""
+    """Folder for report.html, results.json, results.csv, predictions.parquet, predictions.csv, files for contests and
+    pictures."""
     list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Lists the benchmarks: where to get each, the layouts that are read, what lies under --data-root."""
     no_rerank: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -187,12 +188,14 @@ def _evaluate(
     from eval.report.pictures import draw_pictures
     from eval.report.predictions import predictions_table, write_predictions, write_submission
     from eval.report.tables import results_table, write_csv, write_results
+    from eval.report.written import write_report
     from launch.eval_tracking import Evaluation, log_evaluation
     from model.lora import merge_lora
     from model.network import build_model
     from trainer.checkpoint import load_model_weights
     from trainer.engine import DTYPES
     from trainer.mlflow_sender import run_of
+    from trainer.provenance import how_made
     from trainer.watchdog import Watchdog
 
     config = as_trained(command.eval, recipe.data)
@@ -254,20 +257,34 @@ def _evaluate(
         if trained_as:
             console.print(f"[yellow]{trained_as}", highlight=False, soft_wrap=True)
         console.print(results_table(results))
+        name = str(checkpoint or command.weights)
+        made = how_made(world_size=rank.world_size, device=rank.device)
         if command.out:
             with writing(command.out / "results.json"):
-                write_results(command.out / "results.json", results, model=str(checkpoint or command.weights))
+                write_results(command.out / "results.json", results, model=name, made=made)
                 console.print(f"written: {command.out / 'results.json'}", soft_wrap=True)
             with writing(command.out / "results.csv"):
                 write_csv(command.out / "results.csv", results)
             with writing(command.out / "predictions.parquet"):
                 write_predictions(command.out, predictions)
+            with writing(command.out / "report.html"):
+                write_report(
+                    command.out / "report.html",
+                    model,
+                    benchmarks,
+                    results,
+                    predictions,
+                    config,
+                    name=name,
+                    facts=made,
+                )
+                console.print(f"written: {command.out / 'report.html'}", soft_wrap=True)
         if command.track:
             log_evaluation(
                 command.track,
                 recipe.tracking.experiment,
                 Evaluation(
-                    model=str(checkpoint or command.weights),
+                    model=name,
                     params={f"eval.{key}": value for key, value in config.model_dump(mode="json").items()},
                     results=results,
                     out=command.out,

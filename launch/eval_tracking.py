@@ -77,8 +77,9 @@ def _log(uri: str, experiment: str, evaluation: Evaluation, parent: str | None, 
         write_results(Path(name) / "results.json", results, model=model)
         write_csv(Path(name) / "results.csv", results)
         client.log_artifacts(run, name)
-    if out and (out / "predictions.parquet").is_file():
-        client.log_artifact(run, str(out / "predictions.parquet"))
+    for name in ("report.html", "predictions.parquet"):
+        if out and (out / name).is_file():
+            client.log_artifact(run, str(out / name))
     for pictures in ("pictures", "sweeps"):
         if out and (out / pictures).is_dir():
             client.log_artifacts(run, str(out / pictures), pictures)

@@ -71,7 +71,7 @@ def test_results_table_csv_sweep_and_tracking(place: Path) -> None:
     assert experiment is not None
     (logged,) = client.search_runs([experiment.experiment_id])
     artifacts = {file.path for file in client.list_artifacts(logged.info.run_id)}
-    assert artifacts == {"results.json", "results.csv", "predictions.parquet", "pictures", "sweeps"}
+    assert artifacts == {"results.json", "results.csv", "predictions.parquet", "pictures", "sweeps", "report.html"}
     assert logged.data.params["eval.image_size"] == "42"
     assert logged.data.metrics["eval/mine/rerank_s_per_query"] > 0
     assert logged.data.metrics["eval/mine/recall_1"] == pytest.approx(result["recall"]["1"])

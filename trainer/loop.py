@@ -25,6 +25,7 @@ from trainer.held_out import held_out_benchmark
 from trainer.metrics import StepMetrics
 from trainer.process_group import Rank
 from trainer.progress import progress_bar
+from trainer.provenance import how_made
 from trainer.recorded_plugins import check_same_plugins, note_export
 from trainer.resume import Resume, checkpoint_to_resume, restore
 from trainer.saving import Saving
@@ -201,7 +202,8 @@ class Training:
         if self.rank.is_main:
             path = self.recipe.output / "results.json"
             try:
-                write_results(path, results, model=str(checkpoint), before=progress.before)
+                made = how_made(world_size=self.rank.world_size, device=self.rank.device)
+                write_results(path, results, model=str(checkpoint), before=progress.before, made=made)
                 tracker.artifact(path)
             except OSError as error:
                 self.context.say(f"[yellow]results could not be written to {path} ({error}); they are printed above")

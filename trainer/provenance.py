@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from configs.secrets import without_secrets
+from trainer.stop_signal import COMMAND
+
 PACKAGES = ("torch", "deepspeed", "timm", "faiss-gpu", "faiss-cpu", "mlflow", "pyarrow", "pytorch-metric-learning")
 HOME = Path(__file__).resolve().parent.parent
 
@@ -35,6 +38,12 @@ def provenance(*, world_size: int, device: torch.device, data_digest: str = "") 
         "world_size": str(world_size),
         "devices": _devices(device),
     }
+
+
+def how_made(*, world_size: int, device: torch.device) -> dict[str, str]:
+    """The command that this process runs, without secrets, and `provenance`."""
+    command = {"command": without_secrets(os.environ[COMMAND])} if os.environ.get(COMMAND) else {}
+    return command | provenance(world_size=world_size, device=device)
 
 
 def _git(folder: Path) -> dict[str, str]:

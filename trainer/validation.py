@@ -19,6 +19,7 @@ from trainer.batches import Batches
 from trainer.context import Context
 from trainer.engine import whole_weights
 from trainer.progress import progress_bar
+from trainer.provenance import how_made
 from trainer.schedule import validations_since_best
 from trainer.state import TrainingState
 from trainer.stop_signal import StoppedInEvaluation, StopSignal, how_to_resume
@@ -114,7 +115,40 @@ class Validation:
                     self.console.print(f"{label}: {result.line()}", highlight=False, soft_wrap=True)
                 if pictures and self.rank.is_main:
                     self._draw(pictures / benchmark.name, benchmark, result, config)
+            if pictures and results and self.rank.is_main:
+                self._report(pictures.parent, results, config)
         return results
+
+    def _report(self, output: Path, results: list[Result], config: EvalConfig) -> None:
+        """Predictions and the page, beside the results of the training."""
+        from eval.report.predictions import predictions_table, write_predictions
+        from eval.report.training_curves import training_curves
+        from eval.report.written import write_report
+
+        names = [result.name for result in results]
+        benchmarks = [benchmark for benchmark in self.benchmarks if benchmark.name in names]
+        tables = [
+            predictions_table(benchmark, result, config.recall_at[-1])
+            for benchmark, result in zip(benchmarks, results, strict=True)
+        ]
+        self.tracker.flush()  # the page has the training's curves
+        try:
+            write_predictions(output, tables)
+            write_report(
+                output / "report.html",
+                self.state.model,
+                benchmarks,
+                results,
+                tables,
+                config,
+                name=str(output),
+                facts=how_made(world_size=self.rank.world_size, device=self.rank.device),
+                curves=training_curves(output / "metrics.jsonl"),
+            )
+            self.tracker.artifact(output / "report.html")
+            self.console.print(f"report: {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+        except OSError as error:
+            self._say(f"{output / 'report.html'} could not be written ({reason(error)})")
 
     def _draw(self, folder: Path, benchmark: Benchmark, result: Result, config: EvalConfig) -> None:
         from eval.report.pictures import draw_pictures  # matplotlib, which a start need not wait for

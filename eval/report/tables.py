@@ -59,14 +59,24 @@ def _cells(recall: Recall, form: str = ".1f") -> list[str]:
     return cells
 
 
-def write_results(path: Path, results: list[Result], *, model: str, before: list[dict[str, Any]] | None = None) -> None:
+def write_results(
+    path: Path,
+    results: list[Result],
+    *,
+    model: str,
+    before: list[dict[str, Any]] | None = None,
+    made: dict[str, str] | None = None,
+) -> None:
     """`results.json`: the model, and for each benchmark protocol, recall by K before and after re-rank, and timings.
 
-    `before` holds results of the untrained model. The file appears whole or not at all.
+    `before` holds results of the untrained model, `made` the command, versions and machine. The file appears whole or
+    not at all.
     """
     content: dict[str, Any] = {"model": model, "results": [result.as_dict() for result in results]}
     if before is not None:
         content["before"] = before
+    if made:
+        content["made"] = made
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(content, indent=1))
 

@@ -1,0 +1,112 @@
+"""The tables of a page: recalls of each stage with intervals and cost; evaluations against each other, paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from eval.recall import bootstrap_means
+from eval.report.stored import Evaluation
+
+RESAMPLES = 2000
+
+
+def results_table(evaluations: Sequence[Evaluation]) -> str:
+    """A row per evaluation, benchmark and stage: recall@K with 95 % intervals, and what it costs."""
+    ks = sorted({int(k) for one in evaluations for result in one.results.values() for k in result.get("recall") or {}})
+    heads = "".join(f'<th scope="col" class="number">R@{k}, %</th>' for k in ks)
+    rows = []
+    for one in evaluations:
+        for name, result in one.results.items():
+            about = [str(result.get(key, "")) for key in ("protocol", "layout", "pixels", "precision")]
+            counts = f"{result.get('num_queries', '?')} queries in {result.get('num_database', '?')}"
+            what = (
+                f'<th scope="row" rowspan="{{rows}}">{escape(name)}<br><span class="small">{escape(one.name)}<br>'
+                f"{'<br>'.join(map(escape, filter(None, about)))}<br>{escape(counts)}</span></th>"
+            )
+            stages = _stages(result, ks)
+            rows += [
+                f"<tr>{what.format(rows=len(stages)) if number == 0 else ''}{cells}</tr>"
+                for number, cells in enumerate(stages)
+            ]
+    return (
+        f'<div class="scroll"><table><thead><tr><th scope="col">benchmark</th><th scope="col">stage</th>{heads}'
+        f'<th scope="col" class="number">cost</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def _stages(result: dict[str, Any], ks: Sequence[int]) -> list[str]:
+    timings = result.get("timings") or {}
+    extraction = _rate(timings.get("extraction_s_per_image"), "images/s, encoded")
+    search, rerank = (_rate(timings.get(f"{name}_s_per_query"), "queries/s") for name in ("retrieval", "rerank"))
+    rows = [_row("retrieved", result.get("recall"), result.get("recall_interval"), ks, f"{extraction}<br>{search}")]
+    if result.get("recall_reranked"):
+        stored = f"{1000 * float(result.get('mb_per_image', 0)):.0f} kB stored per image"
+        cost = f"{rerank}<br>{stored}"
+        rows.append(_row("re-ranked", result["recall_reranked"], result.get("reranked_interval"), ks, cost))
+        gain = {str(k): v for k, v in (result.get("gain") or {}).items()}
+        if gain:
+            values = {k: v[0] for k, v in gain.items()}
+            rows.append(_row("gain, paired", values, {k: v[1:] for k, v in gain.items()}, ks, "", sign="+"))
+    return rows
+
+
+def _row(stage: str, values: Any, intervals: Any, ks: Sequence[int], cost: str, sign: str = "") -> str:
+    by_k = {int(k): float(v) for k, v in (values or {}).items()}
+    bounds = {int(k): v for k, v in (intervals or {}).items()}
+    cells = []
+    for k in ks:
+        interval = bounds.get(k) or ()
+        small = f'<br><span class="small">{" to ".join(f"{b:{sign}.1f}" for b in interval)}</span>' if interval else ""
+        cells.append(f'<td class="number">{f"{by_k[k]:{sign}.1f}" if k in by_k else "-"}{small}</td>')
+    return f'<td>{stage}</td>{"".join(cells)}<td class="number small">{cost}</td>'
+
+
+def _rate(seconds: Any, what: str) -> str:
+    if not seconds:
+        return ""
+    return f"{1000 * float(seconds):.2f} ms = {1 / float(seconds):,.0f} {what}"
+
+
+def comparison_table(evaluations: Sequence[Evaluation]) -> str:
+    """The first evaluation against each other one: R@1 of the last stage, paired over the queries that both have."""
+    first = evaluations[0]
+    rows = []
+    for other in evaluations[1:]:
+        rows += [_compared(name, first, other) for name in first.found]
+    head = "".join(
+        f'<th scope="col">{text}</th>'
+        for text in (
+            "benchmark",
+            "evaluation",
+            f"R@1 of {escape(first.name)}",
+            "R@1",
+            "difference, 95 %",
+            "queries that flipped",
+        )
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _compared(name: str, first: Evaluation, other: Evaluation) -> str:
+    about = f"<td>{escape(name)}</td><td>{escape(other.name)}</td>"
+    if name not in other.found:
+        return f'<tr>{about}<td colspan="4">not there</td></tr>'
+    mine, theirs = first.found[name].outcome, other.found[name].outcome
+    both = [query for query in mine if query in theirs and "unlabelled" not in (mine[query], theirs[query])]
+    if not both:
+        return f'<tr>{about}<td colspan="4">no query with ground truth in both</td></tr>'
+    ok = np.array([[one[query] in ("right", "rescued") for query in both] for one in (mine, theirs)])
+    gain = 100.0 * (ok[1].astype(float) - ok[0])
+    low, high = bootstrap_means(gain, RESAMPLES)
+    won, lost = int((ok[1] & ~ok[0]).sum()), int((ok[0] & ~ok[1]).sum())
+    numbers = (
+        f"{100 * ok[0].mean():.1f}",
+        f"{100 * ok[1].mean():.1f}",
+        f'{gain.mean():+.1f} <span class="small">{low:+.1f} to {high:+.1f}</span>',
+        f"{won} won, {lost} lost of {len(both)}",
+    )
+    return f"<tr>{about}{''.join(f'<td class=number>{number}</td>' for number in numbers)}</tr>"
