@@ -24,7 +24,7 @@ HOME = Path(__file__).resolve().parent.parent
 CODE = ("configs", "data_pipeline", "model", "eval")  # what trainer/descriptor_model.py imports
 REQUIREMENTS = (
     *("mlflow", "torch", "torchvision", "timm", "safetensors", "huggingface_hub", "pydantic", "numpy", "pandas"),
-    *("pillow", "PyYAML"),
+    *("pillow", "PyYAML", "torchcodec"),
 )
 PLUGIN_CODE, PLUGIN_REQUIREMENTS = ("memory",), ("pyarrow",)  # an aggregator's file may hold a loss or a source too
 EXAMPLE_SIDE = 64
