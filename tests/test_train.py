@@ -113,7 +113,7 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
         steps = {m.step for m in client.get_metric_history(run_id, "train/loss")}
         assert steps == set(range(1, STEPS + 1)), path
         files = {f.path for f in client.list_artifacts(run_id)}
-        assert {"recipe.yaml", "environment.json", "results.json", "pictures"} <= files
+        assert {"recipe.yaml", "environment.json", "results.json", "pictures", "report.html"} <= files
         (model,) = client.search_logged_models([experiment.experiment_id], f"source_run_id = '{run_id}'")
         assert (model.name, model.status) == ("best", "READY")
 
