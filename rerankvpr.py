@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from eval.describer import Describer, LocalImage, Match
+    from trainer.published import PublishedNetwork
 
 # Messages without links, and no statistics of use sent to the libraries' makers; variables that are set win.
 LIBRARIES = {
@@ -34,8 +35,13 @@ LIBRARIES = {
 }
 PACKAGES = ("configs", "data_pipeline", "model", "memory", "trainer", "eval", "launch")
 
-__all__ = ["Describer", "LocalImage", "Match", "load"]
-_HOMES = {"Describer": "eval.describer", "LocalImage": "eval.describer", "Match": "eval.describer"}
+__all__ = ["Describer", "LocalImage", "Match", "PublishedNetwork", "load"]
+_HOMES = {
+    "Describer": "eval.describer",
+    "LocalImage": "eval.describer",
+    "Match": "eval.describer",
+    "PublishedNetwork": "trainer.published",
+}
 
 
 def load(
@@ -55,7 +61,7 @@ def load(
     `image_size=322, resize="aspect", rerank={"saliency_thresh": 0.3}`. Raises ValueError or OSError, with what would be
     right.
     """
-    _of_this_project()
+    check_imports()
     prepare_libraries()
     from trainer.pretrained import load as load_any
 
@@ -65,11 +71,11 @@ def load(
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _of_this_project()
+    check_imports()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-def _of_this_project() -> None:
+def check_imports() -> None:
     """Raises ImportError if a package of another project stands in front of one of ours."""
     if foreign := foreign_package():
         raise ImportError(foreign)

@@ -59,7 +59,7 @@ def decode_rgb(data: bytes) -> torch.Tensor:
             return cast(torch.Tensor, decode_jpeg(_as_tensor(_checked_jpeg(data))))
         image = _open(data)
         decode = _BY_TORCHCODEC.get(image.format or "")
-        return decode(_as_tensor(data)) if decode else _pixels(image)
+        return decode(_as_tensor(data)) if decode else rgb_of_pillow(image)
     except TooManyPixelsError:
         raise
     except Exception as error:
@@ -146,7 +146,8 @@ def _heic() -> tuple[str, ...]:
     return ("HEIF",)
 
 
-def _pixels(image: Image.Image) -> torch.Tensor:
+def rgb_of_pillow(image: Image.Image) -> torch.Tensor:
+    """Pillow's image, which is turned upright, as uint8 [3, H, W]. Raises ValueError for more than 16 bits."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # more than 8 bits a pixel, which Pillow clips
         image = Image.fromarray(_to_8_bits(np.asarray(image)))

@@ -11,13 +11,13 @@ from typing import Any, Union
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from configs.reading import read_regular
 from configs.schema import EvalConfig
-from data_pipeline.decoders import decode_rgb
+from data_pipeline.decoders import decode_rgb, rgb_of_pillow
 from eval.pixels import MOST_CELLS, input_size, interpolation_of
 
 GivenImage = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview, Image.Image, NDArray[Any], torch.Tensor]
@@ -71,18 +71,10 @@ def _rgb_of(given: GivenImage) -> torch.Tensor:
     if isinstance(given, bytes | bytearray | memoryview):
         return decode_rgb(bytes(given))
     if isinstance(given, Image.Image):
-        return rgb_of_pil(given)
+        return rgb_of_pillow(given.copy())  # which it turns in place
     if isinstance(given, np.ndarray | torch.Tensor):
         return rgb_of_numbers(given)
     raise ValueError(f"a {type(given).__name__}; expected a path, bytes, a PIL image, an array or a tensor")
-
-
-def rgb_of_pil(image: Image.Image) -> torch.Tensor:
-    """A PIL image as uint8 [3, H, W], upright (its EXIF orientation applied), 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def rgb_of_numbers(values: NDArray[Any] | torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,11 @@ VERBS = {
         "Evaluations as one page, several against each other.",
     ),
     "sync": ("launch.sync_command:main", "OUTPUT...", "Sends MLflow what it has not got of trainings."),
-    "export": ("launch.export_command:main", "CHECKPOINT OUT.safetensors", "The trained network as one file."),
+    "export": (
+        "launch.export_command:main",
+        "CHECKPOINT OUT.safetensors|.onnx|.pt2|FOLDER",
+        "The trained network for other programs.",
+    ),
 }
 
 

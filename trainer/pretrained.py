@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import HfHubHTTPError
 
 from configs.load import load_stored_recipe
 from configs.names import nearest
 from configs.plugins import load_plugins
+from configs.reading import reason
 from configs.registry import BACKBONES
 from configs.schema import ModelConfig, Recipe
 from eval.describer import Describer
@@ -19,10 +23,12 @@ from eval.weights_file import describer_of, describer_of_file
 from model.network import build_model
 from trainer.checkpoint import load_model_weights
 from trainer.checkpoint_folder import find_checkpoint
+from trainer.published import is_ours
 from trainer.recorded_plugins import note_checkpoint
 
 MLFLOW = re.compile(r"(models|runs|mlflow-artifacts|m-\w+):/")
 WEIGHTS = (".safetensors", ".pth", ".pt")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 GRAPHS = {".onnx": "onnxruntime.InferenceSession", ".pt2": "torch.export.load"}
 
 
@@ -45,14 +51,19 @@ def load(
         return describer_of_file(path, device=where, **settings)
     if (path / "MLmodel").is_file():
         return _of_mlflow_folder(path, text, where, settings)
+    if path.is_dir() and is_ours(path):
+        return describer_of_file(path / SAFETENSORS_SINGLE_FILE, device=where, **settings)
     if path.exists():
         return _of_checkpoint(find_checkpoint(path), where, settings)
     if text in BACKBONES:
         model = ModelConfig.model_validate({"backbone": text, "weights": "timm", "finetune_last_n_blocks": 0})
         return describer_of(build_model(model), Recipe(model=model), text, device=where, **settings)
+    if isinstance(source, str) and REPOSITORY.fullmatch(text):
+        return describer_of_file(_of_hub(text), device=where, **settings)
+    known = nearest(text, BACKBONES.names())
     raise FileNotFoundError(
         f"{text}: no such file or folder; expected a run, a checkpoint, an exported file, a model in MLflow "
-        f"(models:/NAME/VERSION), or a backbone; {nearest(text, BACKBONES.names())}"
+        f"(models:/NAME/VERSION), a repository of the hub (OWNER/NAME), or a backbone; {known}"
     )
 
 
@@ -62,6 +73,16 @@ def _of_checkpoint(checkpoint: Path, device: torch.device | None, settings: dict
     model = build_model(recipe.model.model_copy(update={"weights": "random"}), seed=recipe.seed)
     load_model_weights(model, checkpoint)
     return describer_of(model, recipe, str(checkpoint), device=device, **settings)
+
+
+def _of_hub(repository: str) -> Path:
+    """The weights of a repository of the Hugging Face hub, downloaded once into the hub's cache."""
+    try:
+        return Path(hf_hub_download(repository, SAFETENSORS_SINGLE_FILE))
+    except (OSError, HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"{repository}: no such file or folder, and the Hugging Face hub does not give it ({reason(error)})"
+        ) from error
 
 
 def _downloaded(uri: str) -> Path:
@@ -77,7 +98,7 @@ def _downloaded(uri: str) -> Path:
     except MlflowException as error:
         store = mlflow.get_tracking_uri()
         raise ValueError(
-            f"{uri}: MLflow's store {store} does not give it ({error}); MLFLOW_TRACKING_URI names the store"
+            f"{uri}: MLflow's store {store} does not give it ({reason(error)}); MLFLOW_TRACKING_URI names the store"
         ) from error
 
 
