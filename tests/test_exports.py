@@ -167,6 +167,7 @@ def test_a_card_says_recipe_data_figures_and_licence(run: Path, tmp_path: Path) 
     assert [metric["value"] for metric in entry["metrics"]] == [61.25, 70.5]
     assert "| town | 25 m radius | re-ranked | R@1 70.5 |" in body
     assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])["model"]["aggregator"] == "gem"
+    assert about["tags"][-1] == "dinov2"
     older = run.parent / "older"
     checkpoint, _ = write_checkpoint(older, RECIPE)
     write_whole(older / "results.json", json.dumps({"model": "step-00000900", "results": [{"name": "town"}]}))

@@ -12,9 +12,11 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from configs.files import partial_of, remove, remove_abandoned
+from configs.image_size import height_width
 from configs.schema import Recipe
 from data_pipeline.images import normalise
 from eval.pixels import as_trained, pixel_rule
+from model.licences import licence_metadata
 from model.network import PlaceModel
 
 Takes = Literal["uint8", "float"]
@@ -43,7 +45,7 @@ class ImagesToDescriptors(nn.Module):
 
 
 def check_graph(out: Path, recipe: Recipe, image_size: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of a graph's images: as given, else the recipe's square.
+    """Height and width of a graph's images: as given, else the recipe's.
 
     Raises ValueError if `out`'s format cannot be written here, or for sides that the patches do not cover.
     """
@@ -56,10 +58,8 @@ def check_graph(out: Path, recipe: Recipe, image_size: tuple[int, ...]) -> tuple
             f"{out}: a graph has one size of images, and the recipe's eval.resize is {recipe.eval.resize}; give "
             "--image-size HEIGHT WIDTH"
         )
-    height, *rest = image_size or (recipe.eval.image_size,)
-    width = rest[0] if rest else height
-    for side in (height, width):
-        recipe.model.spec.check_side(side, "--image-size")
+    height, width = image_size * 2 if len(image_size) == 1 else image_size or height_width(recipe.eval.image_size)
+    recipe.model.spec.check_side((height, width), "--image-size")
     return height, width
 
 
@@ -72,7 +72,7 @@ def write_graph(network: PlaceModel, recipe: Recipe, out: Path, size: tuple[int,
     """
     module = ImagesToDescriptors(network.float().eval().requires_grad_(False), takes)
     program = export_program(module, size)
-    metadata = describe(recipe, size, takes, network.descriptor_size)
+    metadata = describe(recipe, size, takes, network.descriptor_size) | licence_metadata(recipe.model.spec)
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(out)
     folder = partial_of(out)

@@ -14,6 +14,7 @@ from configs.load import recipe_text
 from configs.reading import shown
 from configs.schema import Recipe
 from eval.pixels import as_trained, pixel_rule
+from model.licences import licence_text
 
 CODE_LICENCE = "MIT"
 HUB_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-NC-4.0": "cc-by-nc-4.0"}
@@ -63,11 +64,17 @@ def _header(recipe: Recipe, figures: Figures, name: str) -> str:
         "pipeline_tag": "image-feature-extraction",
         "license": known or "other",
         **({} if known else {"license_name": licence}),
-        "tags": ["visual-place-recognition", "image-retrieval", "dinov2" if "14" in recipe.model.backbone else "vit"],
+        "tags": ["visual-place-recognition", "image-retrieval", *_family(recipe)],
     }
     if results := [entry for one in figures.results if (entry := _entry(one))]:
         header["model-index"] = [{"name": name, "results": results}]
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n"
+
+
+def _family(recipe: Recipe) -> list[str]:
+    """What the backbone is of, such as dinov2: the module of its network; nothing for a plug-in's."""
+    network = recipe.model.spec.network
+    return [network.partition(":")[0].rpartition(".")[2]] if isinstance(network, str) else []
 
 
 def _entry(result: dict[str, Any]) -> dict[str, Any] | None:
@@ -114,6 +121,8 @@ def _body(recipe: Recipe, figures: Figures, name: str, numbers: int, usage: str,
         f"The backbone's published weights are under {model.spec.licence}, the code that trained and loads them under "
         f"{CODE_LICENCE}. The licence of the training's photographs may restrict use; this card does not know it.\n"
     )
+    if text := licence_text(model.spec):
+        yield f"{text}\n"
     yield f"## Recipe\n\n```yaml\n{recipe_text(recipe)}```\n"
 
 
