@@ -21,6 +21,7 @@ from eval.clock import Clock
 from eval.extract import extract, fit_projection
 from eval.feature_cache import Cached, FeatureCache
 from eval.features import StoredFeatures, digest, files_digest, weights_digest
+from eval.image_names import name_images
 from eval.pixels import interpolation_of, pixel_rule
 from eval.recall import gain_of, recall_of
 from eval.rerank import Reranked, learn_margin, rerank
@@ -175,6 +176,11 @@ def features_of(
     if all(cached.of_earlier_run for cached in both):
         notes.append("features of an earlier run were read: the time per image is no extraction's")
     database, queries = (cached.features for cached in both)
+    if cache.kept:
+        with on_all_ranks():
+            if dist.get_rank() == 0:
+                name_images(database, benchmark.database, "database")
+                name_images(queries, benchmark.queries, "queries")
     bad_D = as_bad_images(benchmark.database, database.unreadable)
     bad_Q = as_bad_images(benchmark.queries, queries.unreadable)
     allowed.check([*bad_Q, *bad_D])

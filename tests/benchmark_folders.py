@@ -47,7 +47,12 @@ def positives(benchmark: Benchmark) -> list[list[int]]:
     return [benchmark.positives(q).tolist() for q in range(len(benchmark.queries))]
 
 
-def write_utm(folder: Path, database: list[tuple[float, float]], queries: list[tuple[float, float]]) -> None:
-    for part, points in (("database", database), ("queries", queries)):
+def write_utm(
+    folder: Path,
+    database: list[tuple[float, float]],
+    queries: list[tuple[float, float]],
+    parts: tuple[str, str] = ("database", "queries"),
+) -> None:
+    for part, points in zip(parts, (database, queries), strict=True):
         for i, (east, north) in enumerate(points):
             photo(folder / part / f"@{east:.2f}@{north:.2f}@10@S@@@{i}@@@@@@@@.jpg")

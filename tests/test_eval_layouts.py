@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from scipy.io import savemat
 
+from eval.benchmarks import msls
 from eval.benchmarks.catalogue import ALIASES, CATALOGUE
 from eval.benchmarks.lists import gsv_lists
 from eval.benchmarks.load import load_benchmarks
@@ -117,6 +118,88 @@ def test_msls_tables_leave_panoramas_out_and_keep_cities_apart(tmp_path: Path) -
     (root / "sf/query/raw.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"sf/query/raw\.csv"):
         load("msls_val/11k", tmp_path)
+
+
+def write_msls_test(root: Path, city: str, database: list[str], queries: list[str], chosen: list[bool]) -> None:
+    for side, keys in (("database", database), ("query", queries)):
+        photos(root / city / side / "images", [f"{key}.jpg" for key in keys])
+        table = pd.DataFrame({"key": keys, "sequence_key": "s", "frame_number": range(len(keys))})
+        table.to_csv(root / city / side / "seq_info.csv")
+        subtasks = pd.DataFrame({"all": chosen[: len(keys)], "s2w": False})
+        subtasks.to_csv(root / city / side / "subtask_index.csv")
+
+
+@pytest.mark.usefixtures("any_counts")
+@pytest.mark.parametrize("spec", ["msls_test", "msls_challenge", "layout:msls_test:msls_test"])
+def test_msls_test_is_read_by_its_tables_and_has_no_ground_truth(tmp_path: Path, spec: str) -> None:
+    for city in msls.TEST_CITIES:
+        write_msls_test(tmp_path / "msls_test/test", city, [f"{city}-a", f"{city}_b"], [f"{city}-q"], [True, False])
+    (benchmark,) = load_benchmarks([spec], tmp_path, labels="found")
+    assert {path.stem for path in benchmark.database} == {f"{city}-a" for city in msls.TEST_CITIES}
+    assert (len(benchmark.queries), benchmark.num_labelled, benchmark.submission) == (6, 0, "msls")
+    (alone,) = load_benchmarks(["msls_test/athens"], tmp_path, labels="found")
+    assert [path.stem for path in alone.queries] == ["athens-q"]
+    (tmp_path / "msls_test/test/athens/query/subtask_index.csv").write_text(",all\n")
+    with pytest.raises(ValueError, match=r"athens/query: seq_info\.csv has 1 rows, subtask_index\.csv 0"):
+        load_benchmarks(["msls_test/athens"], tmp_path, labels="found")
+
+
+@pytest.mark.usefixtures("any_counts")
+def test_msls_test_by_salads_lists(tmp_path: Path) -> None:
+    names = ["test/miami/database/images/a.jpg", "test/miami/query/images/q.jpg"]
+    photos(tmp_path / "msls_test", names)
+    for part, name in zip(("dbImages", "qImages"), names, strict=True):
+        np.save(tmp_path / f"msls_test/msls_test_{part}.npy", np.array([name]))
+    (benchmark,) = load_benchmarks(["msls_test"], tmp_path, labels="found")
+    assert (benchmark.num_labelled, benchmark.submission) == (0, "msls")
+
+
+@pytest.mark.usefixtures("any_counts")
+@pytest.mark.parametrize("spec", ["msls_val", "msls-val", "layout:openvprlab:msls-val"])
+def test_openvprlabs_msls_val(tmp_path: Path, spec: str) -> None:
+    folder = tmp_path / ("msls_val" if spec == "msls_val" else "msls-val")
+    database, queries = ["cph/database/images/a.jpg", "sf/database/images/b.jpg"], ["sf/query/images/q.jpg"]
+    photos(folder, database + queries)
+    np.save(folder / "msls_val_ref_image_names.npy", np.array(database))
+    np.save(folder / "msls_val_query_image_names.npy", np.array(queries))
+    np.save(folder / "msls_val_ground_truth_25m.npy", rows([1]), allow_pickle=True)
+    assert positives(load(spec, tmp_path)) == [[1]]
+
+
+@pytest.mark.usefixtures("any_counts")
+@pytest.mark.parametrize("truth", ["gt", "gt_25m"])
+@pytest.mark.parametrize(
+    ("spec", "folder", "stem"),
+    [
+        ("pitts30k", "pitts30k", "pitts30k_test"),
+        ("pitts30k/val", "pitts30k", "pitts30k_val"),
+        ("pitts30k-val", "pitts30k-val", "pitts30k_val"),
+        ("pitts250k", "pitts250k", "pitts250k_test"),
+        ("layout:pitts250k:x", "x", "pitts250k_test"),
+    ],
+)
+def test_lists_of_pittsburgh(tmp_path: Path, spec: str, folder: str, stem: str, truth: str) -> None:
+    photos(tmp_path / folder, ["000/a.jpg", "000/b.jpg", "queries_real/000/q.jpg"])
+    np.save(tmp_path / folder / f"{stem}_dbImages.npy", np.array(["000/a.jpg", "000/b.jpg"]))
+    np.save(tmp_path / folder / f"{stem}_qImages.npy", np.array(["queries_real/000/q.jpg"]))
+    np.save(tmp_path / folder / f"{stem}_{truth}.npy", rows([0, 1]), allow_pickle=True)
+    assert positives(load(spec, tmp_path)) == [[0, 1]]
+
+
+@pytest.mark.parametrize(("name", "count"), [("corridor", 111), ("17places", 406)])
+def test_corridor_and_17_places_have_their_own_numbers_of_images(tmp_path: Path, name: str, count: int) -> None:
+    for part in ("ref", "query"):
+        photos(tmp_path / name / part, [f"{i:07d}.jpg" for i in range(count)])
+    lists = [
+        [j for j in range(i - 2, i + 3) if j >= 0] for i in range(count)
+    ]  # past the end, as 17 Places' own has them
+    np.save(tmp_path / name / "ground_truth_new.npy", vpr_rows(*lists), allow_pickle=True)
+    benchmark = load(name, tmp_path)
+    assert positives(benchmark)[-1] == [count - 3, count - 2, count - 1]
+    assert f"up to {count + 1} for 2 queries" in benchmark.notes[0]
+    (tmp_path / name / "ref/0000000.jpg").unlink()
+    with pytest.raises(ValueError, match=f"its protocol has {count} and {count}"):
+        load(name, tmp_path)
 
 
 @pytest.mark.usefixtures("any_counts")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from eval.benchmarks.load import load_benchmarks
 from tests.benchmark_folders import load, photo, photos, positives
 
 
@@ -62,3 +63,50 @@ def test_wrong_manifests_are_answered_in_one_line(tmp_path: Path, content: str, 
     with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
         load("manifest:m.csv", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_without_ground_truth_are_predicted_and_not_counted(tmp_path: Path) -> None:
+    photos(tmp_path, [f"{name}.jpg" for name in "abqrs"])
+    database = "a.jpg;database;60.5;10\nb.jpg;database;;\n"
+    queries = "q.jpg;query;60.5;10\nr.jpg;Query;;\ns.jpg;query;61;10\n"
+    (tmp_path / "m.csv").write_text(f"\ufeffpath;role; lat ;lon\n{database}{queries}")
+    benchmark = load("manifest:m.csv", tmp_path)
+    assert positives(benchmark) == [[0], [], []]
+    assert (benchmark.num_labelled, benchmark.num_without_positive) == (2, 1)
+    assert benchmark.protocol == "25 m radius, 2 of 3 queries"
+    assert "1 of 2 database images have no position" in benchmark.notes[0]
+    (tmp_path / "p.csv").write_text(
+        "path,role,place\na.jpg,database,1\nb.jpg,database,\nq.jpg,query,1\nr.jpg,query,nan\n"
+    )
+    by_place = load("manifest:p.csv", tmp_path)
+    assert positives(by_place) == [[0], []]
+    assert by_place.protocol == "same place, 1 of 2 queries"
+    assert "1 of 2 database images have no place" in by_place.notes[0]
+
+
+@pytest.mark.parametrize(
+    "content", ["path,role\na.jpg,database\nb.jpg,query\n", "path,role,place\na.jpg,database,1\nb.jpg,query,\n"]
+)
+def test_a_table_without_ground_truth_is_predicted(tmp_path: Path, content: str) -> None:
+    photos(tmp_path, ["a.jpg", "b.jpg"])
+    (tmp_path / "m.csv").write_text(content)
+    (benchmark,) = load_benchmarks(["manifest:m.csv"], tmp_path, labels="found")
+    assert benchmark.num_labelled == 0
+    assert "no ground truth was found (m.csv" in benchmark.notes[0]
+
+
+def test_paths_are_of_the_working_folder_or_of_the_tables_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, own = tmp_path / "here", tmp_path / "here/tables"
+    photos(here, ["a.jpg", "b.jpg", "c.jpg"])
+    photos(own, ["a.jpg", "d.jpg"])
+    monkeypatch.chdir(here)
+    for names, base, chosen in (
+        (["a.jpg", "b.jpg"], "paths relative to the working folder", [Path("a.jpg"), Path("b.jpg")]),
+        (["a.jpg", "d.jpg"], "paths relative to its own folder", [own / "a.jpg", own / "d.jpg"]),
+        (["d.jpg", "c.jpg"], "1 paths relative to the working folder, 1 to its own", [own / "d.jpg", Path("c.jpg")]),
+        ([str(own / "d.jpg"), str(here / "b.jpg")], "absolute paths", [own / "d.jpg", here / "b.jpg"]),
+    ):
+        (own / "m.csv").write_text(f"path,role,place\n{names[0]},database,1\n{names[1]},query,1\n")
+        benchmark = load(f"manifest:{own / 'm.csv'}", tmp_path)
+        assert [*benchmark.database, *benchmark.queries] == chosen
+        assert benchmark.layout == f"m.csv, {base}"
