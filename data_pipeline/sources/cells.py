@@ -12,7 +12,7 @@ from data_pipeline.utm import utm_from_degrees
 
 _FROM_MERIDIAN = 9.0  # degrees of longitude: a zone's own 3 and its neighbours'; metres are then 0.5 % too long at most
 SUGGESTED_M = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0)
-_ENOUGH = 0.6
+_ENOUGH = 0.85
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,14 @@ def cell_sizes(
     return sizes
 
 
-def suggested(sizes: list[CellSize], num_images: int) -> float | None:
-    """The smallest size whose places, 2 or more, use 60 % of the images; else the one that uses most, or None."""
+def suggested(sizes: list[CellSize]) -> float | None:
+    """The smallest size whose places, 2 or more, use 85 % of the images that the best size uses; None if none has two.
+
+    Larger cells use a few more images, and call more of what looks different one place.
+    """
     useful = [size for size in sizes if size.places >= 2 and size.cell_m <= SUGGESTED_M[-1]]
-    if not useful:
-        return None
-    enough = [size for size in useful if size.images >= _ENOUGH * num_images]
-    return (enough[0] if enough else max(useful, key=lambda size: (size.images, -size.cell_m))).cell_m
+    most = max((size.images for size in useful), default=0)
+    return next((size.cell_m for size in useful if size.images >= _ENOUGH * most), None)
 
 
 def neighbour_distances(east: NDArray[np.float64], north: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -100,9 +100,7 @@ def survey_cells(folder: PhotoFolder, grid: Grid, least: int) -> CellSurvey:
     east, north, _ = plane(_positions(folder))
     heading, errors_m = (_known(getattr(fact, name) for fact in folder.facts) for name in ("heading", "error_m"))
     sizes = cell_sizes(east, north, heading, grid, least)
-    return CellSurvey(
-        neighbour_distances(east, north), errors_m[~np.isnan(errors_m)], sizes, suggested(sizes, len(east))
-    )
+    return CellSurvey(neighbour_distances(east, north), errors_m[~np.isnan(errors_m)], sizes, suggested(sizes))
 
 
 def list_photo_folder(
