@@ -121,9 +121,10 @@ def from_utm_names(names: Sequence[str | Path]) -> Positions:
     outside = of_utm & ~((east >= 0) & (east <= 1e6) & (north >= 0) & (north <= FALSE_NORTH_M))
     if outside.any():
         bad = int(np.argmax(outside))
+        swapped = " (swapped?)" if east[bad] > 1e6 >= north[bad] >= 0 else ""
         raise ValueError(
-            f"{names[bad]}: easting {east[bad]:g}, northing {north[bad]:g} are of no UTM zone; expected 0 to 1,000,000 "
-            "and 0 to 10,000,000 m"
+            f"{names[bad]}: easting {east[bad]:.10g}, northing {north[bad]:.10g} are of no UTM zone{swapped}; expected "
+            "0 to 1,000,000 and 0 to 10,000,000 m"
         )
     south = of_utm & np.array([_is_south(f, n) for f, n in zip(fields, north.tolist(), strict=True)], dtype=bool)
     north = np.where(south, north - FALSE_NORTH_M, north)
@@ -138,7 +139,7 @@ def metres_between(a: Positions, b: Positions) -> Floats:
     On one map both of whose positions were given in metres: the map's distance. Else on WGS84: that of the chord, bent
     to the Earth's radius there; within 1e-6 below 10 km, within 0.6 % anywhere.
     """
-    on_map = _share_a_map(a, b)
+    on_map = (a.zone == b.zone) & (a.in_metres and b.in_metres)
     plane = np.hypot(a.east - b.east, a.north - b.north)
     points = _in_space(a), _in_space(b)
     chord = np.linalg.norm(points[0] - points[1], axis=1)
@@ -277,9 +278,13 @@ def _odd_metres(east: Floats, north: Floats) -> list[str]:
     known = np.isfinite(east)
     e, n = east[known], north[known]
     small = len(e) > 1 and (np.abs(e) <= 180).all() and (np.abs(n) <= 180).all()
+    notes = []
     if small and 0 < max(np.ptp(e), np.ptp(n)) < 1:
-        return ["all positions lie within 1 m and below 180: they look like degrees, and are read as metres"]
-    return []
+        notes.append("all positions lie within 1 m and below 180: they look like degrees, and are read as metres")
+    zero = (e == 0) & (n == 0)
+    if zero.any() and max(np.abs(e).max(), np.abs(n).max()) > 1e4:  # a map of one's own may have its origin in it
+        notes.append(f"{int(zero.sum())} positions are 0, 0, far from the others")
+    return notes
 
 
 def _named(fields: list[str], number: int, name: str | Path) -> float:
@@ -362,10 +367,6 @@ def _on_map(positions: Positions) -> Floats:
 
 def _in_space(positions: Positions) -> Floats:
     return on_ellipsoid(positions.lat, positions.lon)
-
-
-def _share_a_map(a: Positions, b: Positions) -> NDArray[np.bool_]:
-    return (a.zone == b.zone) & (a.in_metres and b.in_metres)
 
 
 def _of_one_map(positions: Positions, others: Positions) -> Positions:

@@ -208,7 +208,7 @@ def test_cells_that_are_no_number_are_named_with_their_row(text: str, said: str)
         (["@nan@5316300@32@U@.jpg"], "no UTM coordinates"),
         (["@inf@5316300@32@U@.jpg"], "no UTM coordinates"),
         (["@506000@5316300@61@U@.jpg"], "UTM zone 61"),
-        (["@5316300@506000000@32@U@.jpg"], "of no UTM zone"),
+        (["@5316300@506000@32@U@.jpg"], r"of no UTM zone \(swapped\?\)"),
         (["plain.jpg"], "no UTM coordinates"),
     ],
 )
@@ -222,6 +222,8 @@ def test_odd_positions_are_suspected_aloud() -> None:
     lats, lons = np.array([48.0, 0.0, 48.1]), np.array([9.5, 0.0, 9.1])
     assert "1 positions are 0, 0 (first: row 3)" in from_lat_lon(lats, lons, "t").notes[0]
     assert "whole degrees" in from_lat_lon(np.array([48.0, 47.0]), np.array([9.0, 8.0]), "t").notes[0]
+    far = from_utm_names(["@0@0@32@U@.jpg", "@506000.00@5316300.00@32@U@.jpg"])
+    assert "1 positions are 0, 0, far from the others" in far.notes[0]
     swapped = from_utm_names(["@506000.00@5316300.00@32@U@9.0804344@48.0000000@.jpg"])
     assert "columns confused" in swapped.notes[0]
     assert not from_utm_names(["@506000.00@5316300.00@32@U@48.0000000@9.0804344@.jpg"]).notes
