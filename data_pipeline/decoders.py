@@ -56,7 +56,7 @@ def decode_rgb(data: bytes) -> torch.Tensor:
         raise ValueError("empty file")
     try:
         if data.startswith(JPEG):
-            return cast(torch.Tensor, decode_jpeg(_as_tensor(_checked_jpeg(data))))
+            return cast(torch.Tensor, decode_jpeg(_as_tensor(checked_jpeg(data))))
         image = _open(data)
         decode = _BY_TORCHCODEC.get(image.format or "")
         return decode(_as_tensor(data)) if decode else rgb_of_pillow(image)
@@ -89,7 +89,7 @@ def _check_size(width: int, height: int, most: int = MAX_PIXELS) -> None:
         raise TooManyPixelsError(f"its header claims {width} x {height} pixels; {most} at most are read of this format")
 
 
-def _checked_jpeg(data: bytes) -> bytes:
+def checked_jpeg(data: bytes) -> bytes:
     """A JPEG in which TorchCodec finds the EXIF segment: it looks into the first APP1 alone, which may hold XMP.
 
     Raises TooManyPixelsError if the header claims more than `MAX_PIXELS`.

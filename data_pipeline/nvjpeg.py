@@ -16,6 +16,7 @@ from torchcodec.decoders import decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from data_pipeline.decoders import checked_jpeg
 from data_pipeline.images import Size, empty_batch
 
 _one_at_a_time = threading.Lock()
@@ -44,7 +45,7 @@ def decode_on_gpu(out_B3HW: torch.Tensor, jpegs: Sequence[bytes], interpolation:
     where one of the JPEGs cannot be decoded, without saying which.
     """
     device = out_B3HW.device
-    encoded = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
+    encoded = [torch.frombuffer(bytearray(checked_jpeg(jpeg)), dtype=torch.uint8) for jpeg in jpegs]
     stream = _side_stream(device)
     with _one_at_a_time, torch.cuda.device(device), torch.cuda.stream(stream):
         try:

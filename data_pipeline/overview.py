@@ -92,8 +92,9 @@ def draw_contact_sheet(
         for view in range(min(views, len(where.sizes))):
             corner = (view * _CELL, top + _LABEL)
             jpeg = data[where.offsets[view] : where.offsets[view] + where.sizes[view]]
-            if zlib.crc32(jpeg) == where.crc32[view]:
-                sheet.paste(_thumbnail(jpeg), corner)
+            thumbnail = _thumbnail(jpeg) if zlib.crc32(jpeg) == where.crc32[view] else None
+            if thumbnail:
+                sheet.paste(thumbnail, corner)
             else:
                 ink.line([*corner, corner[0] + _CELL, corner[1] + _CELL], fill="red", width=3)
     with replacing(path) as partial:
@@ -130,8 +131,13 @@ def draw_map(index: ShardIndex, path: Path) -> bool:
     return True
 
 
-def _thumbnail(jpeg: bytes) -> Image.Image:
-    image = Image.fromarray(decode_rgb(jpeg).permute(1, 2, 0).numpy())
+def _thumbnail(jpeg: bytes) -> Image.Image | None:
+    """The middle of a photograph; None if it cannot be decoded."""
+    try:
+        pixels_3HW = decode_rgb(jpeg)
+    except ValueError:
+        return None
+    image = Image.fromarray(pixels_3HW.permute(1, 2, 0).numpy())
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.resize((_CELL, _CELL), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
