@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from eval.describer import Describer, LocalImage, Match
+    from eval.index.index import Index
+    from eval.index.location import Location
     from trainer.published import PublishedNetwork
 
 # Messages without links, and no statistics of use sent to the libraries' makers; variables that are set win.
@@ -35,9 +37,11 @@ LIBRARIES = {
 }
 PACKAGES = ("configs", "data_pipeline", "model", "memory", "trainer", "eval", "launch")
 
-__all__ = ["Describer", "LocalImage", "Match", "PublishedNetwork", "load"]
+__all__ = ["Describer", "Index", "LocalImage", "Location", "Match", "PublishedNetwork", "load"]
 _HOMES = {
     "Describer": "eval.describer",
+    "Index": "eval.index.index",
+    "Location": "eval.index.location",
     "LocalImage": "eval.describer",
     "Match": "eval.describer",
     "PublishedNetwork": "trainer.published",
@@ -72,6 +76,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     check_imports()
+    prepare_libraries()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -73,6 +73,7 @@ VERBS = {
         "FOLDER... [--out PAGE.html]",
         "Evaluations as one page, several against each other.",
     ),
+    "serve": ("launch.serve_command:main", "--index IDX", "A web page of an index, on this machine alone."),
     "sync": ("launch.sync_command:main", "OUTPUT...", "Sends MLflow what it has not got of trainings."),
     "export": (
         "launch.export_command:main",

@@ -39,6 +39,7 @@ def commands() -> dict[str, Callable[..., Any]]:
     from launch.export_command import ExportCommand
     from launch.inspect_command import InspectCommand
     from launch.plan_command import PlanCommand
+    from launch.serve_command import ServeCommand
     from launch.slurm import Resources
     from launch.sync_command import SyncCommand
     from launch.torchrun import LaunchCommand
@@ -57,6 +58,7 @@ def commands() -> dict[str, Callable[..., Any]]:
         "submit": Resources,
         "doctor": DoctorCommand,
         "eval": EvalCommand,
+        "serve": ServeCommand,
         "sync": SyncCommand,
         "export": ExportCommand,
     }

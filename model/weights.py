@@ -51,6 +51,16 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `.safetensors` or `.pth` file, by key; nothing but tensors is ever unpickled.
 
     Those of a backbone inside another program's checkpoint have its own keys; see `unwrapped`.
+    """
+    content = read_tensors(path)
+    try:
+        return unwrapped(content)
+    except ValueError as error:
+        raise WeightsError(f"weights file {path} is not a state_dict: {error}") from error
+
+
+def read_tensors(path: Path) -> Any:
+    """What a `.safetensors` or `.pth` file holds, under its own keys.
 
     Numbers stay in the file, mapped into memory, until they are used (a `.pth` of torch before 1.6 is read whole).
     """
@@ -67,10 +77,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             raise WeightsError(
                 f"weights file {path} holds more than tensors, which is refused: save a state_dict"
             ) from error
-    try:
-        return unwrapped(content)
-    except ValueError as error:
-        raise WeightsError(f"weights file {path} is not a state_dict: {error}") from error
+    return content
 
 
 def _reason(error: Exception) -> str:

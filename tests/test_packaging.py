@@ -53,7 +53,8 @@ def test_the_wheel_holds_every_room_and_nothing_else(wheel: Path) -> None:
         wanted |= {
             str(file.relative_to(ROOT))
             for file in (ROOT / room).rglob("*")
-            if file.suffix in (".py", ".yaml", ".typed") and "__pycache__" not in file.parts
+            if file.suffix in (".py", ".yaml", ".typed", ".md", ".html", ".css", ".js")
+            and "__pycache__" not in file.parts
         }
         assert f"{room}/py.typed" in files
     assert files == wanted

@@ -30,7 +30,7 @@ from eval.rerank import fuse, patch_counts, rerank, score_here
 from eval.search import Rows, search_blocks
 from model.materialise import materialise
 from model.network import PlaceModel, meta_model
-from model.weights import read_weights
+from model.weights import read_tensors
 
 HELD_BYTES = 2 << 30  # descriptors up to so many are kept in memory between searches
 BLOCK_BYTES = 256 << 20
@@ -334,7 +334,7 @@ def _device() -> torch.device:
 
 def _read_network(folder: Path, manifest: Manifest) -> PlaceModel:
     file = folder / NETWORK
-    state = read_weights(file)
+    state = read_tensors(file)
     model = meta_model(ModelConfig.model_validate(manifest.network))
     if state.keys() != model.state_dict().keys():
         raise IndexFault(f"{file}: not the network that {folder} describes; build the index again")
