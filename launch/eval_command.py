@@ -45,8 +45,8 @@ class EvalCommand:
     """Backbone weights in facebookresearch's key layout (.pth or .safetensors), as they are."""
     backbone: str = "auto"
     """Backbone of --weights; auto reads it off the file."""
-    aggregator: str = "cls"
-    """Aggregator over --weights."""
+    aggregator: str = "auto"
+    """Aggregator over --weights; auto is that of an exported file, else cls."""
     plugins: tuple[str, ...] = ()
     """Your code, files (my_vpr.py) or modules, that adds aggregators, backbones or benchmarks; see docs/extending.md.
     That of a checkpoint is run only if it is named here."""
@@ -105,18 +105,28 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
             "--database DIR --queries DIR"
         )
     if command.weights:
-        from model.weights import infer_backbone
-
-        backbone = infer_backbone(command.weights) if command.backbone == "auto" else command.backbone
-        network = {"backbone": backbone, "weights": str(command.weights), "aggregator": command.aggregator}
-        try:
-            recipe = Recipe(model=ModelConfig.model_validate({**network, "finetune_last_n_blocks": 0}))
-        except ValidationError as error:
-            raise ValueError("\n".join(f"--{line}" for line in explain(error, ModelConfig))) from error
+        recipe = _recipe_of_weights(command, command.weights)
     elif checkpoint is None:
         raise ValueError("eval needs --checkpoint DIR or --weights FILE")
     recipe.model.spec.check_side(command.eval.image_size, "--image-size")
     return command, checkpoint, recipe
+
+
+def _recipe_of_weights(command: EvalCommand, file: Path) -> Recipe:
+    """The recipe of --weights: an exported file's own, or one for the backbone and aggregator that flags name."""
+    from eval.weights_file import recipe_of
+    from model.weights import infer_backbone
+
+    exported = recipe_of(file)
+    if exported and command.backbone == command.aggregator == "auto":
+        return Recipe(model=exported.model, data=exported.data)
+    backbone = infer_backbone(file) if command.backbone == "auto" else command.backbone
+    aggregator = "cls" if command.aggregator == "auto" else command.aggregator
+    network = {"backbone": backbone, "weights": str(file), "aggregator": aggregator, "finetune_last_n_blocks": 0}
+    try:
+        return Recipe(model=ModelConfig.model_validate(network))
+    except ValidationError as error:
+        raise ValueError("\n".join(f"--{line}" for line in explain(error, ModelConfig))) from error
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -122,6 +123,12 @@ def _unrotated(rotation_NX: torch.Tensor | None, count: int) -> torch.Tensor | N
     sine_nd, cosine_nd = (x_Nd[:1].expand(count, -1) for x_Nd in rotation_NX.chunk(2, dim=-1))
     still_nX = torch.cat([torch.zeros_like(sine_nd), torch.ones_like(cosine_nd)], dim=-1)
     return torch.cat([still_nX, rotation_NX])
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """A `with` in which products of float32 are of float32, also where an evaluation casts the others to 16 bits."""
+    kind = tensor.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def build_backbone(spec: BackboneSpec) -> Backbone:

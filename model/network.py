@@ -16,15 +16,34 @@ from model.backbone import Backbone, build_backbone
 from model.finetune import choose_trained
 from model.lora import add_lora
 from model.materialise import materialise
-from model.weights import AGGREGATOR, BACKBONE, backbone_weights, find_weights, head_weights, read_weights
+from model.projection import Projection
+from model.weights import (
+    AGGREGATOR,
+    BACKBONE,
+    PROJECTION,
+    backbone_weights,
+    find_weights,
+    head_weights,
+    projection_weights,
+    read_weights,
+)
 
 
 class PlaceModel(nn.Module):
     """A ViT whose global descriptor retrieves and whose facets re-rank."""
 
-    def __init__(self, backbone: Backbone, aggregator: Aggregator, frozen_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        aggregator: Aggregator,
+        frozen_dtype: torch.dtype | None = None,
+        projection: Projection | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.projection = projection
+        self.projects = True  # off while it is fitted
+        self.projection_loaded = False
         self.aggregator = aggregator
         self.frozen_dtype = frozen_dtype  # of the frozen blocks and embeddings; None is that of all else
 
@@ -36,7 +55,7 @@ class PlaceModel(nn.Module):
     @property
     def descriptor_size(self) -> int:
         """D, the length of the global descriptor."""
-        return self.aggregator.output_size
+        return self.aggregator.output_size if self.projection is None else self.projection.output_size
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +93,7 @@ class PlaceModel(nn.Module):
     def layer_of(self, parameter_name: str) -> int:
         """Depth of a parameter of `named_parameters`: 0 embeddings, then the blocks, last norm and aggregator."""
         room, _, name = parameter_name.partition(".")
-        if room == "aggregator" or name.startswith("norm."):
+        if room in ("aggregator", "projection") or name.startswith("norm."):
             return self.num_layers - 1
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
 
@@ -85,6 +104,8 @@ class PlaceModel(nn.Module):
             raise ValueError(f"images of {grid[0]} x {grid[1]} patches; the aggregator needs {least} or more")
         tokens_BTC = self.backbone(images_B3HW, self.aggregator.insertion(), final_norm=self.aggregator.final_norm)
         descriptor_BD = self.aggregator(tokens_BTC, grid)
+        if self.projection is not None and self.projects:
+            descriptor_BD = self.projection(F.normalize(descriptor_BD.float(), dim=-1))
         return F.normalize(descriptor_BD.float(), dim=-1)
 
 
@@ -107,7 +128,9 @@ def meta_model(config: ModelConfig) -> PlaceModel:
     """
     frozen_dtype = torch.bfloat16 if config.frozen_precision == "bf16" else None
     with torch.device("meta"):
-        model = PlaceModel(build_backbone(config.spec), build_aggregator(config), frozen_dtype)
+        aggregator = build_aggregator(config)
+        projection = Projection(aggregator.output_size, config.projection_dim) if config.projection_dim else None
+        model = PlaceModel(build_backbone(config.spec), aggregator, frozen_dtype, projection)
         if config.finetune == "lora":
             add_lora(model.backbone, config)
     choose_trained(model.backbone, model.aggregator, config)
@@ -131,5 +154,8 @@ def build_model(
         state = read_weights(file)
         weights = {BACKBONE + key: tensor for key, tensor in backbone_weights(model.backbone, file, state).items()}
         weights |= {AGGREGATOR + key: tensor for key, tensor in head_weights(model.aggregator, file, state).items()}
+        if model.projection is not None and (found := projection_weights(model.projection, state)):
+            weights |= {PROJECTION + key: tensor for key, tensor in found.items()}
+            model.projection_loaded = True
     materialise(model, weights, seed=seed, partition=partition)
     return model

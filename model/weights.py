@@ -17,9 +17,11 @@ from configs.registry import BACKBONES
 from model.aggregators.aggregator import Aggregator
 from model.backbone import Backbone
 from model.lora import is_lora
+from model.projection import Projection
 from model.wrapped_weights import AGGREGATOR, told, unwrapped
 
-BACKBONE = "backbone."  # its prefix in a state dict of the network, as `AGGREGATOR` is the head's
+# Prefixes in a state dict of the network, as `AGGREGATOR` is.
+BACKBONE, PROJECTION = "backbone.", "projection."
 REGISTERS = ("register_tokens", "storage_tokens", "reg_token")  # what files call them
 
 
@@ -111,9 +113,16 @@ def head_weights(aggregator: Aggregator, path: Path, state: dict[str, torch.Tens
     return _fitting(head, own, path) if head.keys() == own.keys() else {}
 
 
+def projection_weights(projection: Projection, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The projection in what a file holds, if it is of these sizes; none else."""
+    own = projection.state_dict()
+    found = {key: state[PROJECTION + key] for key in own if PROJECTION + key in state}
+    return found if {key: t.shape for key, t in found.items()} == {key: t.shape for key, t in own.items()} else {}
+
+
 def _backbone_part(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a file is the backbone's, under the backbone's own keys."""
-    return {key: tensor for key, tensor in unwrapped(state).items() if not key.startswith(AGGREGATOR)}
+    return {key: tensor for key, tensor in unwrapped(state).items() if not key.startswith((AGGREGATOR, PROJECTION))}
 
 
 def _fitting(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:

@@ -13,9 +13,11 @@ from configs.registry import AGGREGATORS, BACKBONES
 from configs.schema import ModelConfig
 from model.aggregators.salad import transport
 from model.network import build_model, meta_model
+from model.projection import whitening
 from model.weights import WeightsError, infer_backbone
 from tests.networks import AGGREGATORS as SMALL
 from tests.networks import backbone
+from trainer.aggregator_cost import aggregator_cost
 
 NARROW = replace(BACKBONES.get("tiny14"), channels=16)
 
@@ -212,3 +214,49 @@ def test_images_of_too_few_patches_are_refused() -> None:
     model = build_model(tiny("salad", aggregator_args={"clusters": 6}))
     with pytest.raises(ValueError, match="images of 2 x 3 patches; the aggregator needs 7 or more"):
         model(torch.zeros(1, 3, 28, 42))
+
+
+def test_whitened_descriptors_have_no_correlation_and_come_back_from_a_file(tmp_path: Path) -> None:
+    """From more images than numbers, and from fewer; too few are refused."""
+    generator = torch.Generator().manual_seed(0)
+    for count, channels in ((300, 20), (40, 128)):
+        mixed = torch.randn(count, channels, generator=generator) @ torch.randn(channels, channels, generator=generator)
+        sample = F.normalize(mixed, dim=-1)
+        mean, weight = whitening(sample, 10)
+        torch.testing.assert_close(torch.cov(((sample - mean) @ weight.T).T), torch.eye(10), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"model\.projection_dim 40: 40 training images span 39 directions"):
+        whitening(sample, 40)
+
+    config = tiny("gem", projection_dim=10)
+    model = build_model(config).eval()
+    assert model.descriptor_size == 10
+    assert not model.projection.weight.requires_grad
+    with torch.no_grad():
+        model.projection.mean.copy_(mean)
+        model.projection.weight.copy_(weight)
+    images = torch.randn(2, 3, 28, 28, generator=generator)
+    with torch.inference_mode():
+        found = model(images)
+        model.projects = False
+        expected = F.normalize((model(images) - mean) @ weight.T, dim=-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    state = {key.removeprefix("backbone."): value for key, value in model.state_dict().items()}
+    save_file(state, tmp_path / "whole.safetensors")
+    again = build_model(config.model_copy(update={"weights": str(tmp_path / "whole.safetensors")})).eval()
+    assert again.projection_loaded
+    with torch.inference_mode():
+        assert torch.equal(again(images), found)
+    with pytest.raises(ValueError, match=r"model\.projection_dim 129: descriptors have 128 numbers"):
+        meta_model(tiny("gem", projection_dim=129))
+
+
+def test_what_an_aggregator_costs_is_counted_on_no_memory() -> None:
+    """SALAD's three perceptrons, and its sum of 128 x 64 over 256 patches, by hand; GeM multiplies no matrices."""
+    patches, channels = 256, BACKBONES.get("vitb14").channels
+    layers = patches * (2 * channels * 512 + 512 * 64 + 512 * 128) + channels * 512 + 512 * 256
+    cost = aggregator_cost(ModelConfig(backbone="vitb14", aggregator="salad"), 257, (16, 16))
+    assert cost.flops == 2 * (layers + patches * 64 * 128)
+    assert 2 * patches * 512 * 4 < cost.kept < 4 * patches * 512 * 4
+    assert aggregator_cost(ModelConfig(aggregator="gem"), 257, (16, 16)).flops == 0
+    with pytest.raises(ValueError, match=r"model\.aggregator salad: images of 6 x 6 patches; it needs 65 or more"):
+        aggregator_cost(ModelConfig(aggregator="salad"), 37, (6, 6))

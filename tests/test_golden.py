@@ -1,7 +1,8 @@
 """Golden curves: 30 steps of a small ViT on the town, the same at any world size, ZeRO stage and way of holding it.
 
-`tests/golden/town.json` holds loss and gradient norm of each step. A change of the mathematics shows here, and is made
-known by writing the file anew: RERANKVPR_WRITE_GOLDEN=1 python -m pytest tests/test_golden.py.
+`tests/golden/town.json` holds loss and gradient norm of each step, `aggregators.json` those of a few steps of each
+further aggregator and backbone family. A change of the mathematics shows here, and is made known by writing the files
+anew: RERANKVPR_WRITE_GOLDEN=1 python -m pytest tests/test_golden.py.
 """
 
 import json
@@ -20,11 +21,13 @@ from configs.schema import Recipe
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.town.render import Town, render_town
+from tests.networks import AGGREGATORS
 from tests.ranks import on_ranks, shared_folder
 
 pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parent / "golden" / "town.json"
+GOLDEN_HEADS = GOLDEN.with_name("aggregators.json")
 PILLOW = int(PIL.__version__.partition(".")[0])
 STEPS = 30
 
@@ -56,16 +59,22 @@ def curve(folder: Path, name: str, **changes: dict[str, Any]) -> list[list[float
     return [[line["train/loss"], line["train/grad_norm"]] for line in lines if "train/loss" in line]
 
 
-def check_thirty_steps_are_golden() -> None:
-    """Tolerance: float32 sums in another order, amplified by Adam over 30 steps; a wrong gradient scale, a lost pair or
-    another order of data is off by far more."""
-    world = dist.get_world_size()
+def town_of_24() -> Path:
+    """A folder that holds the shards of a town."""
     folder = shared_folder()
     if dist.get_rank() == 0:
         town = Town(seed=3, places=24, views=3, held_out_places=0)
         render_town(folder / "town", town, processes=1)
         write_shards(read_gsv_cities(folder / "town" / "train", min_images_per_place=3), folder / "shards")
     dist.barrier()
+    return folder
+
+
+def check_thirty_steps_are_golden() -> None:
+    """Tolerance: float32 sums in another order, amplified by Adam over 30 steps; a wrong gradient scale, a lost pair or
+    another order of data is off by far more."""
+    world = dist.get_world_size()
+    folder = town_of_24()
     layouts: dict[str, dict[str, Any]] = {
         "zero1": {"engine": {"zero_stage": 1}},
         "zero0_sharded": {"engine": {"zero_stage": 0}, "memory": {"placement": "sharded"}},
@@ -82,6 +91,34 @@ def check_thirty_steps_are_golden() -> None:
     assert len(golden) == STEPS
     for name, found in curves.items():
         for step, (values, expected) in enumerate(zip(found, golden, strict=True)):
+            assert values == pytest.approx(expected, rel=2e-3), f"{name} at {world} ranks, step {step}"
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+
+
+def check_aggregators_are_golden() -> None:
+    """Another layout at each world size: all agree with the curve that one rank wrote at stage 1."""
+    world, folder = dist.get_world_size(), town_of_24()
+    layout = {
+        1: {"zero_stage": 1},
+        2: {"zero_stage": 3, "offload": "all", "activation_checkpointing": True},
+        4: {"zero_stage": 2, "encode_chunks": 2},
+    }[world]
+    heads: dict[str, dict[str, dict[str, Any]]] = {
+        "salad": {"model": {"aggregator": "salad", "aggregator_args": AGGREGATORS["salad"]}},
+        "boq": {"model": {"aggregator": "boq", "aggregator_args": AGGREGATORS["boq"]}},
+        "tokens": {"model": {"aggregator": "tokens", "aggregator_args": {"tokens": 2, "block": -3}}},
+        "tiny16": {"model": {"backbone": "tiny16"}, "data": {"image_size": 48}},
+    }
+    short = {"trainer": {"max_steps": 7}, "engine": layout}
+    curves = {name: curve(folder, name, **changes, **short) for name, changes in heads.items()}
+    if os.environ.get("RERANKVPR_WRITE_GOLDEN") and world == 1 and dist.get_rank() == 0:
+        GOLDEN_HEADS.write_text(json.dumps(curves, indent=1) + "\n")
+    golden = json.loads(GOLDEN_HEADS.read_text()) if PILLOW >= 13 else curves
+    for name, found in curves.items():
+        assert len(found) == len(golden[name]) == 7
+        for step, (values, expected) in enumerate(zip(found, golden[name], strict=True)):
             assert values == pytest.approx(expected, rel=2e-3), f"{name} at {world} ranks, step {step}"
     dist.barrier()
     if dist.get_rank() == 0:

@@ -37,6 +37,12 @@ class Batches:
         """Distinct unreadable images met on this rank."""
         return self._loader.num_bad_images
 
+    def spread(self, steps: int) -> Iterator[PlaceBatch]:
+        """This rank's share of some batches from all over the first epoch."""
+        last = self.steps_per_epoch - 1
+        numbers = [round(i * last / max(1, steps - 1)) for i in range(steps)]
+        yield from self._loader.batches(self.plans.epoch(0), numbers)
+
     def from_step(self, step: int, watchdog: Watchdog) -> Iterator[tuple[PlaceBatch, float]]:
         """The batch of each step from `step` (0 is the first) to the last, and the seconds that it was waited for."""
         while step < self.total_steps:

@@ -111,9 +111,7 @@ def put_state(
 
     _lay_out(engine, forward)
     for name, parameter in engine.module.named_parameters():
-        with _whole(parameter, written=True):
-            if not _is_partitioned(parameter) or dist.get_rank() == 0:  # of a partitioned one, the others get rank 0's
-                parameter.data.copy_(weights[name])
+        write_weight(parameter, weights[name])
     for name, buffer in _buffers(engine.module):
         buffer.copy_(weights[name])
     # A checkpoint from before any update has no moments: they are 0.
@@ -145,6 +143,13 @@ def put_state(
     for key, value in numbers["scaler"].items():
         if hasattr(scaler, key):
             setattr(scaler, key, value)
+
+
+def write_weight(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Gives a parameter in the engine its value, not the optimizer's copy of it. Every rank must call this."""
+    with _whole(parameter, written=True):
+        if not _is_partitioned(parameter) or dist.get_rank() == 0:  # of a partitioned one, the others get rank 0's
+            parameter.data.copy_(value)
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):

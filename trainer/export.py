@@ -16,7 +16,7 @@ from configs.schema import Recipe
 from model.backbone import network_of
 from model.licences import licence_metadata
 from model.lora import merged_weights
-from model.weights import AGGREGATOR, BACKBONE
+from model.weights import AGGREGATOR, BACKBONE, PROJECTION
 from trainer.checkpoint import checkpoint_weights
 from trainer.checkpoint_folder import CheckpointError
 from trainer.recorded_plugins import plugins_of
@@ -46,7 +46,7 @@ def export_network(checkpoint: Path, out: Path) -> Exported:
     published_layout = network_of(spec).published_layout
     with reading(checkpoint, "a checkpoint of a network", CheckpointError):
         layout = published_layout(backbone, spec)
-    state = layout | {key: value for key, value in weights.items() if key.startswith(AGGREGATOR)}
+    state = layout | {key: value for key, value in weights.items() if key.startswith((AGGREGATOR, PROJECTION))}
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "recipe": recipe_text(recipe), "checkpoint": checkpoint.name}
     metadata |= licence_metadata(recipe.model.spec)

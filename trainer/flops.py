@@ -7,7 +7,9 @@ import re
 import torch
 
 from configs.backbones import BackboneSpec
+from configs.image_size import height_width
 from configs.schema import ModelConfig, Recipe
+from trainer.aggregator_cost import aggregator_cost
 
 # Dense TFLOP/s of one device as its vendor's data sheet gives them, without sparsity: (words of its name, 16-bit tensor
 # cores, fp32 outside them). More words come first.
@@ -58,6 +60,12 @@ def forward_flops(spec: BackboneSpec, side: int | tuple[int, int]) -> float:
     return spec.depth * block_flops(spec, side) + embedding
 
 
+def head_flops(recipe: Recipe) -> float:
+    """Operations of the aggregator's forward pass on one training image."""
+    spec, size = recipe.model.spec, recipe.data.image_size
+    return aggregator_cost(recipe.model, spec.num_tokens(size), spec.grid(*height_width(size))).flops
+
+
 def num_trained_blocks(model: ModelConfig) -> int:
     """Blocks that gradients go through: trained ones, or those with LoRA."""
     last = model.finetune_last_n_blocks
@@ -84,9 +92,10 @@ def model_flops(recipe: Recipe) -> float:
     """
     model, side = recipe.model, recipe.data.image_size
     trained, forward = num_trained_blocks(model), forward_flops(model.spec, side)
+    head = 3 * head_flops(recipe)
     if trained == model.spec.depth and model.finetune != "lora":
-        return 3 * forward
-    return forward + trained * block_backward_flops(model, side)
+        return 3 * forward + head
+    return forward + trained * block_backward_flops(model, side) + head
 
 
 def step_flops(recipe: Recipe) -> float:
@@ -99,7 +108,7 @@ def step_flops(recipe: Recipe) -> float:
     if recipe.engine.activation_checkpointing:
         again += num_trained_blocks(model) * block_flops(model.spec, side)
     if recipe.engine.encode_chunks > 1:
-        again += forward_flops(model.spec, side)
+        again += forward_flops(model.spec, side) + head_flops(recipe)
     return model_flops(recipe) + again
 
 

@@ -21,6 +21,7 @@ from trainer.batches import Batches
 from trainer.checkpoint_folder import find_checkpoint
 from trainer.context import main_rank_says, open_context
 from trainer.first_checks import images_per_rank
+from trainer.fit_projection import fit_projection
 from trainer.held_out import held_out_benchmark
 from trainer.metrics import StepMetrics
 from trainer.process_group import Rank
@@ -75,6 +76,8 @@ class Training:
         self.state = build_state(recipe, rank, images_per_rank=num_images)
         start_time.part_done("model")
         changes = restore(self.state, recipe, rank, checkpoint, dataset=self.batches.dataset, say=say)
+        if checkpoint is None and (fitted := fit_projection(self.state, self.batches, recipe)):
+            say(f"projection to {recipe.model.projection_dim} numbers: fitted on {fitted} training images")
         if changes:
             say(f"[yellow]resumed with another recipe: {escape(', '.join(f'{k} {v}' for k, v in changes.items()))}")
         start_time.part_done("weights")

@@ -10,13 +10,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.image_size import num_pixels
+from configs.image_size import height_width, num_pixels
 from configs.registry import LOSSES
 from configs.schema import Recipe
 from model.lora import in_frozen_precision
 from model.network import PlaceModel, meta_model
 from trainer.activations import block_activations, mlp_widths
-from trainer.engine import BUCKET, GIVEN_BACK, LIVE, parameter_groups
+from trainer.aggregator_cost import aggregator_cost
+from trainer.engine import BUCKET, DTYPES, GIVEN_BACK, LIVE, parameter_groups
 from trainer.engine_state import keepers
 from trainer.flops import num_trained_blocks
 
@@ -290,6 +291,8 @@ def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
         while_backward += block
     running = stream / each * (each_frozen if trained < spec.depth else each) * (2 + 2 * width)
     pixels = images * 3 * num_pixels(side)
+    grid, precision = spec.grid(*height_width(side)), DTYPES[recipe.engine.precision]
+    head = aggregator_cost(recipe.model, spec.num_tokens(side), grid, precision)
     both: tuple[Phase, ...] = ("loss", "backward")
     return [
         Part("activations, one a channel", kept_narrow + 2 * stream, phases=both, tensor=stream),
@@ -301,6 +304,7 @@ def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
             phases=("backward",),
             tensor=wide * stream,
         ),
+        Part("activations, aggregator", images * head.kept, phases=both),
         Part("images, normalised", pixels * (FP32 + (each if each < FP32 else 0)), phases=("forward",)),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from configs.image_size import height_width
 from configs.schema import Recipe
 from data_pipeline.mixture import EpochPlans
 from memory.global_loss import GlobalLoss
@@ -37,6 +38,14 @@ def check_training(
     faults.of(lambda: _check_resumable(recipe, plans, checkpoint))
     faults.raise_all()
     return faults.absent
+
+
+def _check_patches(recipe: Recipe, model: PlaceModel) -> None:
+    least = model.aggregator.least_patches
+    for key, size in (("data.image_size", recipe.data.image_size), ("eval.image_size", recipe.eval.image_size)):
+        rows, columns = model.spec.grid(*height_width(size))
+        if rows * columns < least:
+            raise ValueError(f"{key}: {rows} x {columns} patches; {recipe.model.aggregator} needs {least} or more")
 
 
 def _check_facets(recipe: Recipe, model: PlaceModel) -> None:

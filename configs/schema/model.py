@@ -33,6 +33,12 @@ class ModelConfig(Section):
     aggregator_args: dict[str, Argument] = Field(
         default_factory=dict, description="The aggregator's own arguments; docs/training.md has a table."
     )
+    projection_dim: NonNegative = Field(
+        0,
+        description="Numbers that descriptors are PCA-whitened to, fitted before the first step and stored with the "
+        "network; 0 leaves them as they are.",
+    )
+    projection_images: Positive = Field(2048, description="Training images that the projection is fitted on.")
     finetune: Literal["all", "last_n_blocks", "lora", "head"] = Field(
         "last_n_blocks",
         description="What is trained: everything; the last blocks and the head; low-rank products beside matrices of "

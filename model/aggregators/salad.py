@@ -15,6 +15,7 @@ from torch import nn
 
 from configs.backbones import BackboneSpec
 from model.aggregators.aggregator import Aggregator, patches_of
+from model.backbone import without_autocast
 
 
 class Salad(Aggregator):
@@ -52,7 +53,7 @@ class Salad(Aggregator):
         feature_BNd, score_BNk = self.feature(patches_BNC), self.score(patches_BNC)
         token_Bt = self.token(tokens_BTC[:, 0])
         wide = torch.promote_types(score_BNk.dtype, torch.float32)
-        with torch.autocast(tokens_BTC.device.type, enabled=False):
+        with without_autocast(tokens_BTC):
             share_BNk = transport(score_BNk.to(wide), self.dustbin.to(wide), self.iterations)[..., :-1].exp()
             clusters_Bkd = F.normalize(share_BNk.transpose(1, 2) @ feature_BNd.to(wide), dim=-1)
             return torch.cat([F.normalize(token_Bt.to(wide), dim=-1), clusters_Bkd.flatten(1)], dim=-1)
