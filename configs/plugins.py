@@ -250,6 +250,16 @@ def _where(named: str, error: BaseException) -> str:
     return f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
 
 
+def described(error: BaseException) -> str:
+    """An error in one line: its kind and text, and before them file and line of the plug-in that raised it, if any."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if any(Path(frame.filename).is_relative_to(plugin.root) for plugin in _loaded.values())
+    ]
+    return (f"{own[-1].filename}:{own[-1].lineno}: " if own else "") + _what(error)
+
+
 def _forget(name: str) -> None:
     """Frees the names that a plug-in registered."""
     plugin = _loaded.pop(name, None)

@@ -1,7 +1,8 @@
 """Names of a recipe and what they stand for: aggregators, backbones, losses, miners, benchmarks, sources.
 
-A built-in is a line of a table here, `name: "module:attribute"`, and is imported when it is used, so that help and the
-schema know every name without importing torch. A plug-in registers its own under a name that is free:
+A built-in is a line of a table here, `name: "module:attribute"` (or "module:TABLE.key"), and is imported when it is
+used, so that help and the schema know every name without importing torch. A plug-in registers its own under a name
+that is free:
 
     from configs.registry import AGGREGATORS
 
@@ -101,8 +102,10 @@ class Registry(Mapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         thing = self._known[name]
         if isinstance(thing, str):
-            module, _, attribute = thing.partition(":")
-            thing = self._known[name] = getattr(importlib.import_module(module), attribute)
+            module, _, place = thing.partition(":")
+            table, _, key = place.partition(".")
+            thing = getattr(importlib.import_module(module), table)
+            return thing[key] if key else thing
         return thing
 
     def __contains__(self, name: object) -> bool:
@@ -148,6 +151,25 @@ MINERS: Registry[Any] = Registry(
     key="loss.miner",
     more="docs/memory.md lists all",
 )
-BENCHMARKS: Registry[Any] = Registry("benchmark", {}, key="benchmark")
-SOURCES: Registry[Any] = Registry("source", {}, key="kind of data set")
+BENCHMARKS: Registry[Any] = Registry(
+    "benchmark",
+    {
+        name: f"eval.benchmarks.catalogue:CATALOGUE.{name}"
+        for name in (
+            *("town", "msls_val", "msls_test", "tokyo247", "pitts30k", "pitts250k", "nordland", "st_lucia"),
+            *("gardens_point", "svox", "amstertime", "17places", "corridor", "essex3in1", "eynsham", "sped"),
+        )
+    },
+)
+SOURCES: Registry[Any] = Registry(
+    "source",
+    {
+        "gsv-cities": "launch.data_commands:ShardCommand",
+        "utm": "launch.data_commands:ShardUtmCommand",
+        "msls": "launch.data_commands:ShardMslsCommand",
+        "manifest": "launch.data_commands:ShardManifestCommand",
+        "photos": "launch.data_commands:ShardPhotosCommand",
+    },
+    key="kind of data set",
+)
 REGISTRIES = (AGGREGATORS, BACKBONES, LOSSES, MINERS, BENCHMARKS, SOURCES)

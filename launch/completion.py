@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from configs.flags import REGISTRY
+from configs.registry import SOURCES
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -32,7 +33,7 @@ def completion_script(shell: str) -> str:
 
 def commands() -> dict[str, Callable[..., Any]]:
     """What each verb takes, by verb: the type that it parses, or one with the same flags."""
-    from launch.data_commands import KINDS, VerifyCommand
+    from launch.data_commands import VerifyCommand, command_of
     from launch.demo import DemoCommand
     from launch.doctor import DoctorCommand
     from launch.eval_command import EvalCommand
@@ -45,7 +46,7 @@ def commands() -> dict[str, Callable[..., Any]]:
     from launch.torchrun import LaunchCommand
     from trainer.command import TrainCommand
 
-    kinds = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in KINDS.items()]
+    kinds = [Annotated[command_of(name), tyro.conf.subcommand(name, prefix_name=False)] for name in SOURCES]
     shard = dataclasses.make_dataclass("Shard", [("kind", Annotated[Union[tuple(kinds)], tyro.conf.arg(name="")])])  # noqa: UP007
     return {
         "demo": DemoCommand,

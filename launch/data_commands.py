@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs.flags import parse_flags
+from configs.plugins import described, load_plugins
+from configs.recipe_flags import named_plugins
+from configs.registry import SOURCES
 from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help and mistakes should not wait for pyarrow
@@ -49,6 +53,8 @@ class _Writing:
     """Processes that write tars at a time."""
     threads: int | None = None
     """Threads that read and check photographs, over all workers; as many as cores without it."""
+    plugins: tuple[str, ...] = ()
+    """Your code, files (my_vpr.py) or modules, that adds kinds of data sets; see docs/extending.md."""
     part: str | None = None
     """i/n, from 0: every n-th tar from the i-th on, as a task of an array; a last run without it writes the index."""
 
@@ -190,13 +196,43 @@ class ShardPhotosCommand(_Gridded, _Writing, _Places):
         )
 
 
-KINDS: dict[str, type[_Writing]] = {
-    "gsv-cities": ShardCommand,
-    "utm": ShardUtmCommand,
-    "msls": ShardMslsCommand,
-    "manifest": ShardManifestCommand,
-    "photos": ShardPhotosCommand,
-}
+def command_of(kind: str) -> type[_Writing]:
+    """The command of a kind of data set: a built-in's own, or one with the flags of a plug-in's dataclass.
+
+    Raises ValueError for a kind that is not known, or that is no dataclass with `listing`.
+    """
+    found = SOURCES.get(kind)
+    if isinstance(found, type) and issubclass(found, _Writing):
+        return found
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, "listing")):
+        raise ValueError(
+            f"shard {kind} ({SOURCES.origin(kind)}): expected a dataclass with listing(source, min_images_per_place)"
+        )
+
+    def listing(self: Any) -> PlaceListing:
+        from data_pipeline.listing import PlaceListing
+
+        try:
+            listed = self.settings.listing(self.source, min_images_per_place=self.min_images_per_place)
+        except Exception as error:
+            raise ValueError(f"shard {kind}: {described(error)}") from error
+        if not isinstance(listed, PlaceListing):
+            raise ValueError(f"shard {kind}: listing returned {type(listed).__name__}; expected what list_rows returns")
+        return listed
+
+    about = {"__doc__": found.__doc__ or f"Writes {kind} as tar shards; run again, it resumes.", "listing": listing}
+    settings = ("settings", Annotated[found, tyro.conf.arg(name="")], field(default_factory=found))
+    return dataclasses.make_dataclass(
+        f"Shard_{found.__name__}", [settings], bases=(_Writing, _Places), namespace=about, frozen=True
+    )
+
+
+def parse_shard(argv: Sequence[str]) -> Any:
+    """The command that the words after `shard` mean, its plug-ins run. Raises ValueError, FlagError."""
+    load_plugins(named_plugins(argv, prog="rerankvpr shard") or ())
+    if not argv:
+        raise ValueError(f"shard needs a kind of data set: {', '.join(SOURCES)}")
+    return parse_flags(command_of(argv[0]), argv[1:], prog=f"rerankvpr shard {argv[0]}")
 
 
 @dataclass(frozen=True)
@@ -211,20 +247,17 @@ def shard(argv: list[str]) -> int:
     """`rerankvpr shard KIND SRC OUT`."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: rerankvpr shard KIND SRC OUT [flags]; each kind has its own --help\n")
-        for kind, of in KINDS.items():
+        load_plugins(named_plugins(argv, prog="rerankvpr shard") or ())
+        for kind, of in SOURCES.items():
             print(f"  {kind:<12}{(of.__doc__ or '').splitlines()[0]}")
         return 0
-    kind = argv[0]
-    if kind not in KINDS:
-        raise ValueError(f"shard: unknown kind of data set {kind!r}; known: {', '.join(KINDS)}")
-    command = parse_flags(KINDS[kind], argv[1:], prog=f"rerankvpr shard {kind}")
-    assert isinstance(command, _Places)
+    command = parse_shard(argv)
     describe_shards(Console(), write_shard_set(Console(), command))
     return 0
 
 
 def write_shard_set(console: Console, command: Any) -> ShardSummary:
-    """Shards a data set under a progress bar; the command is one of KINDS."""
+    """Shards a data set under a progress bar; the command is `parse_shard`'s."""
     part = _part(command.part)
     from data_pipeline.listing import shuffle_places
     from data_pipeline.shard_options import ShardOptions

@@ -118,14 +118,12 @@ def _download_weights(recipe: Recipe) -> None:
 
 
 def _shard_jobs(verb: list[str], want: Resources) -> list[Job]:
-    from launch.data_commands import KINDS
+    from launch.data_commands import parse_shard
 
-    if len(verb) < 2 or verb[1] not in KINDS:
-        raise ValueError(f"submit: shard needs a kind of data set: {', '.join(KINDS)}")
-    command = parse_flags(KINDS[verb[1]], verb[2:], prog=f"rerankvpr shard {verb[1]}")
+    command = parse_shard(verb[1:])
     if want.array and command.part:
         raise ValueError(f"submit: --array {want.array} deals out the parts; leave --part {command.part} out")
-    folder, want = _beside(str(command.out)), _plain(want)  # type: ignore[attr-defined]
+    folder, want = _beside(str(command.out)), _plain(want)
     job = partial(array_job, folder=folder, want=want, python=sys.executable, cwd=Path.cwd(), launched=False)
     jobs = []
     if want.array > 1:

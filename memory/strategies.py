@@ -14,6 +14,7 @@ from configs.schema import LossConfig, MemoryConfig
 from memory.decay import half_life, log_weight
 from memory.gather import all_gather, all_gather_with_grad
 from memory.pairing import GlobalBatch, Memory, Pairing
+from memory.probe import probe
 from memory.queue import MemoryQueue
 from memory.tiled_loss import TiledLoss
 
@@ -59,9 +60,12 @@ class InTiles:
 
     def __init__(self, loss: LossConfig, memory: MemoryConfig, gradient_scale: float) -> None:
         self.memory = memory
+        built, miner = LOSSES.build(loss.name, loss.args), MINERS.build(loss.miner, loss.miner_args)
+        if LOSSES.origin(loss.name) or MINERS.origin(loss.miner):
+            probe(built, miner, (loss.name, loss.miner))
         self.tiled = TiledLoss(
-            LOSSES.build(loss.name, loss.args),
-            MINERS.build(loss.miner, loss.miner_args),
+            built,
+            miner,
             tile_bytes=memory.tile_mb << 20,
             gradient_scale=gradient_scale,
         )

@@ -13,6 +13,7 @@ from configs.registry import AGGREGATORS
 from configs.schema import ModelConfig
 from model.aggregators.aggregator import Aggregator
 from model.backbone import Backbone, build_backbone
+from model.checked import check_plugged
 from model.finetune import choose_trained
 from model.lora import add_lora
 from model.materialise import materialise
@@ -133,6 +134,7 @@ def meta_model(config: ModelConfig) -> PlaceModel:
         model = PlaceModel(build_backbone(config.spec), aggregator, frozen_dtype, projection)
         if config.finetune == "lora":
             add_lora(model.backbone, config)
+    check_plugged(model, config)
     choose_trained(model.backbone, model.aggregator, config)
     model.cast_frozen()
     return model

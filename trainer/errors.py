@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from configs.plugins import described
 from configs.reading import FULL, NO_THREAD, is_out_of_memory, reason, shown
 from configs.secrets import without_secrets
 
@@ -89,7 +90,7 @@ def _unexpected(error: Exception, folder: Path | None, rank: int) -> str:
     elif any(sign in text for sign in LOST_PEER):
         what = f"another rank is gone ({reason(error)}); the first line of its own log says why"
     else:
-        what = f"{type(error).__name__}: {reason(error)}"
+        what = described(error)
     kept = _keep_traceback(folder, rank)
     return f"{what}, at {_place(error)}; {f'{kept} has the traceback' if kept else 'RERANKVPR_TRACEBACK=1 shows more'}"
 

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from configs.names import nearest
+from configs.registry import BENCHMARKS, NOT_RUN
 from data_pipeline.positions import Positions, metres_between, suspicions
 from eval.benchmarks.benchmark import NO_LABELS, RADIUS_M, Benchmark, BenchmarkError
 from eval.benchmarks.catalogue import ALIASES, CATALOGUE
@@ -18,6 +19,7 @@ from eval.benchmarks.folders import any_folder, two_folders
 from eval.benchmarks.manifest import manifest
 from eval.benchmarks.named import LAYOUTS, read_layout
 from eval.benchmarks.places import taken
+from eval.benchmarks.plugged import read_plugged
 
 Labels = Literal["needed", "found", "unused"]
 """Ground truth: refused where there is none, used where there is some, or not looked at."""
@@ -69,13 +71,15 @@ def load_benchmarks(
 
 def _of_catalogue(spec: str, data_root: Path) -> list[Benchmark]:
     given, *options = spec.split("/")
+    if BENCHMARKS.origin(given):
+        return read_plugged(given, data_root / given, options)
     name = given
     if given in ALIASES:
         name, *more = ALIASES[given].split("/")
         options = [*more, *options]
     if name not in CATALOGUE:
-        known = [*CATALOGUE, *ALIASES, "folder:PATH", "manifest:FILE", "layout:LAYOUT:PATH"]
-        raise ValueError(f"unknown benchmark {given!r}; {nearest(given, known)}")
+        known = [*BENCHMARKS, *ALIASES, "folder:PATH", "manifest:FILE", "layout:LAYOUT:PATH"]
+        raise ValueError(f"unknown benchmark {given!r}; {'; '.join([nearest(given, known), *NOT_RUN.values()])}")
     CATALOGUE[name].check(name, options)
     folder = next((path for path in (data_root / given, data_root / name) if path.is_dir()), None)
     if folder is None:

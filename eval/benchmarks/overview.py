@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from configs.registry import BENCHMARKS
 from eval.benchmarks.catalogue import ALIASES, CATALOGUE, Entry
 from eval.benchmarks.folders import BASES, PARTS
 from eval.benchmarks.named import LAYOUTS
@@ -28,6 +29,10 @@ def catalogue_table(data_root: Path) -> Table:
             lines += [f"found: yes: {layout.marker}"] if layout else []
             table.add_row("", Text("\n".join(lines)))
         table.add_row("", "")
+    for name in BENCHMARKS:
+        if BENCHMARKS.origin(name):
+            about = (BENCHMARKS[name].__doc__ or "of a plug-in").strip().splitlines()[0]
+            table.add_row(Text(name, style="bold"), Text(about))
     aliases = ", ".join(f"{alias} is {name}" for alias, name in ALIASES.items())
     table.add_row("", Text(f"other names: {aliases}"))
     return table
