@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar, overload
 
@@ -46,14 +47,18 @@ class Registry(Mapping[str, T], Generic[T]):
 
         Raises ValueError for a name that is taken.
         """
+        origin = sys._getframe(1).f_globals.get("__name__", "")
         if thing is None:
-            return lambda decorated: self.register(name, decorated)
+            return lambda decorated: self._add(name, decorated, origin)
+        return self._add(name, thing, origin)
+
+    def _add(self, name: str, thing: Thing, origin: str) -> Thing:
         if name in self._known:
             raise ValueError(
                 f"{self.kind} {name!r} exists already ({self.origin(name) or 'built in'}); choose another name"
             )
-        self._known[name] = thing
-        self._origin[name] = getattr(thing, "__module__", None) or type(thing).__module__
+        self._known[name] = thing  # type: ignore[assignment]
+        self._origin[name] = origin
         return thing
 
     def forget(self, name: str) -> None:
@@ -66,7 +71,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return list(self._known)
 
     def origin(self, name: str) -> str:
-        """The module of what a name stands for, if it was registered; empty for a built-in."""
+        """The module that registered a name; empty for a built-in."""
         return self._origin.get(name, "")
 
     def check(self, name: str) -> str:

@@ -9,6 +9,8 @@ import torch
 from configs.plugins import described
 from configs.registry import AGGREGATORS, BACKBONES
 from configs.schema import ModelConfig
+from model.aggregators.aggregator import Aggregator
+from model.backbone import Backbone
 
 IMAGES = 2
 
@@ -23,6 +25,11 @@ def check_plugged(model: Any, config: ModelConfig) -> None:
     if not (BACKBONES.origin(config.backbone) or AGGREGATORS.origin(config.aggregator)):
         return
     spec, aggregator = model.spec, model.aggregator
+    for what, part, kind in (("aggregator", aggregator, Aggregator), ("backbone", model.backbone, Backbone)):
+        if not isinstance(part, kind):
+            raise ValueError(
+                f"model.{what} {getattr(config, what)}: {type(part).__name__} is no {kind.__module__}.{kind.__name__}"
+            )
     names = {"model.aggregator": config.aggregator, "model.backbone": config.backbone}
     if not isinstance(getattr(aggregator, "output_size", None), int):
         raise ValueError(f"model.aggregator {config.aggregator} sets no output_size: the numbers of a descriptor")
