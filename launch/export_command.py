@@ -33,7 +33,7 @@ class ExportCommand:
     input: Literal["uint8", "float"] = "uint8"
     """Of a graph: uint8 RGB, which it normalises, or floats that are normalised."""
     plugins: tuple[str, ...] = ()
-    """Files (my_vpr.py) or modules of the training; without them the weights are exported, and no code is run."""
+    """Files (my_vpr.py) or modules that the network is made of; no code runs that is not named."""
 
 
 def main(argv: list[str]) -> int:

@@ -102,8 +102,8 @@ def test_all_of_them_train_resume_evaluate_and_export(scratch: Path, capfd: pyte
     checkpoint = last_checkpoint(scratch / "run-1")
     assert json.loads((checkpoint / "plugins.json").read_text()).keys() == set(FILES) - {"source.py"}
 
-    assert main(["export", str(checkpoint), "network.safetensors", "--plugins", "backbone.py"]) == 0
     named = ["--plugins", "backbone.py", "aggregator.py", "benchmark.py"]
+    assert main(["export", str(checkpoint), "network.safetensors", *named]) == 0
     assert main(["eval", "--checkpoint", str(checkpoint), "--out", "result", *named]) == 0
     assert json.loads((scratch / "result" / "results.json").read_text())["results"][0]["name"] == "by_name"
     photos = [scratch / "by_name" / "queries" / f"{name}.jpg" for name in "bd"]

@@ -1,5 +1,6 @@
 """What checkpoints, exports, stored features and logged models keep of plug-ins, and that none of it is run unasked."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,9 +65,13 @@ def test_nothing_recorded_is_run_unless_it_is_named(
     export_network(checkpoint, file)
     forget()
     (copy,) = Path("run", FOLDER).glob("*/my_vpr.py")
-    assert main(["export", "run", "again.safetensors"]) == 0
-    said = capsys.readouterr().out
-    assert f"plug-in my_vpr.py, which is code and was not run; --plugins {copy} runs it\n" in said
+    with pytest.raises(SystemExit):
+        main(["export", "run", "again.safetensors"])
+    said = capsys.readouterr()
+    assert f"plug-in my_vpr.py, which is code and was not run; --plugins {copy} runs it\n" in said.out
+    assert re.fullmatch(rf"rerankvpr: .*unknown model.aggregator 'mean'; .*; --plugins {copy} runs it\n", said.err)
+    assert not Path("again.safetensors").exists()
+    NOT_RUN.clear()
     for source, where in (("run", checkpoint), (file, file)):
         with pytest.raises(ValueError, match=f"'mean'; .*plug-in my_vpr.py of {where} was not run; --plugins"):
             rerankvpr.load(source, device="cpu")

@@ -12,6 +12,7 @@ from configs.files import replacing
 from configs.load import load_stored_recipe, recipe_text
 from configs.plugins import METADATA
 from configs.reading import reading
+from configs.registry import AGGREGATORS
 from configs.schema import Recipe
 from model.backbone import network_of
 from model.licences import licence_metadata
@@ -39,6 +40,7 @@ def export_network(checkpoint: Path, out: Path) -> Exported:
     plug-ins that it was trained with. What LoRA trained is added to the backbone's matrices.
     """
     recipe = load_stored_recipe(checkpoint / "recipe.yaml")
+    AGGREGATORS.check(recipe.model.aggregator)  # who reads the file could not build it either
     with reading(checkpoint, "a checkpoint of a network", CheckpointError):
         weights = merged_weights(checkpoint_weights(checkpoint), recipe.model)
     backbone = {key.removeprefix(BACKBONE): value for key, value in weights.items() if key.startswith(BACKBONE)}
