@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ IMAGES = "images.parquet"
 def name_images(features: StoredFeatures, paths: list[Path], role: str) -> None:
     """Writes one row per image: `row` of the features, `image`, `role`, and its `shard` and `shard_row` in that.
 
-    `role` is database or queries; features that have been of both say so. A table that says as much is left alone, so
-    that a folder of somebody else's can be read. Raises ValueError for a damaged table, OSError if none can be written.
+    `role` is database or queries; features that have been of both say so. A folder of somebody else's is left as it is.
+    Raises ValueError for a damaged table, OSError if there is no room for one.
     """
     file = features.folder / IMAGES
     if file.is_file():
@@ -40,5 +41,5 @@ def name_images(features: StoredFeatures, paths: list[Path], role: str) -> None:
             "shard_row": np.concatenate([np.arange(count) for count in counts]) if counts else np.zeros(0, np.int64),
         }
     )
-    with replacing(file) as partial:
+    with contextlib.suppress(PermissionError), replacing(file) as partial:
         pq.write_table(table, partial)

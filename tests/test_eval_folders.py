@@ -130,12 +130,16 @@ def test_any_utm_folder_with_its_radius_and_its_list_of_paths(tmp_path: Path) ->
         ("layout:vpr_bench:odd", r"layout vpr_bench expects query/, ref/, ground_truth_new\.npy: .*odd/ref"),
         ("layout:gsv_lists:odd:25", "lists its ground truth; a radius of 25 m means nothing to it"),
         ("layout:pitts30k/tes:odd", "pitts30k: unknown variant 'tes'"),
+        ("folder:odd/read.me", r"odd/read\.me is a file, no folder of photographs; manifest:FILE reads a table"),
+        ("folder:listed:9", r"ground_truth_new\.npy lists the ground truth; a radius of 9 m means nothing to it"),
         ("town", "no folder town"),
     ],
 )
 def test_wrong_paths_are_answered_in_one_line(tmp_path: Path, spec: str, said: str) -> None:
     photo(tmp_path / "odd/photos/a.jpg")
     (tmp_path / "odd/read.me").touch()
+    photos(tmp_path / "listed", ["ref/0.jpg", "query/0.jpg"])
+    np.save(tmp_path / "listed/ground_truth_new.npy", vpr_rows([0]), allow_pickle=True)
     with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
         load(spec, tmp_path)
     assert "\n" not in str(caught.value)

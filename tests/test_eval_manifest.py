@@ -95,6 +95,16 @@ def test_a_table_without_ground_truth_is_predicted(tmp_path: Path, content: str)
     assert "no ground truth was found (m.csv" in benchmark.notes[0]
 
 
+def test_ground_truth_that_is_not_asked_for_is_not_looked_at(tmp_path: Path) -> None:
+    photos(tmp_path, ["a.jpg", "b.jpg"])
+    (tmp_path / "m.csv").write_text("path,role,lat,lon\na.jpg,database,148,9\nb.jpg,query,,\n")
+    (benchmark,) = load_benchmarks(["manifest:m.csv"], tmp_path, labels="unused")
+    assert benchmark.num_labelled == 0
+    (tmp_path / "p.csv").write_text("path,role,place\na.jpg,database,1\nb.jpg,query,1\n")
+    with pytest.raises(ValueError, match=r"has no positions; a radius of 25 m means nothing to it"):
+        load("manifest:p.csv:25", tmp_path)
+
+
 def test_paths_are_of_the_working_folder_or_of_the_tables_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, own = tmp_path / "here", tmp_path / "here/tables"
     photos(here, ["a.jpg", "b.jpg", "c.jpg"])

@@ -43,12 +43,14 @@ def pairs_in(folder: Path) -> list[Pair]:
     ]
 
 
-def any_folder(name: str, folder: Path, radius_m: float = RADIUS_M, *, labels: bool = True) -> Benchmark:
+def any_folder(name: str, folder: Path, radius_m: float | None = None, *, labels: bool = True) -> Benchmark:
     """The photographs of a folder that has them in one of the pairs of `pairs_in`, with the ground truth that it has.
 
     That is `ground_truth_new.npy` beside the two, or else positions in names. Raises FileNotFoundError saying what the
-    folder has.
+    folder has, ValueError for a radius where ground truth is listed.
     """
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file, no folder of photographs; manifest:FILE reads a table")
     pairs = pairs_in(folder)
     if not pairs:
         wanted = " | ".join(f"{{{database},{queries}}}/" for database, queries in PARTS)
@@ -59,10 +61,14 @@ def any_folder(name: str, folder: Path, radius_m: float = RADIUS_M, *, labels: b
     pair = pairs[0]
     root = folder / pair.base
     listed = (root / GROUND_TRUTH).is_file()
+    if listed and labels and radius_m is not None:
+        raise ValueError(
+            f"{root / GROUND_TRUTH} lists the ground truth; a radius of {radius_m:g} m means nothing to it"
+        )
     if listed and labels:
         benchmark = vpr_bench(name, root, LISTED, database=pair.database, queries=pair.queries)
     else:
-        benchmark = two_folders(name, root / pair.database, root / pair.queries, radius_m, labels=labels)
+        benchmark = two_folders(name, root / pair.database, root / pair.queries, radius_m or RADIUS_M, labels=labels)
     others = [f"{other}" for other in pairs[1:]]
     notes = [f"{', '.join(others)} of the same folder are not read (folder:PATH names one)"] if others else []
     said = f"{pair}, {GROUND_TRUTH}" if listed and labels else f"{pair}, {benchmark.layout}"

@@ -101,9 +101,9 @@ def _of_path(spec: str, kind: str, rest: str, data_root: Path, radius_m: float |
     path, radius_m = taken_apart.path, taken_apart.radius_m
     name = path.stem if kind == "manifest" else path.resolve().name
     if kind == "folder":
-        found = [any_folder(name, path, radius_m or RADIUS_M, labels=labels)]
+        found = [any_folder(name, path, radius_m, labels=labels)]
     elif kind == "manifest":
-        found = [manifest(name, path, radius_m or RADIUS_M, labels=labels)]
+        found = [manifest(name, path, radius_m, labels=labels)]
     elif layout in LAYOUTS:
         found = [read_layout(layout, name, path, radius_m)]
     else:
@@ -144,7 +144,8 @@ def _taken_apart(
         return Spec(there[0], its_radius_m)
     path = forms[-1][0]
     tried = dict.fromkeys(map(str, (path, data_root / path)))
-    raise FileNotFoundError(f"benchmark {spec}: no images: there is no {' and no '.join(tried)}")
+    what = "table" if spec.startswith("manifest:") else "images"
+    raise FileNotFoundError(f"benchmark {spec}: no {what}: there is no {' and no '.join(tried)}")
 
 
 def _told_apart(benchmarks: list[Benchmark]) -> list[Benchmark]:

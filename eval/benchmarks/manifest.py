@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.reading import reading, shown
+from configs.reading import reading, reason, shown
 from data_pipeline.positions import Positions, column_of_numbers, from_lat_lon, from_metres
 from eval.benchmarks.benchmark import (
     RADIUS_M,
@@ -33,13 +33,13 @@ _HEADER = 1  # lines above the first row
 _NO_PLACE = frozenset(("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "None", "NULL", "null"))
 
 
-def manifest(name: str, file: Path, radius_m: float = RADIUS_M, *, labels: bool = True) -> Benchmark:
+def manifest(name: str, file: Path, radius_m: float | None = None, *, labels: bool = True) -> Benchmark:
     """A CSV or Parquet table with the columns `path`, `role` (database or query), and `place`, `lat` and `lon`, or
     `east` and `north` (metres).
 
     Rows without ground truth are allowed: such a query is predicted and not counted, such a database image is nobody's
     positive. Without those columns, or `labels`, there is no recall at all. Paths are relative to the working folder
-    if all images are there, otherwise to the table's own. Raises BenchmarkError naming row and column.
+    if all images are there, otherwise to the table's own. Raises ValueError naming row and column.
     """
     table = _read(file)
     columns = table.keys()
@@ -56,12 +56,14 @@ def manifest(name: str, file: Path, radius_m: float = RADIUS_M, *, labels: bool 
     for role in ROLES:
         if not len(of[role]):
             raise BenchmarkError(f"manifest {file} has no row of role {role}")
-    at = None if keys in ([], ["place"]) else _positions(table, keys, file)
+    at = _positions(table, keys, file) if labels and keys not in ([], ["place"]) else None
+    if labels and at is None and radius_m is not None:
+        raise BenchmarkError(f"manifest {file} has no positions; a radius of {radius_m:g} m means nothing to it")
     paths, base = _paths(table["path"], file)
     database, queries = ([paths[row] for row in of[role]] for role in ROLES)
-    if at is not None and labels:
+    if at is not None:
         where = Whereabouts(taken(at, of["database"]), taken(at, of["query"]))
-        benchmark = by_radius(name, database, queries, where, radius_m, at.notes)
+        benchmark = by_radius(name, database, queries, where, radius_m or RADIUS_M, at.notes)
     elif keys == ["place"] and labels:
         places = ["" if place in _NO_PLACE else place for place in table["place"]]
         benchmark = _same_place(name, database, queries, *([places[row] for row in of[role]] for role in ROLES))
@@ -112,16 +114,13 @@ def _read(file: Path) -> dict[str, list[str]]:
 
     if not file.is_file():
         raise FileNotFoundError(f"manifest {file} does not exist")
-    expected = "a readable table with as many values in a row as columns (decimal commas?)"
-    with reading(f"manifest {file}", expected, BenchmarkError), warnings.catch_warnings():
+    with reading(f"manifest {file}", "a readable table", BenchmarkError), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # values that are dropped
         if file.suffix == ".parquet":
             table = pd.read_parquet(io.BytesIO(file.read_bytes()))
         else:
             text = file.read_text(encoding="utf-8-sig")
-            table = pd.read_csv(
-                io.StringIO(text), sep=_separator(text), dtype=str, index_col=False, keep_default_na=False
-            )
+            table = _parsed(file, text)
         columns = [str(column).strip() for column in table.columns]
         columns = [_OTHER_NAMES.get(column.lower(), column) for column in columns]
         texts = [_texts(table.iloc[:, number]) for number in range(len(columns))]
@@ -129,6 +128,17 @@ def _read(file: Path) -> dict[str, list[str]]:
     if twice:
         raise BenchmarkError(f"manifest {file} has the column {shown(twice[0])} twice")
     return dict(zip(columns, texts, strict=True))
+
+
+def _parsed(file: Path, text: str) -> Any:
+    import pandas as pd
+
+    try:
+        return pd.read_csv(io.StringIO(text), sep=_separator(text), dtype=str, index_col=False, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        raise BenchmarkError(
+            f"manifest {file}: a row has more values than there are columns ({reason(error)}); decimal commas?"
+        ) from error
 
 
 def _separator(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def gardens_point(folder: Path, options: list[str]) -> list[Benchmark]:
                 [*notes, *drives[0].notes, *drives[1].notes],
             )
         )
-    return benchmarks
+    return [replace(one, layout="{day_left,day_right,night_right}/*.jpg") for one in benchmarks]
 
 
 def _pair(options: list[str]) -> tuple[str, str]:
