@@ -65,7 +65,8 @@ def load_benchmarks(
         found += _of_catalogue(spec, data_root)
     if pair:
         name = f"{pair[1].resolve().name} in {pair[0].resolve().name}"
-        found.append(two_folders(name, *pair, radius_m or RADIUS_M, labels=labels != "unused"))
+        benchmark = two_folders(name, *pair, radius_m or RADIUS_M, labels=labels != "unused")
+        found.append(replace(benchmark, layout=f"{pair[0]}, {pair[1]}, {benchmark.layout}"))
     return _told_apart([_checked(benchmark, labels) for benchmark in found])
 
 
