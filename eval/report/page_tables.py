@@ -29,7 +29,7 @@ def results_table(evaluations: Sequence[Evaluation]) -> str:
             )
             stages = _stages(result, ks)
             rows += [
-                f"<tr>{what.format(rows=len(stages)) if number == 0 else ''}{cells}</tr>"
+                f"<tr>{what.replace('{rows}', str(len(stages))) if number == 0 else ''}{cells}</tr>"
                 for number, cells in enumerate(stages)
             ]
     return (
