@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from configs.reading import shown
 from eval.exact_scores import best, exact_scores
-from eval.search_device import Find, faiss_reason, has_gpu, on_gpu
+from eval.search_device import Find, faiss_reason, has_gpu
 
 BLOCK_BYTES = 64 << 20
 SAMPLE_ROWS = 1 << 16  # at least, where there are as many
@@ -71,21 +71,20 @@ def train_index(
 
 
 def search_index(
-    index: faiss.Index,
+    find: Find,
+    num_rows: int,
     queries_QD: NDArray[np.float32],
     k: int,
     rows_of: RowsOf,
     *,
     shortlist: int = 0,
-    num_bytes: int = 0,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """What an index finds, scored exactly: scores float64 [Q, k] and ids int64 [Q, k], by (score desc, id asc).
 
-    The first `shortlist` (at least k) that it finds are scored by their descriptors, which `rows_of` gives for ids; the
-    k best of them stay. Where fewer are found the rest is (-inf, -1). `num_bytes` is what it would take on a GPU.
+    It has `num_rows`. The first `shortlist` (at least k) that `find` gives are scored by their descriptors, which
+    `rows_of` gives for ids; the k best of them stay. Where fewer are found the rest is (-inf, -1).
     """
-    find: Find = on_gpu(index, num_bytes, index.search)
-    num_queries, wide = len(queries_QD), min(max(k, shortlist), max(1, index.ntotal))
+    num_queries, wide = len(queries_QD), min(max(k, shortlist), max(1, num_rows))
     scores_Qk = np.full((num_queries, k), -np.inf)
     ids_Qk = np.full((num_queries, k), -1, dtype=np.int64)
     block = max(1, BLOCK_BYTES // (24 * wide * queries_QD.shape[1]))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from configs.ranks import on_all_ranks
 from eval.approximate import BLOCK_BYTES, Trained, search_index
 from eval.exact_scores import best, exact_scores
-from eval.search_device import flat
+from eval.search_device import flat, on_gpu
 
 MARGIN = 16  # rows fetched past k at first
 
@@ -104,7 +104,8 @@ def _search_approximately(
     if not len(queries_QD) or not len(rows_ND):
         return np.full((len(queries_QD), k), -np.inf), np.full((len(queries_QD), k), -1, dtype=np.int64)
     index = trained.filled(rows_ND)
-    return search_index(index, queries_QD, k, lambda ids: rows_ND[ids], num_bytes=rows_ND.nbytes)
+    find = on_gpu(index, rows_ND.nbytes, index.search)
+    return search_index(find, len(rows_ND), queries_QD, k, lambda ids: rows_ND[ids])
 
 
 def search_ranks(

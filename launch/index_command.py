@@ -44,6 +44,10 @@ class BuildCommand:
     """The network: a run's folder, a checkpoint, an exported file, a backbone's weights, a model in MLflow."""
     out: Path
     """Folder of the index."""
+    factory: str = ""
+    """FAISS factory string of an approximate index, such as IVF4096,PQ64; trained once; without it search is exact."""
+    params: str = ""
+    """How the approximate index is searched, such as nprobe=32."""
     data_root: Path = Path("data")
     """Folder that holds a folder for each benchmark."""
     plugins: tuple[str, ...] = ()
@@ -134,7 +138,9 @@ def build(argv: list[str]) -> int:
 
         photos = list_source(command.db, command.data_root)
         describer = load(command.checkpoint, device=rank.device, plugins=command.plugins, **settings)
-        return build_index(describer, photos, command.out, on_progress=on_progress)
+        return build_index(
+            describer, photos, command.out, factory=command.factory, params=command.params, on_progress=on_progress
+        )
 
     return _on_ranks(command.out, command.timeout_s, work)
 

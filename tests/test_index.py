@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from eval.index.build import add_to_index, build_index
 from eval.index.index import Index
 from eval.index.manifest import IndexFault
 from eval.index.photo_list import list_source
+from eval.index.verify import verify_index
 from eval.report.locations import as_json
 from eval.weights_file import describer_of
 from model.network import build_model
@@ -167,3 +169,25 @@ def test_other_weights_settings_and_photographs_are_refused(photos: Path, built:
             attempt()
         assert "\n" not in str(caught.value)
     assert build_index(tiny(), listed, built).was_complete
+
+
+def test_an_approximate_index_is_trained_once_and_what_it_finds_is_scored_exactly(photos: Path, tmp_path: Path) -> None:
+    listed, out = list_source(str(photos / "database")), tmp_path / "approximate"
+    build_index(tiny(), listed.part([0, 1, 2, 3]), out, factory="IVF2,Flat", params="nprobe=2")
+    (file,) = out.glob("trained-*.faiss")
+    trained = file.read_bytes()
+    add_to_index(tiny().model, listed, out)
+    assert file.read_bytes() == trained
+    index, queries = Index.open(out), queries_of(photos)
+    exact = Index.open(out)
+    exact.manifest = replace(exact.manifest, approximate=None)
+    assert [as_json(one) for one in index.locate(queries)] == [as_json(one) for one in exact.locate(queries)]
+    assert verify_index(out) == []
+    (block,) = out.glob("parts/000001/approximate-*.faiss")
+    block.write_bytes(block.read_bytes()[:-1] + b"x")
+    assert verify_index(out) == [f"{block} is damaged or gone; build the index again"]
+    block.write_bytes(b"")
+    with pytest.raises(IndexFault, match=f"{block}: not an index of FAISS"):
+        Index.open(out).locate(queries)
+    with pytest.raises(IndexFault, match="was made with --factory IVF2,Flat, asked for none"):
+        build_index(tiny(), listed.part([0, 1, 2, 3]), out)

@@ -27,6 +27,7 @@ from eval.encode import encode, image_batches, pixels, shard_of
 from eval.evaluate import STORED_AS, precision_of
 from eval.features import (
     FeatureError,
+    StoredFeatures,
     check_shard,
     digest,
     map_shard,
@@ -36,8 +37,9 @@ from eval.features import (
     weights_digest,
     write_shard,
 )
+from eval.index.approximate_files import fill, train_once
 from eval.index.images import Images, read_images, write_images
-from eval.index.index import Index
+from eval.index.index import Index, shard_bounds_of
 from eval.index.manifest import (
     NETWORK,
     IndexFault,
@@ -70,9 +72,18 @@ class Built:
     notes: tuple[str, ...] = ()
 
 
-def build_index(describer: Describer, photos: PhotoList, folder: Path, *, on_progress: OnProgress = untold) -> Built:
+def build_index(
+    describer: Describer,
+    photos: PhotoList,
+    folder: Path,
+    *,
+    factory: str = "",
+    params: str = "",
+    on_progress: OnProgress = untold,
+) -> Built:
     """Encodes photographs on all ranks into a new index; what an interrupted build has whole is used again.
 
+    `factory` is FAISS's string of an approximate index, such as IVF4096,PQ64, `params` how it is searched (nprobe=32).
     Raises IndexFault where the folder holds an index of other photographs, weights or settings.
     """
     model, config = describer.model, describer.config
@@ -86,6 +97,10 @@ def build_index(describer: Describer, photos: PhotoList, folder: Path, *, on_pro
             return None
         manifest = read_manifest(folder)
         _check_same(folder, manifest, weights, settings)
+        made_with = (manifest.approximate or {}).get("factory", "")
+        if made_with != factory:
+            asked = f"--factory {made_with or 'none'}, asked for {factory or 'none'}"
+            raise IndexFault(f"{folder} was made with {asked}; give another --out")
         if manifest.parts and _key_of_part(folder, manifest.parts[0]) == key:
             return manifest
         raise IndexFault(
@@ -106,6 +121,7 @@ def build_index(describer: Describer, photos: PhotoList, folder: Path, *, on_pro
         network=describer.network.model_copy(update={"weights": "random"}).model_dump(mode="json"),
         precision=precision_of_weights(model),
         settings=settings,
+        approximate={"factory": factory, "params": params, "sha256": ""} if factory else None,
     )
     return _grow(model, config, photos, folder, manifest, key, 0, on_progress)
 
@@ -207,6 +223,12 @@ def _grow(
             _begin_part(here, key, len(photos))
     part = _encode_part(model, config, photos, here, key, on_progress)
 
+    if manifest.approximate is not None:
+        features = StoredFeatures(here, shard_bounds_of(part.counts))
+        asked = manifest.approximate
+        trained, sha256 = train_once(folder, asked["factory"], asked["params"], features)
+        part = replace(part, approximate=fill(here, asked["factory"], trained, features))
+        manifest = replace(manifest, approximate={**asked, "sha256": sha256})
     with on_all_ranks():
         if dist.get_rank() == 0:
             write_part(folder, name, part)
@@ -226,6 +248,9 @@ def _begin_part(here: Path, key: str, count: int) -> None:
         open_folder(here, about)
     except FeatureError:
         shutil.rmtree(here)
+        if not exists(here.parent.parent):
+            for file in here.parent.parent.glob("trained-*.faiss"):
+                file.unlink()
         open_folder(here, about)
 
 

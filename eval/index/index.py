@@ -19,6 +19,7 @@ from eval.describer import Describer
 from eval.encode import encode, image_batches, pixels, shard_of
 from eval.features import StoredFeatures, weights_digest
 from eval.given_images import GivenImage, GivenImages, as_list
+from eval.index.approximate_files import Block, open_blocks, search_stored
 from eval.index.estimate import distances, estimate, taken
 from eval.index.images import Images, read_images
 from eval.index.images import joined as joined_images
@@ -252,7 +253,14 @@ class Index:
 
     def search(self, queries_QD: NDArray[np.float32], k: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Scores float64 [Q, k] and numbers int64 [Q, k] of the photographs whose descriptors are nearest."""
+        if self.manifest.approximate is not None:
+            return search_stored(self._approximate, self.features, queries_QD, k)
         return search_blocks(queries_QD, self._blocks(), k)
+
+    @cached_property
+    def _approximate(self) -> list[Block]:
+        counts, asked = [part.images for part in self.parts], self.manifest.approximate or {}
+        return open_blocks(self.folder, self.manifest.parts, counts, asked["factory"], asked["params"])
 
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.float32] | Rows]]:
         if self._held is not None:

@@ -32,7 +32,7 @@ class Manifest:
     network: dict[str, Any]  # the section `model` of its recipe
     precision: str  # of its weights
     settings: dict[str, Any]  # of `eval`: those of ENCODED_BY
-    approximate: dict[str, str] | None = None  # factory and params of its FAISS index
+    approximate: dict[str, str] | None = None  # factory and params of its FAISS index, digest of the trained file
     verdict: dict[str, Any] | None = None  # what `Verdict` was learned
     format: int = FORMAT
 
@@ -51,6 +51,7 @@ class Part:
     in_metres: bool
     left_out: list[list[str]] = field(default_factory=list)  # name, reason
     notes: list[str] = field(default_factory=list)
+    approximate: list[str] = field(default_factory=list)  # SHA-256 of each block of the FAISS index
 
 
 def settings_of(config: EvalConfig) -> dict[str, Any]:

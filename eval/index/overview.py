@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.features import shard_path
+from eval.index.approximate_files import SHORTLIST
 from eval.index.images import FILE, read_images
 from eval.index.manifest import part_folder, read_manifest, read_part
 from eval.pixels import pixel_rule
@@ -38,6 +39,11 @@ def overview(folder: Path) -> list[tuple[str, str]]:
         ("local features", f"{config.rerank.dtype}, block {config.rerank.layer}" if config.rerank.enabled else "none"),
         ("size", f"{sum(sizes) / 2**20:,.1f} MiB in {len(sizes):,} shards, {per_image / 1000:,.1f} kB per photograph"),
     ]
+    if (asked := manifest.approximate) is not None:
+        params = f" ({asked['params']})" if asked["params"] else ""
+        lines.append(("search", f"{asked['factory']}{params}, the first {SHORTLIST} scored exactly"))
+    else:
+        lines.append(("search", "exact"))
     if (learned := manifest.verdict) is not None:
         told = f"confidence above {learned['threshold']:.4f}, learned on {learned['sample']} photographs"
         lines.append(("in the map", f"{told}, each without those within {learned['apart']}"))

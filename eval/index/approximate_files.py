@@ -1,0 +1,126 @@
+"""The approximate index of an index: one trained file, and blocks that are copies of it with rows, memory-mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from configs.files import file_sha256, replacing
+from configs.ranks import from_rank_0, on_all_ranks
+from configs.reading import reading
+from eval.approximate import Trained, check_strings, search_index, set_params, train_index
+from eval.exact_scores import best
+from eval.features import StoredFeatures, digest
+from eval.index.manifest import IndexFault, part_folder
+from eval.search_device import Find, on_gpu
+from eval.train_index import sample_of
+
+BLOCK_IMAGES = 1 << 20
+SHORTLIST = 300  # of what a block finds, scored exactly
+SETTING = "--factory"
+
+
+def trained_path(folder: Path, factory: str) -> Path:
+    """File of the trained index."""
+    return folder / f"trained-{digest(factory)[:8]}.faiss"
+
+
+def block_path(here: Path, factory: str, number: int) -> Path:
+    """File of a block of a part."""
+    return here / f"approximate-{digest(factory)[:8]}-{number:06d}.faiss"
+
+
+def block_bounds(count: int, size: int = BLOCK_IMAGES) -> list[tuple[int, int]]:
+    """First and past-the-last image of each block of a part."""
+    return [(first, min(count, first + size)) for first in range(0, count, size)]
+
+
+def train_once(folder: Path, factory: str, params: str, features: StoredFeatures) -> tuple[Trained, str]:
+    """The trained index in `folder` and its SHA-256, made by rank 0 where it is not there; every rank calls this.
+
+    Raises ValueError naming the factory string that FAISS does not know or has too few photographs to train.
+    """
+    check_strings(factory, params, SETTING)
+
+    def train() -> str:
+        file = trained_path(folder, factory)
+        if not file.is_file():
+            trained = train_index(factory, params, sample_of(factory, features, SETTING), SETTING)
+            with replacing(file, durable=True) as partial:
+                faiss.write_index(trained.index, str(partial))
+        return file_sha256(file)
+
+    sha256 = from_rank_0(train)
+    with on_all_ranks():
+        trained = Trained(_read(trained_path(folder, factory), mapped=False), params, f"{SETTING} {factory!r}")
+    return trained, sha256
+
+
+def fill(here: Path, factory: str, trained: Trained, features: StoredFeatures) -> list[str]:
+    """Writes the blocks of a part that are not there, over ranks; the SHA-256 of each, on every rank."""
+    bounds = block_bounds(len(features))
+    for number in range(dist.get_rank(), len(bounds), dist.get_world_size()):
+        file = block_path(here, factory, number)
+        if not file.is_file():
+            index = trained.filled(features.descriptors(*bounds[number]))
+            with replacing(file, durable=True) as partial:
+                faiss.write_index(index, str(partial))
+    dist.barrier()
+    return from_rank_0(lambda: [file_sha256(block_path(here, factory, number)) for number in range(len(bounds))])
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block that is open: its first photograph in the index, how many it holds, and its search."""
+
+    first: int
+    images: int
+    find: Find
+
+
+def open_blocks(folder: Path, parts: Sequence[str], counts: Sequence[int], factory: str, params: str) -> list[Block]:
+    """All blocks of an index, mapped. Raises IndexFault naming a file that is absent or damaged."""
+    blocks, before = [], 0
+    for name, count in zip(parts, counts, strict=True):
+        for number, (first, stop) in enumerate(block_bounds(count)):
+            file = block_path(part_folder(folder, name), factory, number)
+            index = _read(file)
+            if index.ntotal != stop - first:
+                raise IndexFault(f"{file}: {index.ntotal} photographs, expected {stop - first}")
+            set_params(index, params, str(file))
+            blocks.append(Block(before + first, stop - first, on_gpu(index, file.stat().st_size, index.search)))
+        before += count
+    return blocks
+
+
+def search_stored(
+    blocks: Sequence[Block], features: StoredFeatures, queries_QD: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Scores float64 [Q, k] and numbers int64 [Q, k]: the best of all blocks, scored by the descriptors themselves."""
+    scores_Qk = np.full((len(queries_QD), k), -np.inf)
+    ids_Qk = np.full((len(queries_QD), k), -1, dtype=np.int64)
+    for block in blocks:
+        first = block.first
+
+        def rows_of(ids: NDArray[np.int64], first: int = first) -> NDArray[np.float32]:
+            return features.rows(ids + first)
+
+        scores, ids = search_index(block.find, block.images, queries_QD, k, rows_of, shortlist=SHORTLIST)
+        ids = np.where(ids >= 0, ids + first, ids)
+        both = np.concatenate([scores_Qk, scores], axis=1), np.concatenate([ids_Qk, ids], axis=1)
+        scores_Qk, ids_Qk = best(*both, k)
+    return scores_Qk, ids_Qk
+
+
+def _read(file: Path, *, mapped: bool = True) -> faiss.Index:
+    """An index of FAISS, its inverted lists in the file (`mapped`) or in memory. Raises IndexFault naming the file."""
+    with reading(file, "an index of FAISS", IndexFault):
+        if not file.is_file():
+            raise ValueError("it is not there")
+        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP if mapped else 0)
