@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
-from torchvision.transforms.v2 import functional as F
 
+from configs.host_copies import to_device
 from configs.image_size import height_width
 from configs.reading import read_regular
 from data_pipeline.decoders import decode_rgb
@@ -69,4 +70,11 @@ def read_image(path: Path, size: Size, interpolation: str = "bilinear") -> torch
 def normalise(images_B3HW: torch.Tensor) -> torch.Tensor:
     """uint8 images of any device as float32 with ImageNet's mean and standard deviation, planes of channels apart."""
     floats_B3HW = images_B3HW.to(torch.float32, memory_format=torch.contiguous_format)
-    return F.normalize(floats_B3HW.div_(255), list(IMAGENET_MEAN), list(IMAGENET_STD))
+    mean_311, std_311 = _mean_and_std(images_B3HW.device)
+    return floats_B3HW.div_(255).sub_(mean_311).div_(std_311)
+
+
+@functools.lru_cache(maxsize=8)
+def _mean_and_std(device: torch.device) -> torch.Tensor:
+    """Once for each device: torchvision's `normalize` copies them over in every call, and the host waits."""
+    return to_device(torch.tensor([IMAGENET_MEAN, IMAGENET_STD]), device)[:, :, None, None]

@@ -6,7 +6,7 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from configs.schema import DataConfig
 from configs.secrets import without_secrets
+from data_pipeline.augment import Drawn
 from data_pipeline.cache import RangeCache
 from data_pipeline.images import decode_into, empty_batch
 from data_pipeline.index import PlaceRange
@@ -35,6 +36,11 @@ class PlaceBatch:
     images_B3HW: torch.Tensor  # uint8, in pinned memory where there is a GPU
     place_ids_B: torch.Tensor  # int64
     views_B: torch.Tensor  # int64
+    place_ids_N: torch.Tensor | None = None  # int64, of the global step, in the order of ranks
+    drawn: Drawn | None = None  # the augmentation of each image, if it was asked for
+
+
+Draw = Callable[[torch.Tensor, torch.Tensor], Drawn]  # of place ids and views
 
 
 class TooManyBadImagesError(RuntimeError):
@@ -55,6 +61,9 @@ class _Step:
     places: NDArray[np.int64]
     views_PK: NDArray[np.int64]
     ranges: list[PlaceRange]
+    all_places: NDArray[np.int64]  # of the global step
+    draw: Draw | None = None
+    drawn: Future[Drawn] | None = None
     reads: list[Future[bytes]] = field(default_factory=list)
     images_B3HW: torch.Tensor | None = None
     decoded: list[Future[None]] = field(default_factory=list)
@@ -69,8 +78,21 @@ class _Step:
         assert self.images_B3HW is not None
         if self.images_B3HW.is_cuda:
             hand_over(self.images_B3HW)
-        place_ids_B = torch.from_numpy(np.repeat(self.places, self.views_PK.shape[1]))
-        return PlaceBatch(self.images_B3HW, place_ids_B, torch.from_numpy(self.views_PK.reshape(-1).copy()))
+        place_ids_N = torch.from_numpy(np.repeat(self.all_places, self.views_PK.shape[1]))
+        drawn = self.drawn.result() if self.drawn else self.draw_now() if self.draw else None
+        return PlaceBatch(self.images_B3HW, self.place_ids_B, self.views_B, place_ids_N, drawn)
+
+    @property
+    def place_ids_B(self) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(self.places, self.views_PK.shape[1]))
+
+    @property
+    def views_B(self) -> torch.Tensor:
+        return torch.from_numpy(self.views_PK.reshape(-1).copy())
+
+    def draw_now(self) -> Drawn:
+        assert self.draw is not None
+        return self.draw(self.place_ids_B, self.views_B)
 
 
 class PlaceLoader:
@@ -101,11 +123,11 @@ class PlaceLoader:
         """Distinct unreadable images met on this rank."""
         return len(self.bad_images)
 
-    def batches(self, plan: EpochPlan, steps: Iterable[int]) -> Iterator[PlaceBatch]:
-        """This rank's share of the given steps of an epoch, decoded ahead of the caller."""
+    def batches(self, plan: EpochPlan, steps: Iterable[int], draw: Draw | None = None) -> Iterator[PlaceBatch]:
+        """This rank's share of the given steps of an epoch, decoded ahead of the caller; `draw` runs ahead too."""
         if self.config.decode_threads == 0:
             for number in steps:
-                step = self._plan_step(plan, number)
+                step = self._plan_step(plan, number, draw)
                 images_PK3HW = self._empty(step)
                 for place, planned, views_K, out in zip(
                     step.places, step.ranges, step.views_PK, images_PK3HW, strict=True
@@ -122,19 +144,21 @@ class PlaceLoader:
         reading: deque[_Step] = deque()
         decoding: deque[_Step] = deque()
         try:
-            yield from self._ahead(plan, iter(steps), reading, decoding, *self._pools, stop)
+            yield from self._ahead(plan, iter(steps), draw, reading, decoding, *self._pools, stop)
         finally:
             stop.set()
             for step in (*reading, *decoding):
                 for read in step.reads:
                     read.cancel()
-                for decoded in step.decoded:
-                    decoded.cancel()
+                for ahead in (*step.decoded, step.drawn):
+                    if ahead:
+                        ahead.cancel()
 
     def _ahead(
         self,
         plan: EpochPlan,
         numbers: Iterator[int],
+        draw: Draw | None,
         reading: deque[_Step],
         decoding: deque[_Step],
         readers: ThreadPoolExecutor,
@@ -147,7 +171,7 @@ class PlaceLoader:
                 number = next(numbers, None)
                 if number is None:
                     break
-                step = self._plan_step(plan, number)
+                step = self._plan_step(plan, number, draw)
                 step.reads = [readers.submit(self._read, planned, stop) for planned in step.ranges]
                 held += step.num_bytes
                 reading.append(step)
@@ -168,11 +192,13 @@ class PlaceLoader:
             data = step.reads[number].result()
             self._decode_place(int(step.places[number]), step.ranges[number], step.views_PK[number], data, out_K3HW)
 
+        step.drawn = decoders.submit(step.draw_now) if step.draw else None
         step.decoded = [decoders.submit(decode_one, number, out) for number, out in enumerate(self._empty(step))]
 
-    def _plan_step(self, plan: EpochPlan, number: int) -> _Step:
+    def _plan_step(self, plan: EpochPlan, number: int, draw: Draw | None) -> _Step:
         places, views_PK = plan.rank_slice(number, self.rank, self.world_size)
-        return _Step(places, views_PK, [self.places.place_range(int(place)) for place in places])
+        ranges = [self.places.place_range(int(place)) for place in places]
+        return _Step(places, views_PK, ranges, plan.places_SP[number], draw)
 
     def _empty(self, step: _Step) -> torch.Tensor:
         """The step's batch to be filled, as [P, K, 3, H, W]."""

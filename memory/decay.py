@@ -24,7 +24,8 @@ def measured_log_weight(age_n: torch.Tensor, curve_a2: torch.Tensor) -> torch.Te
     """
     if not len(curve_a2):
         return torch.zeros_like(age_n)
-    start = curve_a2.new_tensor([[0.0, 1.0]])
+    start = curve_a2.new_zeros(1, 2)
+    start[0, 1] = 1
     points = torch.cat([start, curve_a2]).to(age_n)
     ages, cosines = points[:, 0].contiguous(), points[:, 1].clamp(1e-6, 1.0).cummin(0).values
     right = torch.searchsorted(ages, age_n.contiguous()).clamp(1, len(ages) - 1)

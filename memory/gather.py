@@ -39,14 +39,19 @@ def all_gather_with_grad(local_BD: torch.Tensor) -> torch.Tensor:
 
 def check_equal_batches(local_BD: torch.Tensor, place_ids_B: torch.Tensor) -> None:
     """Raises ValueError on every rank, naming the ranks, unless all hold equally many descriptors of one size."""
-    if local_BD.ndim != 2 or place_ids_B.shape != local_BD.shape[:1]:
-        raise ValueError(
-            f"rank {dist.get_rank()}: descriptors {tuple(local_BD.shape)} and place ids {tuple(place_ids_B.shape)}; "
-            "expected [B, D] and [B]"
-        )
+    check_one_id_each(local_BD, place_ids_B)
     shapes = all_gather(torch.tensor([local_BD.shape], device=local_BD.device)).tolist()
     if len({tuple(shape) for shape in shapes}) > 1:
         held = ", ".join(f"rank {rank}: {rows} x {size}" for rank, (rows, size) in enumerate(shapes))
         raise ValueError(f"ranks hold unequal batches of descriptors ({held}); the global loss needs them equal")
     if not len(local_BD):
         raise ValueError("the batch is empty on every rank; the global loss needs at least one image a rank")
+
+
+def check_one_id_each(local_BD: torch.Tensor, place_ids_B: torch.Tensor) -> None:
+    """Raises ValueError on this rank unless there is one place id for each descriptor."""
+    if local_BD.ndim != 2 or place_ids_B.shape != local_BD.shape[:1]:
+        raise ValueError(
+            f"rank {dist.get_rank()}: descriptors {tuple(local_BD.shape)} and place ids {tuple(place_ids_B.shape)}; "
+            "expected [B, D] and [B]"
+        )

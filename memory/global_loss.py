@@ -26,8 +26,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from configs.host_copies import to_device
 from configs.schema import LossConfig, MemoryConfig
-from memory.gather import all_gather, check_equal_batches
+from memory.gather import all_gather, check_equal_batches, check_one_id_each
 from memory.pairing import GlobalBatch
 from memory.queue import MemoryQueue
 from memory.strategies import choose_strategy
@@ -41,6 +42,7 @@ class GlobalLossOutput:
     descriptors_ND: torch.Tensor  # the global batch, detached
     place_ids_N: torch.Tensor
     stats: dict[str, torch.Tensor]  # over the global batch, the same on every rank
+    host_ids_N: torch.Tensor | None = None  # the place ids on the host, if the caller gave them
 
 
 class GlobalLoss:
@@ -58,6 +60,7 @@ class GlobalLoss:
         scale = float(dist.get_world_size()) if engine_reduces == "mean" else 1.0
         self.strategy = choose_strategy(loss, memory, scale)
         self.note = self.strategy.note
+        self._checked_size = 0  # N for which ranks have compared their batches
 
     def __call__(
         self,
@@ -67,18 +70,46 @@ class GlobalLoss:
         *,
         step: int,
         drift_curve_a2: torch.Tensor | None = None,
+        place_ids_N: torch.Tensor | None = None,
     ) -> GlobalLossOutput:
         """The loss of the global batch; `local_BD` are this rank's L2-normalised descriptors, as many on every rank.
 
         Computed in float32, or float64 if given so. With in_batch "live" both sides of a pair inside the batch carry
         gradient, across ranks too; with "detached" only the anchor's. Memory entries carry none, and their negatives
         are weighted by age in optimizer steps; `drift_curve_a2` (age, cosine) is what decay "measured" weighs by. A
-        descriptor that is not finite, on any rank, makes the loss NaN on all. Raises ValueError, on every rank, if
-        ranks hold unequal batches.
+        descriptor that is not finite, on any rank, makes the loss NaN on all.
+
+        `place_ids_N` are the places of the whole batch in the order of ranks, on the host, for a caller who knows them
+        (a plan does): then no rank asks another, nor the host the device. Raises ValueError, on every rank, if ranks
+        hold unequal batches; with `place_ids_N` they compare at the first step and when N changes, and a rank whose
+        own batch does not fit raises alone.
         """
-        check_equal_batches(local_BD, place_ids_B)
+        ids_B, ids_N = self._place_ids(local_BD, place_ids_B, place_ids_N)
         local_BD = local_BD.to(torch.promote_types(local_BD.dtype, torch.float32))
-        batch = GlobalBatch(local_BD, place_ids_B, all_gather(place_ids_B))
+        batch = GlobalBatch(local_BD, ids_B, ids_N, place_ids_N)
         curve_a2 = drift_curve_a2 if drift_curve_a2 is not None else local_BD.new_zeros(0, 2)
         found = self.strategy(batch, queue, step=step, curve_a2=curve_a2)
-        return GlobalLossOutput(found.loss, found.batch_ND.detach(), batch.ids_N, found.stats)
+        return GlobalLossOutput(found.loss, found.batch_ND.detach(), batch.ids_N, found.stats, place_ids_N)
+
+    def _place_ids(
+        self, local_BD: torch.Tensor, place_ids_B: torch.Tensor, place_ids_N: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The places of this rank's images and of all, beside the descriptors; checked."""
+        device = local_BD.device
+        if place_ids_N is None:
+            place_ids_B = place_ids_B.to(device)
+            check_equal_batches(local_BD, place_ids_B)
+            return place_ids_B, all_gather(place_ids_B)
+        if self._checked_size != len(place_ids_N):  # N is known to all ranks alike, so that all compare or none
+            check_equal_batches(local_BD, place_ids_B)
+            self._checked_size = len(place_ids_N)
+        check_one_id_each(local_BD, place_ids_B)
+        size = len(local_BD)
+        own = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+        if len(place_ids_N) != dist.get_world_size() * size or not torch.equal(place_ids_N[own], place_ids_B.cpu()):
+            raise ValueError(
+                f"rank {dist.get_rank()}: its {size} place ids are not rows {own.start} to {own.stop} of the "
+                f"{len(place_ids_N)} of the global batch"
+            )
+        ids_N = to_device(place_ids_N, device)
+        return ids_N[own], ids_N

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from memory.place_counts import references_of_places
 from memory.queue import MemoryQueue
 from memory.tiles import ReferenceRanks
 
@@ -20,6 +21,7 @@ class GlobalBatch:
     local_BD: torch.Tensor
     local_ids_B: torch.Tensor
     ids_N: torch.Tensor
+    host_ids_N: torch.Tensor | None = None  # the same on the host, if they are known there
 
     @property
     def start(self) -> int:
@@ -55,6 +57,7 @@ class Pairing:
     widest: int  # most columns on any rank
     ranks: ReferenceRanks
     live: bool  # batch references carry gradient
+    counts: list[int] | None  # references of each anchor's place, itself too; None if the host does not know
 
     @classmethod
     def replicated(
@@ -75,6 +78,7 @@ class Pairing:
             widest=len(reference_ids_G),
             ranks=ReferenceRanks(all_of_them=False),
             live=live,
+            counts=_counts(batch, queue, slice(batch.start, batch.start + len(batch.local_BD))),
         )
 
     @classmethod
@@ -101,4 +105,11 @@ class Pairing:
             widest=num_local + math.ceil(held / queue.num_shards),
             ranks=ReferenceRanks(all_of_them=True),
             live=live,
+            counts=_counts(batch, queue, slice(None)),
         )
+
+
+def _counts(batch: GlobalBatch, queue: MemoryQueue, anchors: slice) -> list[int] | None:
+    if batch.host_ids_N is None:
+        return None
+    return references_of_places(batch.host_ids_N[anchors], batch.host_ids_N, queue)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 Placement = Literal["replicated", "sharded"]
+EMPTY = -1  # place id of a slot that holds nothing
 
 
 class Entries(NamedTuple):
@@ -18,6 +20,36 @@ class Entries(NamedTuple):
     descriptors_nD: torch.Tensor
     place_ids_n: torch.Tensor
     steps_n: torch.Tensor
+
+
+class _HostIds:
+    """The place ids of a queue on the host, and how often each is there."""
+
+    def __init__(self, place_ids_M: torch.Tensor) -> None:
+        self._ids_M = place_ids_M.cpu().clone()
+        self.counts = Counter(self._ids_M.tolist())
+        del self.counts[EMPTY]
+        self.belongs_to(place_ids_M)
+
+    def belongs_to(self, place_ids_M: torch.Tensor) -> None:
+        """Says that these are the device's ids as they are."""
+        self._of, self._version = place_ids_M, place_ids_M._version
+
+    def still_of(self, place_ids_M: torch.Tensor) -> bool:
+        """Whether nobody has written to the device's ids since."""
+        return self._of is place_ids_M and self._version == place_ids_M._version
+
+    def replace(self, slot: int, ids_k: torch.Tensor) -> None:
+        """Takes over what was written from a slot on."""
+        here = self._ids_M[slot : slot + len(ids_k)]
+        for place, count in Counter(here.tolist()).items():
+            if self.counts[place] == count:
+                del self.counts[place]
+            else:
+                self.counts[place] -= count
+        del self.counts[EMPTY]
+        self.counts.update(ids_k.tolist())
+        here.copy_(ids_k)
 
 
 class MemoryQueue(nn.Module):
@@ -46,30 +78,57 @@ class MemoryQueue(nn.Module):
         self.rank, self.num_shards = (dist.get_rank(), dist.get_world_size()) if placement == "sharded" else (0, 1)
         rows = len(range(self.rank, size, self.num_shards))
         self.register_buffer("descriptors_mD", torch.zeros(rows, descriptor_size, device=device))
-        self.register_buffer("place_ids_M", torch.full((size,), -1, dtype=torch.int64, device=device))
+        self.register_buffer("place_ids_M", torch.full((size,), EMPTY, dtype=torch.int64, device=device))
         self.register_buffer("steps_M", torch.full((size,), -1, dtype=torch.int64, device=device))
         self.register_buffer("num_enqueued", torch.zeros((), dtype=torch.int64))
         self.register_buffer("shard", torch.tensor([self.rank, self.num_shards]))
+        self._known: _HostIds | None = None
 
     def __len__(self) -> int:
         """Number of descriptors held, over all ranks."""
         return min(self.size, int(self.num_enqueued))
 
     @torch.no_grad()
-    def enqueue(self, descriptors_ND: torch.Tensor, place_ids_N: torch.Tensor, step: int) -> None:
-        """Stores the global batch of a step, oldest entries making room; of more than M rows the last M stay."""
+    def enqueue(
+        self,
+        descriptors_ND: torch.Tensor,
+        place_ids_N: torch.Tensor,
+        step: int,
+        *,
+        host_ids_N: torch.Tensor | None = None,
+    ) -> None:
+        """Stores the global batch of a step, oldest entries making room; of more than M rows the last M stay.
+
+        `host_ids_N` are the same place ids on the host, if they are known there: `count_by_place` then need not ask
+        the device for them.
+        """
         n = len(descriptors_ND)
-        if self.size:
-            kept = torch.arange(max(0, n - self.size), n)
-            slots = (kept + int(self.num_enqueued)) % self.size
-            mine = slots % self.num_shards == self.rank
-            device = self.steps_M.device
-            rows = (slots[mine] // self.num_shards).to(device)
-            self.descriptors_mD[rows] = descriptors_ND[kept[mine].to(device)].to(self.descriptors_mD)
-            kept, slots = kept.to(device), slots.to(device)
-            self.place_ids_M[slots] = place_ids_N[kept]
-            self.steps_M[slots] = step
+        known = self._host_ids() if host_ids_N is not None else None
+        first, row = int(self.num_enqueued) + max(0, n - self.size), max(0, n - self.size)
+        while row < n and self.size:
+            slot = first % self.size
+            count = min(n - row, self.size - slot)  # up to the last slot; what is left begins at slot 0
+            mine = (self.rank - slot) % self.num_shards  # of these the first that this rank keeps
+            rows_kD = descriptors_ND[row + mine : row + count : self.num_shards]
+            start = (slot + mine) // self.num_shards
+            self.descriptors_mD[start : start + len(rows_kD)] = rows_kD
+            self.place_ids_M[slot : slot + count] = place_ids_N[row : row + count]
+            self.steps_M[slot : slot + count] = step
+            if known is not None and host_ids_N is not None:
+                known.replace(slot, host_ids_N[row : row + count])
+            first, row = first + count, row + count
+        if known is not None:
+            known.belongs_to(self.place_ids_M)
         self.num_enqueued += n
+
+    def count_by_place(self) -> Counter[int]:
+        """Held entries of each place, over all ranks. Asks the device only if ids were stored that the host missed."""
+        return self._host_ids().counts
+
+    def _host_ids(self) -> _HostIds:
+        if self._known is None or not self._known.still_of(self.place_ids_M):
+            self._known = _HostIds(self.place_ids_M)
+        return self._known
 
     def entries(self) -> Entries:
         """The held entries whose descriptors this rank keeps: all of them when replicated, about n/W when sharded."""

@@ -63,6 +63,7 @@ class InTiles:
         built, miner = LOSSES.build(loss.name, loss.args), MINERS.build(loss.miner, loss.miner_args)
         if LOSSES.origin(loss.name) or MINERS.origin(loss.miner):
             probe(built, miner, (loss.name, loss.miner))
+        self._half_life: tuple[torch.Tensor, float] | None = None  # of which curve
         self.tiled = TiledLoss(
             built,
             miner,
@@ -84,9 +85,11 @@ class InTiles:
         """Entries held, what they amount to after weighting, and the decay's half-life in steps."""
         age_n = (step - queue.steps()).double()
         weight_n = log_weight(age_n, self.memory, curve_a2.double()).exp()
-        stats = {"queue_fill": weight_n.new_tensor(float(len(queue))), "queue_effective_size": weight_n.sum()}
-        half = half_life(self.memory, curve_a2)
-        return stats | {"decay_half_life": weight_n.new_tensor(half)} if math.isfinite(half) else stats
+        stats = {"queue_fill": weight_n.new_full((), len(queue)), "queue_effective_size": weight_n.sum()}
+        if self._half_life is None or self._half_life[0] is not curve_a2:  # a measurement makes another curve
+            self._half_life = curve_a2, half_life(self.memory, curve_a2)
+        half = self._half_life[1]
+        return stats | {"decay_half_life": weight_n.new_full((), half)} if math.isfinite(half) else stats
 
 
 class ByLibrary:
@@ -118,4 +121,4 @@ class ByLibrary:
         batch_ND, entries = all_gather(batch.local_BD), queue.entries()
         memory_MD = entries.descriptors_nD.to(batch.local_BD.dtype)
         loss = self.library(batch, batch_ND, memory_MD, entries.place_ids_n, live=self.live)
-        return Outcome(loss, batch_ND, {"queue_fill": loss.new_tensor(float(len(queue)))})
+        return Outcome(loss, batch_ND, {"queue_fill": loss.new_full((), len(queue))})

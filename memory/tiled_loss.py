@@ -84,7 +84,7 @@ class TiledLoss:
         ids_G, order_G = pairing.reference_ids_G.sort(stable=True)
         first_A = torch.searchsorted(ids_G, pairing.anchor_ids_A)
         count_A = torch.searchsorted(ids_G, pairing.anchor_ids_A, right=True) - first_A
-        counts = count_A.tolist()
+        counts = pairing.counts if pairing.counts is not None else count_A.tolist()
         itself_A = pairing.anchor_start + torch.arange(len(anchors_AD), device=ids_G.device)
         log_weight_R = torch.cat(
             [anchors_AD.new_zeros(num_batch), memory.log_weight_m.to(anchors_AD), anchors_AD.new_zeros(1)]
@@ -139,7 +139,8 @@ class TiledLoss:
                 as_reference_AR = mined.count_AR.scatter_(1, placed.columns_AP, count_AP)
                 count_N[pairing.batch_start :][:num_batch] += as_reference_AR[:, :num_batch].sum(0)
         dist.all_reduce(count_N)
-        return count_N[start:stop] / count_N.max() if count_N.any() else one_A
+        most = count_N.max()
+        return torch.where(most > 0, count_N[start:stop] / most, one_A)
 
     def _add(
         self,
@@ -158,9 +159,7 @@ class TiledLoss:
             _add_stats(sums.stats, tile, mined, num_batch, pairing.memory.age_m)
         with torch.set_grad_enabled(with_grad):
             terms = self.loss(tile, mined)
-        values_T2 = torch.stack(
-            [torch.stack([torch.as_tensor(x, device=anchors_AD.device).detach().double() for x in t]) for t in terms]
-        )
+        values_T2 = torch.stack([torch.stack([_as_double(x, anchors_AD.device) for x in term]) for term in terms])
         sums.terms_T2 = values_T2 if sums.terms_T2 is None else sums.terms_T2 + values_T2
         del mined
         for number, term in enumerate(terms if with_grad else ()):
@@ -214,6 +213,12 @@ class _WithGradient(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _as_double(x: torch.Tensor | int, device: torch.device) -> torch.Tensor:
+    if isinstance(x, torch.Tensor):
+        return x.detach().double()
+    return torch.full((), x, dtype=torch.float64, device=device)
 
 
 def _add_stats(stats: dict[str, torch.Tensor], tile: Tile, mined: Mined, num_batch: int, age_m: torch.Tensor) -> None:

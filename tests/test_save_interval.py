@@ -83,7 +83,7 @@ def check_rank_0_says_when_it_is_time() -> None:
 
     from trainer.process_group import Rank
     from trainer.saving import Saving
-    from trainer.votes import exchange_votes
+    from trainer.votes import settle_votes, votes_of_rank
 
     rank = Rank(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
 
@@ -93,7 +93,9 @@ def check_rank_0_says_when_it_is_time() -> None:
         saving.writer = SimpleNamespace(vote=lambda: (0.0, 0.0))
         saving.is_due_by_time = lambda: Saving.is_due_by_time(saving)  # type: ignore[arg-type]
         batches, stop_signal = SimpleNamespace(num_bad_images=0), SimpleNamespace(name="")
-        votes = exchange_votes(batches, stop_signal, saving, rank.device)  # type: ignore[arg-type]
+        sums = torch.tensor(votes_of_rank(batches, stop_signal, saving))  # type: ignore[arg-type]
+        dist.all_reduce(sums)
+        votes = settle_votes(sums.tolist(), saving)  # type: ignore[arg-type]
         assert not votes.asked_to_stop
         return votes.save_is_due
 

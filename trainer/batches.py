@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
-from configs.schema import Recipe
-from data_pipeline.loader import PlaceBatch, PlaceLoader, build_reader
+import torch
+
+from configs.image_size import height_width
+from configs.schema import DataConfig, Recipe
+from data_pipeline.augment import Drawn, image_seeds, randaugment_of
+from data_pipeline.loader import Draw, PlaceBatch, PlaceLoader, build_reader
 from data_pipeline.mixture import EpochPlans, read_mixture
 from trainer.process_group import Rank
 from trainer.watchdog import Watchdog
@@ -17,6 +22,7 @@ class Batches:
 
     def __init__(self, recipe: Recipe, rank: Rank) -> None:
         """Raises what `read_mixture`, `EpochPlans` and `PlaceLoader` raise."""
+        self._recipe = recipe
         reader = build_reader(recipe.data, rank=rank.rank)
         self.places = read_mixture(recipe.data, reader)
         self.reader = reader
@@ -48,7 +54,8 @@ class Batches:
         while step < self.total_steps:
             epoch, start = divmod(step, self.steps_per_epoch)
             stop = min(self.steps_per_epoch, start + self.total_steps - step)
-            batches = iter(self._loader.batches(self.plans.epoch(epoch), range(start, stop)))
+            draw = self._draw_of(epoch)
+            batches = iter(self._loader.batches(self.plans.epoch(epoch), range(start, stop), draw))
             while True:
                 watchdog.enter("data", step)
                 asked = time.perf_counter()
@@ -57,3 +64,17 @@ class Batches:
                     break
                 yield batch, time.perf_counter() - asked
                 step += 1
+
+    def _draw_of(self, epoch: int) -> Draw | None:
+        """What draws the augmentation of an epoch's images in the loader's threads."""
+        data, seed = self._recipe.data, self._recipe.seed
+        return None if data.augmentation == "none" else partial(draw_augmentation, data, seed, epoch)
+
+
+def draw_augmentation(
+    data: DataConfig, seed: int, epoch: int, place_ids_B: torch.Tensor, views_B: torch.Tensor
+) -> Drawn:
+    """What the images of a batch are put through in this epoch of a recipe with this seed."""
+    seeds = image_seeds(seed, epoch, place_ids_B, views_B)
+    transform = randaugment_of(data.augment_ops, data.augment_magnitude)
+    return transform.draw_batch(seeds, *height_width(data.image_size))

@@ -213,7 +213,7 @@ def set_learning_rate(engine: Any, lr: float) -> None:
 class StepResult:
     """What one optimizer step did, the same on all ranks."""
 
-    norm: float  # of the whole gradient, before clipping; not finite where nothing was updated
+    norm: torch.Tensor | float  # of the whole gradient, before clipping; not finite where nothing was updated
     updated: bool
 
 
@@ -229,7 +229,7 @@ def clip_and_update(engine: Any, gradient_clipping: float) -> StepResult | None:
         if not boundary:
             return None
         skipped = bool(engine.optimizer.overflow)
-        return StepResult(math.inf if skipped else float(engine.get_global_grad_norm()), not skipped)
+        return StepResult(math.inf if skipped else engine.get_global_grad_norm(), not skipped)
     norm = math.nan
     if boundary:
         parameters = [p for p in engine.module.parameters() if p.grad is not None]

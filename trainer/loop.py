@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from trainer.state import Progress, build_state
 from trainer.step import StepOutcome, TrainingStep
 from trainer.stop_signal import Stopped, StopSignal
 from trainer.validation import Validation
-from trainer.votes import exchange_votes
+from trainer.votes import settle_votes, votes_of_rank
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ class Training:
                 self._part_of_start_done("batch")
                 began = time.perf_counter() - waited_s
                 lr = self._learning_rate()
-                outcome = self.step(batch, lr)
-                votes = exchange_votes(self.batches, self.stop_signal, self.saving, self.rank.device)
+                outcome = self.step(batch, lr, partial(votes_of_rank, self.batches, self.stop_signal, self.saving))
+                votes = settle_votes(outcome.votes, self.saving)
                 self.progress.bad_images = self.bad_images_before + votes.bad_images
                 if not outcome.updated:
                     self.skipped.note(outcome, self.progress)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
-from data_pipeline.augment import image_seeds, randaugment
+from configs.host_copies import to_device
+from data_pipeline.augment import randaugment_of
 from data_pipeline.images import normalise
 from data_pipeline.loader import PlaceBatch
 from memory.global_loss import GlobalLoss, GlobalLossOutput
 from memory.gradient_cache import GradientCache
+from trainer.batches import draw_augmentation
 from trainer.context import Context
 from trainer.engine import StepResult, clip_and_update, set_learning_rate
 from trainer.state import TrainingState
@@ -22,12 +26,13 @@ class StepOutcome:
     """What a step did with a global batch; the same on every rank."""
 
     loss: float
-    grad_norm: float | None  # before clipping; None if the loss was not finite, and nothing went backward
+    grad_norm: float | None  # before clipping; None if the loss was not finite
     updated: bool  # whether weights changed
     queue_used: bool
     num_images: int  # of the global batch
     place_ids_N: torch.Tensor
     figures: dict[str, float]  # of the loss, the miner, the queue and its drift, by name
+    votes: list[float]  # added up over ranks
 
 
 class TrainingStep:
@@ -37,10 +42,14 @@ class TrainingStep:
         self.recipe, self.watchdog = context.recipe, context.watchdog
         self.loss, self.state, self.steps_per_epoch = loss, state, steps_per_epoch
 
-    def __call__(self, batch: PlaceBatch, lr: float) -> StepOutcome:
+    def __call__(self, batch: PlaceBatch, lr: float, votes: Callable[[], Sequence[float]] = tuple) -> StepOutcome:
         """The step that `state.progress` stands at, with this learning rate; every rank must call this.
 
         Progress stays as it is. A loss or gradient that is not finite, on any rank, updates and enqueues nothing.
+        `votes` is asked at the end for numbers that all ranks add up, as many on each.
+
+        The host gives the device its work from the first image to the last weight and waits for it once, for all that
+        it wants to know: so a loss that is not finite goes backward too, and makes every gradient NaN.
         """
         state, step = self.state, self.state.progress.step
         optimizer_step = state.progress.optimizer_step
@@ -55,32 +64,46 @@ class TrainingStep:
         self.watchdog.enter("loss", step)
         out = self.loss(
             descriptors_BD,
-            batch.place_ids_B.to(images_B3HW.device),
+            batch.place_ids_B,
             state.queue,
             step=optimizer_step,
             drift_curve_a2=state.drift.curve_a2 if state.drift else None,
+            place_ids_N=batch.place_ids_N,
         )
-        read = torch.stack([out.loss.detach().double(), *(value.double() for value in out.stats.values())]).tolist()
-        figures |= dict(zip(out.stats, read[1:], strict=True))
         self.watchdog.enter("step", step)
-        result = None
-        if math.isfinite(read[0]):
-            set_learning_rate(state.engine, lr)
-            result = self._backward(out, cache)
-        updated = result is not None and result.updated
-        if updated and queue_used:
-            state.queue.enqueue(out.descriptors_ND, out.place_ids_N, optimizer_step)
+        set_learning_rate(state.engine, lr)
+        one = 1 + 0 * out.loss.detach()  # NaN if the loss is not finite
+        result = self._backward(out.loss * one, cache)
+        if result.updated and queue_used:
+            state.queue.enqueue(out.descriptors_ND, out.place_ids_N, optimizer_step, host_ids_N=out.host_ids_N)
             if state.drift:
                 state.drift.keep(images_B3HW, out.descriptors_ND, optimizer_step)
+        loss, norm, found, sums = self._read(out, result, votes())
+        figures |= found
         return StepOutcome(
-            loss=read[0],
-            grad_norm=result.norm if result else None,
-            updated=updated,
+            loss=loss,
+            grad_norm=norm if math.isfinite(loss) else None,
+            updated=result.updated,
             queue_used=queue_used,
             num_images=len(out.place_ids_N),
             place_ids_N=out.place_ids_N,
             figures=figures,
+            votes=sums,
         )
+
+    def _read(
+        self, out: GlobalLossOutput, result: StepResult, votes: Sequence[float]
+    ) -> tuple[float, float, dict[str, float], list[float]]:
+        """Loss, gradient norm, figures of the loss, and the votes of all ranks, by one all-reduce and one wait."""
+        device = out.loss.device
+        sums = to_device(torch.tensor(votes, dtype=torch.float32), device)
+        if len(votes):
+            dist.all_reduce(sums)
+        norm = result.norm if isinstance(result.norm, torch.Tensor) else torch.full((), result.norm, device=device)
+        numbers = torch.stack([one.double() for one in (out.loss.detach(), norm, *out.stats.values())])
+        read = torch.cat([numbers, sums.double()]).tolist()
+        figures = dict(zip(out.stats, read[2 : len(numbers)], strict=True))
+        return read[0], read[1], figures, read[len(numbers) :]
 
     def _uses_queue(self, step: int) -> bool:
         memory = self.recipe.memory
@@ -92,8 +115,8 @@ class TrainingStep:
         images_B3HW = batch.images_B3HW.to(self.state.engine.device, non_blocking=True)
         if data.augmentation == "none":
             return images_B3HW
-        seeds = image_seeds(self.recipe.seed, epoch, batch.place_ids_B, batch.views_B)
-        return randaugment(images_B3HW, seeds, num_ops=data.augment_ops, magnitude=data.augment_magnitude)
+        drawn = batch.drawn or draw_augmentation(data, self.recipe.seed, epoch, batch.place_ids_B, batch.views_B)
+        return randaugment_of(data.augment_ops, data.augment_magnitude).apply(images_B3HW, drawn)
 
     def _measured_drift(self, optimizer_step: int) -> dict[str, float]:
         drift = self.state.drift
@@ -104,12 +127,12 @@ class TrainingStep:
         descriptors_BD: torch.Tensor = self.state.engine(normalise(images_B3HW))
         return descriptors_BD
 
-    def _backward(self, out: GlobalLossOutput, cache: GradientCache | None) -> StepResult:
+    def _backward(self, loss: torch.Tensor, cache: GradientCache | None) -> StepResult:
         """One optimizer step from the loss of the global batch, whole or chunk by chunk."""
         engine, clipping = self.state.engine, self.recipe.optim.gradient_clipping
         result: StepResult | None = None
         if cache is None:
-            engine.backward(out.loss)
+            engine.backward(loss)
             result = clip_and_update(engine, clipping)
         else:
 
@@ -118,6 +141,6 @@ class TrainingStep:
                 engine.backward(part, scale_wrt_gas=False)  # chunks add up to the batch: nothing to average
                 result = clip_and_update(engine, clipping)  # updates after the last chunk
 
-            cache.backward(out.loss, backward)
+            cache.backward(loss, backward)
         assert result is not None
         return result

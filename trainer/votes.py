@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-import torch.distributed as dist
 
 from trainer.batches import Batches
 from trainer.saving import Saving
@@ -21,11 +19,13 @@ class Votes:
     save_is_due: bool  # by the clock of rank 0
 
 
-def exchange_votes(batches: Batches, stop_signal: StopSignal, saving: Saving, device: torch.device) -> Votes:
-    """The sums over ranks; a checkpoint that all ranks have written becomes valid. Every rank must call this."""
-    mine = [batches.num_bad_images, bool(stop_signal.name), saving.is_due_by_time(), *saving.writer.vote()]
-    sums = torch.tensor(mine, dtype=torch.float32, device=device)
-    dist.all_reduce(sums)
-    bad_images, asked_to_stop, save_is_due, written, failed = sums.tolist()
+def votes_of_rank(batches: Batches, stop_signal: StopSignal, saving: Saving) -> list[float]:
+    """This rank's, for all ranks to add up."""
+    return [batches.num_bad_images, bool(stop_signal.name), saving.is_due_by_time(), *saving.writer.vote()]
+
+
+def settle_votes(sums: Sequence[float], saving: Saving) -> Votes:
+    """What the sums over ranks mean; a checkpoint that all ranks have written becomes valid."""
+    bad_images, asked_to_stop, save_is_due, written, failed = sums
     saving.settle(written, failed)
     return Votes(int(bad_images), asked_to_stop > 0, save_is_due > 0)
