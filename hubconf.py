@@ -11,7 +11,18 @@ import torch
 if TYPE_CHECKING:
     from trainer.published import PublishedNetwork
 
-dependencies = ["torch", "torchvision", "timm", "safetensors", "huggingface_hub", "pydantic", "yaml", "PIL", "numpy"]
+dependencies = [
+    "torch",
+    "torchvision",
+    "timm",
+    "safetensors",
+    "huggingface_hub",
+    "pydantic",
+    "yaml",
+    "PIL",
+    "torchcodec",
+    "numpy",
+]
 
 
 def network(

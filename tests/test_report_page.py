@@ -54,6 +54,7 @@ def write_evaluation(folder: Path, photos: Path, before: list[Any], after: list[
     result = {
         "name": "town",
         "protocol": "25 m <of> & each",
+        "layout": "images/test/{database,queries}",
         "num_queries": 6,
         "num_database": 5,
         "recall": {"1": 60.0, "3": 100.0},
@@ -100,6 +101,7 @@ def test_the_page_says_what_was_found(photos: Path, tmp_path: Path, capsys: pyte
     assert "6 queries: 1 rescued, 1 harmed, 1 wrong, 1 unlabelled, 2 right." in page
     assert page.count("<article") == 6
     assert "25 m &lt;of&gt; &amp; each" in page
+    assert "images/test/{database,queries}" in page
     assert "3 files were left out" in page
     assert "1 pictures could not be read, such as" in page
     assert "50 images/s" in page

@@ -23,15 +23,12 @@ def results_table(evaluations: Sequence[Evaluation]) -> str:
         for name, result in one.results.items():
             about = [str(result.get(key, "")) for key in ("protocol", "layout", "pixels", "precision")]
             counts = f"{result.get('num_queries', '?')} queries in {result.get('num_database', '?')}"
+            stages = _stages(result, ks)
             what = (
-                f'<th scope="row" rowspan="{{rows}}">{escape(name)}<br><span class="small">{escape(one.name)}<br>'
+                f'<th scope="row" rowspan="{len(stages)}">{escape(name)}<br><span class="small">{escape(one.name)}<br>'
                 f"{'<br>'.join(map(escape, filter(None, about)))}<br>{escape(counts)}</span></th>"
             )
-            stages = _stages(result, ks)
-            rows += [
-                f"<tr>{what.replace('{rows}', str(len(stages))) if number == 0 else ''}{cells}</tr>"
-                for number, cells in enumerate(stages)
-            ]
+            rows += [f"<tr>{'' if number else what}{cells}</tr>" for number, cells in enumerate(stages)]
     return (
         f'<div class="scroll"><table><thead><tr><th scope="col">benchmark</th><th scope="col">stage</th>{heads}'
         f'<th scope="col" class="number">cost</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
