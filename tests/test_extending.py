@@ -12,10 +12,11 @@ from PIL import Image
 
 import rerankvpr
 from configs.load import load_recipe
-from configs.plugins import load_plugins
+from configs.plugins import load_plugins, loaded
 from configs.registry import BENCHMARKS, REGISTRIES
 from eval.benchmarks.catalogue import CATALOGUE
 from launch.cli import main
+from launch.torchrun import preload
 from tests import forked
 from tests.test_plugin_records import forget
 from tests.training import ROOT, ForkedRanks, finish, last_checkpoint, logged
@@ -75,6 +76,13 @@ def test_each_kind_has_a_short_file_and_the_page_s_files_are_there() -> None:
     assert {name: len(code.splitlines()) for name, code in FILES.items() if len(code.splitlines()) >= LONGEST} == {}
     named = re.findall(r"`((?:configs|data_pipeline|model|memory|eval)/[\w/]+\.py)`", PAGE.read_text())
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_a_fork_server_imports_no_plugin() -> None:
+    """Ranks run plug-ins themselves: a server outlives what a file was when it started."""
+    recipe = load_recipe(Path("recipe.yaml"))
+    assert preload(["train"], recipe) == preload(["train"], recipe.model_copy(update={"plugins": []}))
+    assert {plugin.name for plugin in loaded()} == set(FILES) - {"source.py"}
 
 
 def test_every_benchmark_of_the_catalogue_is_a_name() -> None:
