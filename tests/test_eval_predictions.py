@@ -94,19 +94,19 @@ def vpr_bench(plain: Path, folder: Path) -> str:
     return f"folder:{folder}"
 
 
-def gsv_lists(plain: Path, folder: Path) -> str:
+def _lists(plain: Path, folder: Path, suffixes: tuple[str, str, str]) -> None:
     names = _copied(plain, folder, _numbered("a", "b"))
-    for part, values in zip(("dbImages", "qImages"), names, strict=True):
-        np.save(folder / f"mine_{part}.npy", np.array(values))
-    np.save(folder / "mine_gt.npy", rows(*POSITIVES), allow_pickle=True)
+    for suffix, values in zip(suffixes, (*(np.array(part) for part in names), rows(*POSITIVES)), strict=True):
+        np.save(folder / f"mine_{suffix}.npy", values, allow_pickle=True)
+
+
+def gsv_lists(plain: Path, folder: Path) -> str:
+    _lists(plain, folder, ("dbImages", "qImages", "gt"))
     return f"layout:gsv_lists:{folder}"
 
 
 def openvprlab(plain: Path, folder: Path) -> str:
-    names = _copied(plain, folder, _numbered("a", "b"))
-    for part, values in zip(("ref", "query"), names, strict=True):
-        np.save(folder / f"mine_{part}_image_names.npy", np.array(values))
-    np.save(folder / "mine_ground_truth_25m.npy", rows(*POSITIVES), allow_pickle=True)
+    _lists(plain, folder, ("ref_image_names", "query_image_names", "ground_truth_25m"))
     return f"layout:openvprlab:{folder}"
 
 
