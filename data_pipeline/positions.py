@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ FARTHEST_M = 1e10  # from a map's origin
 NAME = "@UTM_east@UTM_north@zone@letter@lat@lon@...@.jpg"
 
 _BANDS = "CDEFGHJKLMNPQRSTUVWX"  # of latitude, 8 degrees each from 80 south
+_LETTERS = _BANDS + _BANDS.lower()
 _BAND_S_NORTH_M = (3.4e6, 4.6e6)  # northings of band S, 32 to 40 degrees north, with a margin
 _HEADING = 9
 _ALL_POSITIVE, _FEW = 0.5, 5
@@ -101,7 +104,7 @@ def from_utm_names(names: Sequence[str | Path]) -> Positions:
     a zone are of the others' zone if those have but one, or else of one map. Raises ValueError naming the file whose
     coordinates cannot be read or are of no zone, and saying so if they look like degrees.
     """
-    fields = [Path(name).name.split("@") for name in names]
+    fields = [os.path.basename(name).split("@") for name in names]  # noqa: PTH119 - names may be millions
     east, north = (np.array([_named(f, n, name) for f, name in zip(fields, names, strict=True)]) for n in (1, 2))
     zone = np.array([_zone(f, name) for f, name in zip(fields, names, strict=True)], dtype=np.int64)
     known = sorted(set(zone[zone > 0].tolist()))
@@ -234,7 +237,7 @@ def _hint(text: str) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        return bool(np.isfinite(float(text)))
+        return math.isfinite(float(text))
     except ValueError:
         return False
 
@@ -292,7 +295,7 @@ def _named(fields: list[str], number: int, name: str | Path) -> float:
         value = float(fields[number])
     except (IndexError, ValueError):
         value = np.nan
-    if not np.isfinite(value):
+    if not math.isfinite(value):
         raw = fields[number] if len(fields) > number else ""
         hint = _hint(raw) if "," in raw or "°" in raw else f"expected a name like {NAME}"
         raise ValueError(f"{name}: its name holds no UTM coordinates; {hint}")
@@ -302,7 +305,7 @@ def _named(fields: list[str], number: int, name: str | Path) -> float:
 def _zone(fields: list[str], name: str | Path) -> int:
     """The number of a name's UTM zone; without a letter beside it, in a name of the whole convention alone."""
     text = fields[3].strip() if len(fields) > 4 else ""
-    digits = text.rstrip("".join(_BANDS) + _BANDS.lower())
+    digits = text.rstrip(_LETTERS)
     if not digits.isdecimal() or not (_letter(fields) or len(fields) > _HEADING):
         return MAP
     if not 1 <= int(digits) <= 60:
@@ -311,9 +314,9 @@ def _zone(fields: list[str], name: str | Path) -> int:
 
 
 def _letter(fields: list[str]) -> str:
-    texts = [text.strip().upper() for text in fields[3:5]]
-    near = [texts[0][-1:] if texts and texts[0][:-1].isdecimal() else "", texts[1] if len(texts) > 1 else ""]
-    return next((text for text in near if text and text in _BANDS), "")
+    zone, letter = (fields[number].strip().upper() if len(fields) > number else "" for number in (3, 4))
+    near = (zone[-1:] if zone[:-1].isdecimal() else "", letter)
+    return next((text for text in near if len(text) == 1 and text in _BANDS), "")
 
 
 def _is_south(fields: list[str], north: float) -> bool:
@@ -334,7 +337,7 @@ def _look_like_degrees(fields: list[list[str]], east: Floats, north: Floats) -> 
 
 def _other_degrees(fields: list[list[str]], names: Sequence[str | Path], lat: Floats, lon: Floats) -> list[str]:
     """A note where the degrees in names are not those of their metres by more than a kilometre."""
-    told = np.array([[_degree(f, 5), _degree(f, 6)] for f in fields]).reshape(-1, 2)
+    told = np.array([(_degree(f, 5), _degree(f, 6)) for f in fields]).reshape(-1, 2)
     valid = (np.abs(told[:, 0]) <= 90) & (np.abs(told[:, 1]) <= 180) & np.isfinite(lat) & told.any(axis=1)
     if not valid.any():
         return []
@@ -350,7 +353,11 @@ def _other_degrees(fields: list[list[str]], names: Sequence[str | Path], lat: Fl
 
 
 def _degree(fields: list[str], number: int) -> float:
-    return float(fields[number]) if len(fields) > number and _is_number(fields[number]) else np.nan
+    try:
+        value = float(fields[number])
+    except (IndexError, ValueError):
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def _degrees_of(east: Floats, north: Floats, zone: NDArray[np.int64]) -> tuple[Floats, Floats]:
