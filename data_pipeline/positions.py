@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.reading import shown
+from data_pipeline.table_cells import hint
 from data_pipeline.utm import FALSE_NORTH_M, MEAN_RADIUS_M, Floats, degrees_from_utm, on_ellipsoid, utm_from_degrees
 
 MAP = 0  # a zone's number for metres of a map that names no zone; each number below is a map of its own
@@ -202,46 +203,6 @@ def suspicions(
     return notes
 
 
-def column_of_numbers(
-    values: Sequence[Any], column: str, where: str | Path, *, lines: Sequence[int] | None = None
-) -> NDArray[np.float64]:
-    """A table's column as float64 [N], NaN where a cell is empty; numbers or their text.
-
-    Raises ValueError naming `where`, row and column of the first cell that is no finite number; a decimal comma and
-    degrees, minutes and seconds are named as such.
-    """
-    numbers = np.full(len(values), np.nan)
-    for row, value in enumerate(values):
-        text = "" if value is None else str(value).strip()
-        if not text or (isinstance(value, float) and np.isnan(value)):
-            continue
-        try:
-            number = float(text)
-        except ValueError:
-            number = np.nan
-        if not np.isfinite(number):
-            line = row + 2 if lines is None else lines[row]
-            raise ValueError(f"{where} row {line}: {column} is {shown(text)!r}; {_hint(text)}")
-        numbers[row] = number
-    return numbers
-
-
-def _hint(text: str) -> str:
-    plain = text.replace(",", ".", 1)
-    if plain != text and _is_number(plain):
-        return f"a decimal comma; write {plain}"
-    if any(sign in text for sign in "°'\"\u2032\u2033") or text[-1:] in "NSEW":
-        return "write decimal degrees, south and west negative"
-    return "expected a finite number"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
 def _refuse(wrong: NDArray[np.bool_], where: str | Path, lines: Sequence[int], what: Any) -> None:
     if wrong.any():
         row = int(np.argmax(wrong))
@@ -297,8 +258,8 @@ def _named(fields: list[str], number: int, name: str | Path) -> float:
         value = np.nan
     if not math.isfinite(value):
         raw = fields[number] if len(fields) > number else ""
-        hint = _hint(raw) if "," in raw or "°" in raw else f"expected a name like {NAME}"
-        raise ValueError(f"{name}: its name holds no UTM coordinates; {hint}")
+        told = hint(raw) if "," in raw or "°" in raw else f"expected a name like {NAME}"
+        raise ValueError(f"{name}: its name holds no UTM coordinates; {told}")
     return value
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs.reading import reason, shown
-from data_pipeline.positions import column_of_numbers
+from data_pipeline.table_cells import column_of_numbers
 
 _DELIMITERS = (",", ";", "\t")
 

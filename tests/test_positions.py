@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from data_pipeline.positions import (
     Positions,
-    column_of_numbers,
     from_lat_lon,
     from_metres,
     from_utm_names,
@@ -17,6 +16,7 @@ from data_pipeline.positions import (
     suspicions,
     within_radius,
 )
+from data_pipeline.table_cells import column_of_numbers
 from data_pipeline.utm import degrees_from_utm, utm_from_degrees
 
 A, E2 = 6_378_137.0, 1 / 298.257223563 * (2 - 1 / 298.257223563)

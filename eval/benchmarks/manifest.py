@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.reading import reading, reason, shown
-from data_pipeline.positions import Positions, column_of_numbers, from_lat_lon, from_metres
+from data_pipeline.positions import Positions, from_lat_lon, from_metres
+from data_pipeline.table_cells import column_of_numbers
 from eval.benchmarks.benchmark import (
     RADIUS_M,
     Benchmark,
