@@ -26,6 +26,7 @@ from trainer.fit_projection import fit_projection
 from trainer.held_out import held_out_benchmark
 from trainer.metrics import StepMetrics
 from trainer.process_group import Rank
+from trainer.profile import StepProfile
 from trainer.progress import progress_bar
 from trainer.provenance import how_made
 from trainer.recorded_plugins import check_same_plugins, note_export
@@ -90,6 +91,7 @@ class Training:
         self.start_metrics: dict[str, float] = {}  # until they are logged
         self.step = TrainingStep(self.context, loss, self.state, steps_per_epoch=self.batches.steps_per_epoch)
         self.skipped = SkippedSteps(self.context)
+        self.profile = StepProfile(self.context)
         self.metrics = StepMetrics(recipe, images_per_rank=num_images)
         self.saving = Saving(self.context, self.state, self.batches)
         self.validation = Validation(self.context, self.state, self.batches, benchmarks, self.stop_signal)
@@ -112,7 +114,8 @@ class Training:
                 self._part_of_start_done("batch")
                 began = time.perf_counter() - waited_s
                 lr = self._learning_rate()
-                outcome = self.step(batch, lr, partial(votes_of_rank, self.batches, self.stop_signal, self.saving))
+                with self.profile.step(self.progress.step):
+                    outcome = self.step(batch, lr, partial(votes_of_rank, self.batches, self.stop_signal, self.saving))
                 votes = settle_votes(outcome.votes, self.saving)
                 self.progress.bad_images = self.bad_images_before + votes.bad_images
                 if not outcome.updated:
@@ -121,6 +124,7 @@ class Training:
                 self._log(outcome, lr, time.perf_counter() - began, waited_s, bar)
                 self.saving.save_if_due(asked_to_stop=votes.asked_to_stop, by_time=votes.save_is_due)
                 self._validate_if_due()
+        self.profile.stop()
         self._say_why_it_ends()
         self.saving.save_at_the_end()
         return self._summary(self._evaluate_trained())

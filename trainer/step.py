@@ -18,6 +18,7 @@ from memory.gradient_cache import GradientCache
 from trainer.batches import draw_augmentation
 from trainer.context import Context
 from trainer.engine import StepResult, clip_and_update, set_learning_rate
+from trainer.profile import waits_told
 from trainer.state import TrainingState
 
 
@@ -51,6 +52,10 @@ class TrainingStep:
         The host gives the device its work from the first image to the last weight and waits for it once, for all that
         it wants to know: so a loss that is not finite goes backward too, and makes every gradient NaN.
         """
+        with waits_told(self.recipe.trainer.sync_debug, self.state.engine.device):
+            return self._run(batch, lr, votes)
+
+    def _run(self, batch: PlaceBatch, lr: float, votes: Callable[[], Sequence[float]]) -> StepOutcome:
         state, step = self.state, self.state.progress.step
         optimizer_step = state.progress.optimizer_step
         queue_used = self._uses_queue(step)

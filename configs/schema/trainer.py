@@ -35,6 +35,21 @@ class TrainerConfig(Section):
         600, description="Seconds that the last checkpoint is tried again where the disk is full or gone."
     )
     log_every_steps: Positive = Field(1, description="Steps between logged metrics.")
+    profile_steps: tuple[NonNegative, NonNegative] | None = Field(
+        None,
+        description="First and last step (0 is the first) that are traced into profile/ of the output folder, a file "
+        "for each rank; on a GPU with a snapshot of its memory.",
+    )
+    sync_debug: Literal["off", "warn", "error"] = Field(
+        "off", description="What torch does where a step makes the host wait for its GPU: nothing, warn, or raise."
+    )
+
+    @model_validator(mode="after")
+    def _profile_ends_after_it_begins(self) -> TrainerConfig:
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            first, last = self.profile_steps
+            raise ValueError(f"profile_steps [{first}, {last}]: expected the first step, then the last")
+        return self
 
     @model_validator(mode="after")
     def _interval_has_its_rate(self) -> TrainerConfig:
