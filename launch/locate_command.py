@@ -138,7 +138,7 @@ def _located(
 
 def lines_of(location: Location) -> Iterator[str]:
     """A photograph's answer, in lines for a terminal."""
-    verdict = {True: "in the map", False: "not in the map", None: "no verdict"}[location.in_map]
+    verdict = {True: "in the map", False: "uncertain, may not be in the map", None: "no verdict"}[location.in_map]
     held = "" if location.in_map is None else f" (confidence {location.confidence:.3f}, from {location.threshold:.3f})"
     yield f"{location.query}: {verdict}{held}"
     for rank, one in enumerate(location.candidates, 1):

@@ -122,7 +122,7 @@ class LocatedPage:
 def _verdict(location: Location) -> str:
     if location.in_map is None:
         return ""
-    kind, text = ("in", "in the map") if location.in_map else ("out", "not in the map")
+    kind, text = ("in", "in the map") if location.in_map else ("out", "uncertain, may not be in the map")
     return f"<small class='{kind}'>{text} (confidence {location.confidence:.3f}, from {location.threshold:.3f})</small>"
 
 
