@@ -165,9 +165,11 @@ def _ours(
     ids = np.full((len(queries_QD), 10), -1, dtype=np.int64)
     for first, index in blocks:
         rows_ND = mixture.block(first, index.ntotal)  # drawn again: on disk they would be mapped
-        found = search_index(
-            index.search, index.ntotal, queries_QD, 10, lambda at, rows_ND=rows_ND: rows_ND[at], shortlist=SHORTLIST
-        )
+
+        def rows_of(at: NDArray[np.int64], rows_ND: NDArray[np.float32] = rows_ND) -> NDArray[np.float32]:
+            return rows_ND[at]
+
+        found = search_index(index.search, index.ntotal, queries_QD, 10, rows_of, shortlist=SHORTLIST)
         both = np.concatenate([scores, found[0]], axis=1), np.concatenate([ids, found[1] + first], axis=1)
         scores, ids = best(*both, 10)
     return ids
@@ -198,13 +200,13 @@ class Mixture:
         clusters = max(1, min(options.clusters, len(real_ND) // 4))
         kmeans = faiss.Kmeans(options.size, clusters, niter=10, seed=1, min_points_per_centroid=1)
         kmeans.train(real_ND)
-        _, nearest = kmeans.index.search(real_ND, 1)
-        nearest = nearest[:, 0]
+        centres_CD = np.asarray(kmeans.centroids, dtype=np.float32)
+        nearest = faiss.knn(real_ND, centres_CD, 1)[1][:, 0]
         share_C = np.bincount(nearest, minlength=clusters).astype(np.float64)
-        away_N = np.linalg.norm(real_ND - kmeans.centroids[nearest], axis=1)
+        away_N = np.linalg.norm(real_ND - centres_CD[nearest], axis=1)
         spread_C = np.array([away_N[nearest == c].mean() if share_C[c] else 0.0 for c in range(clusters)])
         per_number = (spread_C / options.size**0.5).astype(np.float32)
-        return cls(kmeans.centroids.astype(np.float32), per_number, share_C / share_C.sum())
+        return cls(centres_CD, per_number, share_C / share_C.sum())
 
     def draw(self, seed: int, count: int) -> NDArray[np.float32]:
         """`count` descriptors."""

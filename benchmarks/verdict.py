@@ -44,7 +44,9 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     describer, walks = load(options.weights), options.data_root / "gardens_point"
-    listed, rows, figures = list_source(str(walks / "day_right")), [], {}
+    listed = list_source(str(walks / "day_right"))
+    rows: list[list[str]] = []
+    figures: dict[str, float] = {}
     for span in options.maps:
         low, high = map(int, span.split("-"))
         with tempfile.TemporaryDirectory() as folder:
