@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import re
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,7 +30,8 @@ def _explain_one(fault: dict[str, Any], root: type[BaseModel]) -> str:
         names = list(_section(root, loc[:-1]).model_fields)
         return f"unknown key {key}; {nearest(loc[-1], names, prefix=''.join(f'{p}.' for p in loc[:-1]))}"
     if fault["type"] == "literal_error":
-        choices = [str(choice) for choice in get_args(_section(root, loc[:-1]).model_fields[loc[-1]].annotation)]
+        quoted = re.findall(r"'[^']*'|\d+", fault["ctx"]["expected"])  # of a key, or of a list's items
+        choices = [choice.strip("'") for choice in quoted]
         return f"{key}: {given} is not one of {', '.join(choices)}; {nearest(shown(fault['input']), choices)}"
     message = shown(fault["msg"].removeprefix("Value error, "))
     message = message[0].lower() + message[1:]

@@ -40,6 +40,8 @@ def test_every_key_has_a_line_of_documentation() -> None:
         ({"data": {"shrads": "x"}}, "unknown key data.shrads; nearest: data.shards"),
         ({"memmory": {}}, "unknown key memmory; nearest: memory"),
         ({"model": {"backbone": "vits15"}}, "model.backbone: 'vits15' is not one of .* nearest: vits14"),
+        ({"model": {"lora_targets": ["qk"]}}, r"model.lora_targets.0: 'qk' is not one of q, k, v, .*; nearest: "),
+        ({"engine": {"zero_stage": 7}}, "engine.zero_stage: 7 is not one of 0, 1, 2, 3"),
         ({"data": {"image_size": 225}}, "data.image_size: 225 is not a multiple of the patch size 14; .* 224 or 238"),
         ({"data": {"places_per_batch": 0}}, "data.places_per_batch: input should be greater than or equal to 1, got 0"),
         ({"data": {"images_per_place": 1}}, "data.images_per_place"),
