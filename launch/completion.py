@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Union
 
 import tyro
@@ -38,16 +38,19 @@ def commands() -> dict[str, Callable[..., Any]]:
     from launch.doctor import DoctorCommand
     from launch.eval_command import EvalCommand
     from launch.export_command import ExportCommand
+    from launch.index_command import VERBS as INDEX
     from launch.inspect_command import InspectCommand
+    from launch.locate_command import LocateCommand
     from launch.plan_command import PlanCommand
+    from launch.report_command import ReportCommand
     from launch.serve_command import ServeCommand
+    from launch.show_command import ShowCommand
     from launch.slurm import Resources
     from launch.sync_command import SyncCommand
     from launch.torchrun import LaunchCommand
     from trainer.command import TrainCommand
 
-    kinds = [Annotated[command_of(name), tyro.conf.subcommand(name, prefix_name=False)] for name in SOURCES]
-    shard = dataclasses.make_dataclass("Shard", [("kind", Annotated[Union[tuple(kinds)], tyro.conf.arg(name="")])])  # noqa: UP007
+    shard = _one_of("Shard", {name: command_of(name) for name in SOURCES})
     return {
         "demo": DemoCommand,
         "shard": shard,
@@ -59,7 +62,17 @@ def commands() -> dict[str, Callable[..., Any]]:
         "submit": Resources,
         "doctor": DoctorCommand,
         "eval": EvalCommand,
+        "index": _one_of("Index", {verb: kind for verb, (_, _, kind) in INDEX.items()}),
+        "locate": LocateCommand,
+        "show": ShowCommand,
+        "report": ReportCommand,
         "serve": ServeCommand,
         "sync": SyncCommand,
         "export": ExportCommand,
     }
+
+
+def _one_of(name: str, kinds: Mapping[str, type]) -> type:
+    """A command whose first word is one of `kinds`."""
+    named = [Annotated[kind, tyro.conf.subcommand(word, prefix_name=False)] for word, kind in kinds.items()]
+    return dataclasses.make_dataclass(name, [("kind", Annotated[Union[tuple(named)], tyro.conf.arg(name="")])])  # noqa: UP007
