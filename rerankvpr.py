@@ -16,6 +16,7 @@ import importlib.util
 import io
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,6 +142,8 @@ def prepare_arguments() -> list[str]:
 
 def main() -> None:
     """Entry point of the console script."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a verb has its own, Ctrl-C ends without a traceback
     prepare_streams()
     check_packages()
     prepare_libraries()

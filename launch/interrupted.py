@@ -22,6 +22,7 @@ KEPT = {
     "eval": "with --features, features that are whole stay and the same command resumes",
     "index": "features that are whole stay and readers see the index as it was; the same command resumes",
     "locate": "what is printed holds; files asked for are not written",
+    "export": "no export is there in part; the same command begins again",
     "sync": "what is sent stays sent, the same command resumes",
     "demo": "what is whole stays, the same command resumes",
     "submit": "jobs that are submitted stay in the queue: squeue --me shows them",

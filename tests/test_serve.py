@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import rerankvpr
 from configs.schema import ModelConfig, Recipe
 from eval.index.build import build_index
 from eval.index.index import Index
@@ -89,6 +90,7 @@ def test_an_answer_is_the_engines(client: TestClient, index: Index, photos: Path
         assert picture.headers["content-type"] == "image/jpeg"
         assert Image.open(io.BytesIO(picture.content)).format == "JPEG"
     assert any(candidate["lines"] for candidate in answer["candidates"])
+    assert rerankvpr.Index is Index
     points = client.get("/api/map").json()
     assert (points["photographs"], len(points["points"])) == (7, 7)
 
