@@ -124,7 +124,7 @@ def fold_constants(module: torch.fx.GraphModule) -> None:
     for node in graph.nodes:
         if node.op == "get_attr":
             values[node] = _attribute(module, str(node.target))
-        elif node.op == "call_function" and node.all_input_nodes and all(n in values for n in node.all_input_nodes):
+        elif node.op == "call_function" and not _is_random(node) and all(n in values for n in node.all_input_nodes):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
             values[node] = node.target(*args, **kwargs)
     for number, node in enumerate(list(graph.nodes)):
@@ -141,6 +141,10 @@ def fold_constants(module: torch.fx.GraphModule) -> None:
         node.replace_all_uses_with(constant)
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def _is_random(node: torch.fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

@@ -102,7 +102,7 @@ class _Layer(nn.Module):
         x_BNd = self.norm_attended(x_BNd + self.attend_patches(x_BNd, x_BNd))
         x_BNd = self.norm_patches(x_BNd + self.narrow(F.relu(self.widen(x_BNd))))
         queries_1qd = self.norm_queries(self.queries + self.attend_queries(self.queries, self.queries))
-        return x_BNd, self.norm_answers(self.ask(queries_1qd.expand(len(x_BNd), -1, -1), x_BNd))
+        return x_BNd, self.norm_answers(self.ask(queries_1qd.expand(x_BNd.shape[0], -1, -1), x_BNd))
 
 
 class _Attention(nn.Module):

@@ -50,5 +50,5 @@ class _Tokens(nn.Module):
 
     def forward(self, x_BTC: torch.Tensor, before: int) -> torch.Tensor:
         """The sequence with the learned tokens after its first `before`."""
-        learned_BAC = self.agg_token.to(x_BTC.dtype).expand(len(x_BTC), -1, -1)
+        learned_BAC = self.agg_token.to(x_BTC.dtype).expand(x_BTC.shape[0], -1, -1)
         return torch.cat([x_BTC[:, :before], learned_BAC, x_BTC[:, before:]], dim=1)
