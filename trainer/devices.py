@@ -67,6 +67,4 @@ def rank_device() -> torch.device:
             f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start at most that many processes on a node"
         )
     torch.cuda.set_device(local_rank)
-    if mode := os.environ.get("RERANKVPR_SYNC_DEBUG"):
-        torch.cuda.set_sync_debug_mode(mode)  # "warn" or "error": each wait for the device names its line
     return torch.device("cuda", local_rank)
