@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model.weights import facebook_layout
+from model.dinov2 import facebook_layout
 from tests.forked import Command
 from tests.networks import backbone
 from tests.photos import write_noise_benchmark
