@@ -11,7 +11,7 @@ from trainer.graph import ImagesToDescriptors, export_program
 
 
 @pytest.mark.parametrize(
-    ("backbone", "aggregator", "grid"),
+    ("backbone", "aggregator", "grid"), [("tiny14", "boq", 6), ("tiny14", "tokens", 6), ("tiny16", "cls", 5)]
 )
 @pytest.mark.slow
 def test_a_graph_is_the_network(backbone: str, aggregator: str, grid: int) -> None:
