@@ -61,7 +61,7 @@ def test_train_help_documents_every_key(capfd: pytest.CaptureFixture[str]) -> No
     ("argv", "words"),
     [
         (["trian"], "unknown verb 'trian'; nearest: train"),
-        (["shard", "gsv-citys", "a", "b"], "unknown kind of data set 'gsv-citys'; known: gsv-cities"),
+        (["shard", "gsv-citys", "a", "b"], "unknown kind of data set 'gsv-citys'; nearest: gsv-cities"),
         (["shard", "gsv-cities", "/nowhere", "out"], "/nowhere"),
         (["verify", "/nowhere"], "/nowhere"),
         (["train"], "train needs a recipe first"),

@@ -275,7 +275,7 @@ def test_commands_of_all_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["shard", "gsv", "a", "b"], "unknown kind of data set 'gsv'; known: gsv-cities, utm, msls, manifest"),
+        (["shard", "gsv", "a", "b"], "unknown kind of data set 'gsv'; nearest: gsv-cities"),
         (["shard", "gsv-cities", "a", "b", "--part", "2"], "--part 2: expected i/n, from 0/n to n-1/n"),
         (["shard", "manifest", "nowhere.csv", "b"], "nowhere.csv: no such file; give a CSV or Parquet table"),
         (["shard", "utm", "nowhere", "b", "--cell-m", "0"], "a grid of cells of 0.0 m"),
