@@ -30,8 +30,9 @@ def image_sum(arrays: Arrays, first: int, stop: int) -> int:
 
 def image_sums(arrays: Arrays) -> NDArray[np.int64]:
     """`image_sum` of each image of a shard; `count` has their numbers of patches."""
-    ends = np.cumsum(np.asarray(arrays["count"], dtype=np.int64))
-    starts = np.concatenate([[0], ends[:-1]])
+    counts = np.asarray(arrays["count"], dtype=np.int64)
+    ends = np.cumsum(counts)
+    starts = ends - counts
     return np.array([image_sum(arrays, int(a), int(b)) for a, b in zip(starts, ends, strict=True)], dtype=np.int64)
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from configs.files import replacing, write_whole
 from configs.plugins import digests_of_network
 from configs.reading import reading, shown
+from configs.tensors import save_tensors
 from eval.feature_digest import LOCAL, SUMS, image_sum, image_sums, shard_digest
 from eval.scratch import is_seen
 
@@ -122,7 +122,7 @@ def write_shard(
     if unreadable:
         metadata[UNREADABLE] = json.dumps({str(row): why for row, why in sorted(unreadable.items())})
     with replacing(path) as partial:
-        save_file(arrays, partial, metadata=metadata)
+        save_tensors(arrays, partial, metadata=metadata)
 
 
 def unreadable_in(path: Path, metadata: Mapping[str, str], num_images: int) -> dict[int, str]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from configs.files import file_sha256, sync, write_whole
 from configs.ranks import from_rank_0
+from configs.tensors import save_tensors
 from trainer.checkpoint import Contents
 from trainer.checkpoint_folder import point, prune, step_name
 from trainer.manifest import FORMAT, MANIFEST
@@ -129,7 +129,7 @@ def _write(part: _Part, contents: Contents) -> None:
                 part.note(content_name)
                 continue
             for name, tensors in _pieces(content_name, content):
-                save_file(tensors, part.folder / name)
+                save_tensors(tensors, part.folder / name)
                 sync(part.folder / name)
                 part.note(name)
     except Exception as error:  # noqa: BLE001 - safetensors has its own kinds for a full disk; told by all ranks

@@ -6,14 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from configs.files import replacing
 from configs.load import load_stored_recipe, recipe_text
 from configs.plugins import METADATA
 from configs.reading import reading
 from configs.registry import AGGREGATORS
 from configs.schema import Recipe
+from configs.tensors import save_tensors
 from model.backbone import network_of
 from model.licences import licence_metadata
 from model.lora import merged_weights
@@ -55,5 +54,5 @@ def export_network(checkpoint: Path, out: Path) -> Exported:
     if plugins := plugins_of(checkpoint):
         metadata[METADATA] = json.dumps(plugins)
     with replacing(out) as partial:
-        save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=metadata)
+        save_tensors({key: value.contiguous() for key, value in state.items()}, partial, metadata=metadata)
     return Exported(out, recipe, sum(value.numel() for value in state.values()))

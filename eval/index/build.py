@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from configs.files import replacing
 from configs.progress import OnProgress, PartOf, untold
 from configs.ranks import from_rank_0, on_all_ranks
 from configs.reading import is_out_of_memory
 from configs.schema import EvalConfig
+from configs.tensors import save_tensors
 from data_pipeline.images import UnreadableImageError
 from data_pipeline.index import BadImage
 from data_pipeline.positions import Positions, from_lat_lon
@@ -161,7 +161,7 @@ def write_network(file: Path, model: PlaceModel) -> None:
     """All tensors of a network as one file, by its own keys."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with replacing(file, durable=True) as partial:
-        save_file(state, partial)
+        save_tensors(state, partial)
 
 
 def other_weights(folder: Path, manifest: Manifest, weights: str) -> str:
