@@ -99,11 +99,11 @@ def _train_job(verb: list[str], want: Resources) -> Job:
     absent = check_training(recipe, want.ranks, resume=command.resume is not None, checkpoint=command.checkpoint)
     for line in absent:
         print(f"rerankvpr: not here when it was submitted: {line}", file=sys.stderr)
-    if recipe.model.weights == "timm" and not want.dry_run:
-        _download_weights(recipe)
     verb = resuming(verb)  # a job that is requeued runs the same line
     folder = _beside(str(recipe.output))
     job = torchrun_job(f"train-{recipe.name}", folder, verb, want, python=sys.executable, cwd=Path.cwd())
+    if recipe.model.weights == "timm" and not want.dry_run:  # last: it may wait long for a network
+        _download_weights(recipe)
     return replace(job, note=f"; curves: {open_command(recipe.tracking.uri)}" if recipe.tracking.enabled else "")
 
 

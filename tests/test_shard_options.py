@@ -102,6 +102,7 @@ def test_shuffled_places_lie_in_another_order_under_the_same_ids(
 # Processes, parts, kills
 
 
+@pytest.mark.slow
 def test_worker_processes_write_the_same_bytes(native: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     write_shards(
@@ -145,6 +146,7 @@ def test_parts_side_by_side_and_a_last_run_give_the_same_bytes(
             write_shards(listing, tmp_path / "no", part=part)
 
 
+@pytest.mark.slow
 def test_bad_images_of_all_workers_count_together(native: Path, tmp_path: Path) -> None:
     shutil.copytree(native, tmp_path / "native")
     files = sorted((tmp_path / "native/Images").rglob("*.jpg"))

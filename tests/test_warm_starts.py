@@ -98,6 +98,7 @@ def forks() -> None:
         print("status", process.exitcode, flush=True)
 
 
+@pytest.mark.slow
 def test_a_fork_has_the_state_of_a_new_process(tmp_path: Path) -> None:
     """Signals, mask, environment, folder, handlers, threads, standard input; random numbers of its own; its status."""
     lines = in_a_process("forks", tmp_path).splitlines()
@@ -135,6 +136,7 @@ def unsafe() -> None:
     print("status", process.exitcode)
 
 
+@pytest.mark.slow
 def test_signals_wait_in_the_server_and_its_end_is_survived(tmp_path: Path) -> None:
     """A scheduler signals the whole process group: server and fork live on, and SIGTERM to the fork ends the fork.
 
@@ -245,6 +247,7 @@ def in_session(process: psutil.Process, session: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_starts_in_a_row_leak_nothing(tmp_path: Path) -> None:
     leaks(STARTS, tmp_path)
 
