@@ -6,7 +6,7 @@ import torch
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on `device`, from pinned memory, so that the host goes on at once; itself if that is the CPU."""
+    """A CPU tensor on `device`, from pinned memory, so that the host does not wait; itself if that is the CPU."""
     if device.type == "cpu" or host.device.type != "cpu":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)

@@ -29,7 +29,7 @@ PLACES, VIEWS, SIDE = 6, 3, 28
 
 
 class PretendAccelerator(CPU_Accelerator):  # type: ignore[misc]  # ships no types
-    """What DeepSpeed is told of the pretend device."""
+    """The accelerator that DeepSpeed finds: the pretend device."""
 
     def device_name(self, device_index: int | None = None) -> str:
         return HERE.type

@@ -108,7 +108,7 @@ def list_photo_folder(
 ) -> PlaceListing:
     """The places of a folder by `grid`.
 
-    The city is `city`, or the folder's name; UTM zones far apart and the grid's groups are told apart by suffixes.
+    The city is `city`, or the folder's name; UTM zones far apart and the grid's groups get suffixes.
     Raises ValueError where no two places have enough photographs, saying what would do by the survey.
     """
     facts = folder.facts

@@ -22,7 +22,7 @@ def read_utm_folder(
 ) -> PlaceListing:
     """The places of a folder (and its sub-folders) of photographs named in the UTM convention, by `grid`.
 
-    The city is `city`, or the folder's name; UTM zones far apart and the grid's groups are told apart by suffixes.
+    The city is `city`, or the folder's name; UTM zones far apart and the grid's groups get suffixes.
     Raises FileNotFoundError where there is no photograph, ValueError for a name that cannot be read.
     """
     if not source.is_dir():
