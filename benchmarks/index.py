@@ -75,9 +75,14 @@ def main() -> None:
             figures |= {f"{kind}_{count}_{name}": value for name, value in found.items()}
             rows += _lines(kind, count, options, found)
     columns = ["index", "build, s", "peak MB", "bytes/image", "queries/s", "R@1", "R@10"]
-    print_table(f"Indices of {options.size} numbers per descriptor", columns, rows)
-    figures |= _growth(options, figures)
-    _on_paper(options, figures)
+    fitted = (
+        f"fitted on {options.descriptors}" if options.descriptors else "of drawn clusters of clusters, no real ones"
+    )
+    title = f"Indices of {options.size} numbers per descriptor, a mixture {fitted}; * is an operating point of FAISS"
+    print_table(title, columns, rows)
+    growth = _growth(options, figures)
+    figures |= growth
+    _on_paper(options, figures, growth)
     write_json(options.json, figures)
 
 
@@ -258,16 +263,21 @@ def _growth(options: Options, figures: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def _on_paper(options: Options, figures: dict[str, float]) -> None:
-    """Memory and nodes of 10^8 and 10^9 photographs, from the bytes measured at the largest size."""
+def _on_paper(options: Options, figures: dict[str, float], growth: dict[str, float]) -> None:
+    """Memory, nodes and hours of building 10^8 and 10^9, from the bytes at the largest size and the growth, if fitted.
+
+    Hours are of this machine, training and filling alone; blocks are independent, so nodes divide the filling.
+    """
     largest = max(options.rows)
     per_image = figures[f"ours_{largest}_bytes_per_image"]
     rows = []
     for count in (10**8, 10**9):
         index_gb, exact_gb = count * per_image / 1e9, count * 4.0 * options.size / 1e9
         nodes = [f"{math.ceil(gb / NODE_GB)}" for gb in (index_gb, exact_gb)]
-        rows.append([f"{count:.0e}", f"{index_gb:,.0f}", nodes[0], f"{exact_gb:,.0f}", nodes[1]])
-    columns = ["photographs", "approximate, GB", "nodes", "descriptors, GB", "nodes if held in memory"]
+        seconds = figures[f"ours_{largest}_build_s"] * (count / largest) ** growth.get("growth_build", math.nan)
+        hours = f"{seconds / 3600:,.1f}" if growth else "-"
+        rows.append([f"{count:.0e}", f"{index_gb:,.0f}", nodes[0], f"{exact_gb:,.0f}", nodes[1], hours])
+    columns = ["photographs", "approximate, GB", "nodes", "descriptors, GB", "nodes if held in memory", "build, h"]
     print_table(f"On paper, nodes of {NODE_GB:g} GB", columns, rows)
 
 

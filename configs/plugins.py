@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from configs.files import PARTIAL, write_whole
+from configs.files import partial_of, remove, remove_abandoned, write_whole
 from configs.names import nearest
 from configs.reading import read_regular, reading, reason, shown
 from configs.registry import NOT_RUN, REGISTRIES
@@ -29,7 +30,6 @@ ENTRY_POINTS = "rerankvpr.plugins"
 MODULE = "rerankvpr_plugin_"  # and the stem of a file: its module's name
 METADATA = "plugins"  # the key of an exported file's metadata that holds digests by name, as JSON
 ORDER = "order.txt"  # beside kept plug-ins: what to load, one a line
-OF_NETWORK = ("aggregator", "backbone")
 
 
 class PluginError(ValueError):
@@ -50,6 +50,11 @@ class Plugin:
     def is_file(self) -> bool:
         """Whether it was named as a file, not as a module."""
         return self.name.endswith(".py")
+
+    def has(self, module: str) -> bool:
+        """Whether a module is of this plug-in: the file, or anything in the outermost package of a module."""
+        package = self.module.partition(".")[0]
+        return module == self.module or (not self.is_file and f"{module}.".startswith(f"{package}."))
 
 
 _loaded: dict[str, Plugin] = {}
@@ -82,9 +87,15 @@ def digests(named: Iterable[str] | None = None) -> dict[str, str]:
     return {plugin.name: plugin.sha256 for plugin in loaded(named)}
 
 
-def digests_of_network() -> dict[str, str]:
-    """SHA-256 of the plug-ins of this process that decide what a network computes from its weights."""
-    return {p.name: p.sha256 for p in loaded() if any(one.startswith(OF_NETWORK) for one in p.adds)}
+def plugins_of_network(network: Any) -> list[Plugin]:
+    """The plug-ins of this process that a network (an `nn.Module`) has parts of: they decide what it computes."""
+    homes = {type(part).__module__ for part in network.modules()} | set(getattr(network, "origins", ()))
+    return [plugin for plugin in loaded() if any(plugin.has(home) for home in homes)]
+
+
+def digests_of_network(network: Any) -> dict[str, str]:
+    """SHA-256 of the code of `plugins_of_network`, by name."""
+    return {plugin.name: plugin.sha256 for plugin in plugins_of_network(network)}
 
 
 def note_recorded(recorded: Mapping[str, str], where: Path, kept: Path | None = None) -> str:
@@ -137,13 +148,18 @@ def keep(plugins: Iterable[Plugin], folder: Path) -> list[Path]:
         if copy.exists():
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(f".{copy.name}{PARTIAL}")
+        remove_abandoned(copy)
+        partial = partial_of(copy)
         if plugin.root.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(plugin.root, partial, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(plugin.root, partial)
-        partial.rename(copy)
+        try:
+            partial.rename(copy)
+        except OSError:  # another process has put the folder there, of the same bytes
+            remove(partial)
+            if not copy.exists():
+                raise
     if order:
         write_whole(folder / ORDER, "\n".join(order) + "\n")
     return copies

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 LOCK = ".rerankvpr.lock"
+PART_LOCK = f"{LOCK}.part-"  # of one of several that write parts of a folder together
 BEAT_S = 5.0
 DEAD_S = 45.0  # without a beat, the holder on another machine is taken for dead
 _SIZE = 1024
@@ -203,20 +204,38 @@ class FolderLock:
             self._write(file, beat)
 
 
+def lock_name(part: tuple[int, int] | None) -> str:
+    """The name of the lock of a folder, or of part i of n of it."""
+    return f"{PART_LOCK}{part[0]}-of-{part[1]}" if part else LOCK
+
+
+def refuse_others(folder: Path, part: tuple[int, int] | None) -> None:
+    """Raises LockedError if a writer of a part meets one of the whole folder, or one of the whole one of a part.
+
+    Called once one's own lock is held: of two that come at once, one at least sees the other.
+    """
+    others = [LOCK] if part else [path.name for path in folder.glob(f"{PART_LOCK}*")]
+    for other in others:
+        if found := holder(folder, name=other):
+            raise LockedError(f"{folder}: {found} is writing there; wait until it has ended")
+
+
 @contextlib.contextmanager
-def held_by_rank_0(folder: Path, what: str) -> Iterator[None]:
+def held_by_rank_0(folder: Path, what: str, part: tuple[int, int] | None = None) -> Iterator[None]:
     """Holds a folder for all ranks of the process group, by rank 0; every rank must call this.
 
-    Every rank raises what rank 0 met: LockedError if another process holds the folder, OSError if it cannot be written
-    to. A job that was started again waits for what may be left of its earlier start on another machine.
+    With `part` (i, n) it is held beside those that write other parts. Every rank raises what rank 0 met: LockedError if
+    another process holds the folder, OSError if it cannot be written to. A job that was started again waits for what
+    may be left of its earlier start on another machine.
     """
-    lock = FolderLock(folder, what)
+    lock = FolderLock(folder, what, name=lock_name(part))
     restarts = (os.environ.get(key, "0") for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     patience_s = _RESTARTED_S if any(count not in ("", "0") for count in restarts) else 0.0
     from configs.ranks import from_rank_0  # torch, which other holders of folders need not wait for
 
     from_rank_0(lambda: _acquire(lock, patience_s))
     try:
+        from_rank_0(lambda: refuse_others(folder, part))
         yield
     finally:
         lock.release()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from configs.files import PARTIAL, partials_of
 from configs.progress import OnProgress, untold
 from data_pipeline.changes import changed_photograph, file_stat, file_stats
-from data_pipeline.folder_lock import LOCK, FolderLock, LockedError, holder
+from data_pipeline.folder_lock import PART_LOCK, FolderLock, lock_name, refuse_others
 from data_pipeline.formats import HEIC_SUFFIXES, OTHER_SUFFIXES
 from data_pipeline.index import (
     FORMAT_VERSION,
@@ -49,7 +49,6 @@ from data_pipeline.tar_writer import (
 )
 
 _JOBS_AHEAD = 2
-_PART_LOCK = f"{LOCK}.part-"
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ def _digest(*parts: str | bytes) -> str:
 def _remove_rows_files(out: Path) -> None:
     for path in (out / "shards").glob("*.rows.parquet*"):
         path.unlink(missing_ok=True)
-    for path in out.glob(f"{_PART_LOCK}*"):  # of parts that were killed
+    for path in out.glob(f"{PART_LOCK}*"):  # of parts that were killed
         path.unlink(missing_ok=True)
 
 
@@ -284,15 +283,11 @@ def _folder_for(out: Path, set_digest: str, part: tuple[int, int] | None, mine: 
     shards = out / "shards"
     with contextlib.ExitStack() as locks:
         if part:
-            own = f"{_PART_LOCK}{part[0]}-of-{part[1]}"
-            locks.enter_context(FolderLock(out, f"rerankvpr shard --part {part[0]}/{part[1]}", name=own))
-            others = [LOCK]
+            what = f"rerankvpr shard --part {part[0]}/{part[1]}"
+            locks.enter_context(FolderLock(out, what, name=lock_name(part)))
         else:
             locks.enter_context(FolderLock(out, "rerankvpr shard"))
-            others = [path.name for path in out.glob(f"{_PART_LOCK}*")]
-        for other in others:  # looked at once this one is held: of two that come at once, one at least sees the other
-            if found := holder(out, name=other):
-                raise LockedError(f"{out}: {found} is writing there; wait until it has ended")
+        refuse_others(out, part)
         shards.mkdir(exist_ok=True)
         try:
             for path in [*shards.glob("*.tar"), *shards.glob("*.rows.parquet")]:

@@ -65,7 +65,7 @@ def digest(content: Any) -> str:
 def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256 over the names and bytes of parameters and buffers, and the code of plug-ins that use them."""
     sha = hashlib.sha256()
-    if of_plugins := digests_of_network():
+    if of_plugins := digests_of_network(model):
         sha.update(json.dumps([type(getattr(model, "aggregator", model)).__qualname__, of_plugins]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from configs.flags import parse_flags
 from configs.plugins import described, load_plugins
 from configs.recipe_flags import named_plugins
 from configs.registry import SOURCES
+from launch.parts import part_of
 from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help and mistakes should not wait for pyarrow
@@ -258,7 +258,7 @@ def shard(argv: list[str]) -> int:
 
 def write_shard_set(console: Console, command: Any) -> ShardSummary:
     """Shards a data set under a progress bar; the command is `parse_shard`'s."""
-    part = _part(command.part)
+    part = part_of(command.part)
     from data_pipeline.listing import shuffle_places
     from data_pipeline.shard_options import ShardOptions
     from data_pipeline.shards import write_shards
@@ -301,15 +301,6 @@ def _write_left_out(console: Console, path: Path, left_out: Sequence[tuple[str, 
     for name, why in left_out[:SHOWN]:
         console.print(f"  {escape(name)}: {escape(why)}", highlight=False, soft_wrap=True)
     console.print(f"  all {len(left_out)} left out: {path}", highlight=False, soft_wrap=True)
-
-
-def _part(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match:
-        raise ValueError(f"--part {text}: expected i/n, from 0/n to n-1/n; for example 0/16")
-    return int(match[1]), int(match[2])
 
 
 def describe_shards(console: Console, summary: ShardSummary) -> None:

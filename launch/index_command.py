@@ -15,6 +15,7 @@ from rich.markup import escape
 from configs.flags import parse_flags, parse_known_flags
 from configs.plugins import load_plugins
 from configs.schema import EncodingConfig
+from launch.parts import part_of
 from trainer.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ class BuildCommand:
     factory: str = ""
     """FAISS factory string of an approximate index, such as IVF4096,PQ64; trained once; without it search is exact."""
     params: str = ""
-    """How the approximate index is searched, such as nprobe=32."""
+    """How the approximate index is searched, such as nprobe=32; of an index that is there it may be another."""
+    part: str = ""
+    """i/n, from 0: encodes every n-th shard of features from the i-th on, as a task of an array; a last run without it
+    makes the index."""
     data_root: Path = Path("data")
     """Folder that holds a folder for each benchmark."""
     plugins: tuple[str, ...] = ()
@@ -72,6 +76,9 @@ class AddCommand:
     """Photographs, as `rerankvpr index build` takes them."""
     checkpoint: str = ""
     """A network, held against the one that the index was made with; without it the index's own is used."""
+    part: str = ""
+    """i/n, from 0: encodes every n-th shard of features from the i-th on, as a task of an array; a last run without it
+    adds them."""
     data_root: Path = Path("data")
     """Folder that holds a folder for each benchmark."""
     plugins: tuple[str, ...] = ()
@@ -94,6 +101,8 @@ class VerifyCommand:
 
     index: Annotated[Path, tyro.conf.Positional]
     """Folder of the index."""
+    plugins: tuple[str, ...] = ()
+    """Plug-ins to run, files or modules, that the network needs."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ def build(argv: list[str]) -> int:
         encoding = _encoding_of(named.checkpoint)
         default = BuildCommand(db=tyro.MISSING, checkpoint=tyro.MISSING, out=tyro.MISSING, encoding=encoding)
     command = parse_flags(BuildCommand, argv, default=default, prog=f"{PROG} build")
-    settings = command.encoding.model_dump()
+    settings, share = command.encoding.model_dump(), part_of(command.part)
     if command.no_rerank:
         settings["rerank"]["enabled"] = False
 
@@ -138,16 +147,16 @@ def build(argv: list[str]) -> int:
 
         photos = list_source(command.db, command.data_root)
         describer = load(command.checkpoint, device=rank.device, plugins=command.plugins, **settings)
-        return build_index(
-            describer, photos, command.out, factory=command.factory, params=command.params, on_progress=on_progress
-        )
+        how = {"factory": command.factory, "params": command.params}
+        return build_index(describer, photos, command.out, **how, share=share, on_progress=on_progress)
 
-    return _on_ranks(command.out, command.timeout_s, work)
+    return _on_ranks(command.out, command.timeout_s, share, work)
 
 
 def add(argv: list[str]) -> int:
     """Adds photographs to an index, over the ranks of the process group."""
     command = parse_flags(AddCommand, argv, prog=f"{PROG} add")
+    share = part_of(command.part)
     load_plugins(command.plugins)
 
     def work(rank: Rank, on_progress: OnProgress) -> Built:
@@ -159,9 +168,24 @@ def add(argv: list[str]) -> int:
         network = load(command.checkpoint, device=rank.device, plugins=command.plugins) if command.checkpoint else None
         index = Index.open(command.index, network=network, device=rank.device)
         photos = list_source(command.db, command.data_root)
-        return add_to_index(index.network, photos, command.index, on_progress=on_progress)
+        return add_to_index(index.network, photos, command.index, share=share, on_progress=on_progress)
 
-    return _on_ranks(command.index, command.timeout_s, work)
+    return _on_ranks(command.index, command.timeout_s, share, work)
+
+
+def written_folder(argv: list[str]) -> Path | None:
+    """The folder that `rerankvpr index` with these words would write to; None if it only reads.
+
+    Raises ValueError for words that it does not take; no checkpoint is read.
+    """
+    verb = argv[0] if argv else ""
+    if verb == "build":
+        command = parse_flags(BuildCommand, argv[1:], prog=f"{PROG} build")
+        part_of(command.part)
+        return command.out
+    if verb == "add":
+        return parse_flags(AddCommand, argv[1:], prog=f"{PROG} add").index
+    return None
 
 
 def info(argv: list[str]) -> int:
@@ -178,6 +202,7 @@ def info(argv: list[str]) -> int:
 def verify(argv: list[str]) -> int:
     """Checks an index; status 1 where something is damaged."""
     command = parse_flags(VerifyCommand, argv, prog=f"{PROG} verify")
+    load_plugins(command.plugins)
     from eval.index.verify import verify_index
 
     console = Console()
@@ -220,14 +245,16 @@ def _encoding_of(checkpoint: str) -> EncodingConfig:
     return EncodingConfig.model_validate(recipe.eval.model_dump(include=set(EncodingConfig.model_fields)))
 
 
-def _on_ranks(folder: Path, timeout_s: int, work: Callable[[Rank, OnProgress], Built]) -> int:
+def _on_ranks(
+    folder: Path, timeout_s: int, part: tuple[int, int] | None, work: Callable[[Rank, OnProgress], Built]
+) -> int:
     """Does the work in the process group, its folder held by rank 0, and says what came of it."""
     from data_pipeline.folder_lock import held_by_rank_0
     from trainer.process_group import start_process_group, stop_process_group
 
     console = Console()
     rank = start_process_group(timeout_s)
-    with held_by_rank_0(folder, PROG), progress_bar(console, "index", active=rank.is_main) as update:
+    with held_by_rank_0(folder, PROG, part), progress_bar(console, "index", active=rank.is_main) as update:
         built = work(rank, update)
     if rank.is_main:
         _describe(console, built)
@@ -236,6 +263,11 @@ def _on_ranks(folder: Path, timeout_s: int, work: Callable[[Rank, OnProgress], B
 
 
 def _describe(console: Console, built: Built) -> None:
+    if built.share:
+        i, n = built.share
+        text = f"{built.folder}: part {i}/{n} is whole, {built.added:,} photographs; a last run without --part follows"
+        console.print(f"[bold]index[/]   {escape(text)}", highlight=False, soft_wrap=True)
+        return
     done = f"{built.added:,} encoded" if built.added or not built.was_complete else "complete already, nothing encoded"
     known = f", {built.known:,} known before" if built.known and built.added else ""
     text = f"{built.folder}: {built.images:,} photographs; {done}{known}"

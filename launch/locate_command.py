@@ -15,6 +15,7 @@ from rich.console import Console
 
 from configs.flags import parse_flags
 from configs.plugins import load_plugins
+from trainer.progress import progress_bar
 
 if TYPE_CHECKING:
     from eval.index.estimate import Estimate
@@ -48,7 +49,7 @@ class LocateCommand:
     plugins: tuple[str, ...] = ()
     """Plug-ins to run, files or modules, that the network needs."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Prints nothing but what went wrong; for use with the files below."""
+    """Prints nothing but what went wrong and, on a terminal, how far it is; for use with the files below."""
     json: Path | None = None
     """File for all of it: a JSON array, one object per photograph and line."""
     csv: Path | None = None
@@ -85,10 +86,15 @@ def main(argv: list[str]) -> int:
     index = Index.open(command.index, network=network)
     unread, console = 0, Console(soft_wrap=True)
     targets = {kind: getattr(command, kind) for kind in ("json", "csv", "geojson", "pairs", "h5", "html")}
+    errors = Console(stderr=True)
+    answers_scroll = sys.stdout.isatty() and not command.quiet
     with ExitStack() as stack:
         write = stack.enter_context(writers(targets, index))
-        for path, location in _located(index, command, queries, streamed=streamed):
+        is_told = errors.is_terminal and not answers_scroll and not streamed
+        update = stack.enter_context(progress_bar(errors, "locate", len(queries), active=is_told))
+        for done, (path, location) in enumerate(_located(index, command, queries, streamed=streamed), 1):
             write(path, location)
+            update(done, len(queries))
             if location.error:
                 unread += 1
                 print(f"rerankvpr: {location.error}", file=sys.stderr, flush=True)
@@ -149,6 +155,8 @@ def lines_of(location: Location) -> Iterator[str]:
             told.append(_position(one))
             told += [f"{_metres(one.apart_m)} from the first"] if rank > 1 else []
         yield f"  {rank}  {one.name}  {', '.join(told)}"
+    if not location.candidates:
+        yield "  the index is empty"
     if place := location.position:
         of = f"{place.candidates} candidates, {place.support:.0%} of the weight"
         yield f"  at {_position(place)}, spread {_metres(place.spread_m)} ({of})"

@@ -66,6 +66,10 @@ def main(argv: list[str]) -> int:
 
         evaluation, _, _ = parse_eval(command[1:])
         shared = [folder for folder in (evaluation.out, evaluation.eval.features) if folder]
+    elif command[0] == "index" and not {"-h", "--help"} & set(command):
+        from launch.index_command import written_folder
+
+        shared = [folder for folder in (written_folder(command[1:]),) if folder]
     store = rendezvous_store(rank, world)
     complain(check(store, rank, world, shared=shared, scratch=scratch, quick=True), aloud=rank == 0)
     if used == world:

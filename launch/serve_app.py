@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eval.describer import LocalImage
 from eval.index.index import Index
+from eval.index.stored_local import stored_local
 from eval.report.locations import as_json
 from eval.report.thumbnails import small_jpeg
 
@@ -38,6 +39,7 @@ MOST_POINTS = 20_000  # on the map
 LINES = 60  # matches given of a candidate
 THUMBNAIL_SIDE = 640
 WAIT_S = 60.0
+UPLOADED = "the photograph"  # how errors name it
 KEPT_LOCAL = 256  # candidates whose local features stay in memory
 
 
@@ -170,7 +172,7 @@ def create_app(index: Index, *, top: int = 5, max_mb: float = 20.0, max_megapixe
     @functools.lru_cache(KEPT_LOCAL)
     def local_of(number: int) -> LocalImage | None:
         path = index.path_of(number)
-        return index.describer.local(path)[0] if path else None
+        return stored_local(index, index.features, number, path) if path else None
 
     @app.get("/api/map")
     def map_of_the_index() -> Map:
@@ -185,11 +187,11 @@ def create_app(index: Index, *, top: int = 5, max_mb: float = 20.0, max_megapixe
         if not one_at_a_time.acquire(timeout=WAIT_S):
             raise HTTPException(503, "too many photographs wait; try again")
         try:
-            (location,) = index.locate(data, top_k=top)
-            if location.error:
-                raise HTTPException(422, location.error.removeprefix("image 0: "))
-            query = index.describer.local(data)[0] if index.config.rerank.enabled else None
-            told = as_json(location)
+            features, _, errors = index.encode([data], [UPLOADED])
+            if errors:
+                raise HTTPException(422, errors[0].removeprefix(f"{UPLOADED}: "))
+            told = as_json(index.location(UPLOADED, index.find(features, top), 0, top))
+            query = stored_local(index, features, 0, data) if index.config.rerank.enabled else None
             for candidate in told["candidates"]:
                 del candidate["root"]
                 number = candidate["number"]

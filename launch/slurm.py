@@ -54,7 +54,7 @@ class Resources:
     max_requeues: int = 20
     """Times that a job is put back in the queue after it saved; beyond that it ends with status 75."""
     array: int = 0
-    """Tasks of a `shard` stage, each with its part of the tars; a further job then writes the index."""
+    """Tasks of a `shard` or `index` stage, each with its part of the work; a further job then makes the whole of it."""
     dependency: str = ""
     """What the first stage waits for, as SLURM writes it (afterok:1234)."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-STAGES = ("shard", "train", "eval")
+STAGES = ("shard", "train", "index", "eval")
 
 
 def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:

@@ -18,7 +18,7 @@ from launch.stages import resuming, split_at_dashes, split_stages
 if TYPE_CHECKING:
     from configs.schema import Recipe
 
-ABOUT = """Writes a batch script for each stage (shard, train or eval), keeps it beside what the stage writes
+ABOUT = """Writes a batch script for each stage (shard, train, index or eval), keeps it beside what the stage writes
 (train: OUTPUT/job/), submits it, and prints job, log and MLflow store. A stage starts when the one before it has ended
 well. Flags before the first `--` hold for all stages; a stage may have further ones of its own after --then.
 
@@ -28,14 +28,17 @@ well. Flags before the first `--` hold for all stages; a stage may have further 
 
   rerankvpr submit --array 16 -- shard gsv-cities SRC OUT
 
+  rerankvpr submit --gpus-per-node 1 --array 16 -- index build photos/ --checkpoint runs/a --out city.index
+
   rerankvpr submit --gpus-per-node 1 -- eval --checkpoint runs/a runs/b --benchmarks town --out results
 
   rerankvpr submit --nodes 4 --gpus-per-node 8 -- shard gsv-cities SRC OUT --then train RECIPE
       --then --nodes 1 -- eval --checkpoint runs/a --benchmarks town
 
 `shard` runs on one node without GPUs: --array 16 makes sixteen tasks that write the tars, and a job that writes the
-index. `eval` of several checkpoints is an array. A training is checked as `rerankvpr plan` does it; it is asked to save
-before its time limit and on preemption, is put back in the queue and resumes."""
+index. An index is built or added to over --nodes, or with --array by tasks of one node that encode its shards and a
+job that makes it of them. `eval` of several checkpoints is an array. A training is checked as `rerankvpr plan` does it;
+it is asked to save before its time limit and on preemption, is put back in the queue and resumes."""
 
 PROG = "rerankvpr submit"
 
@@ -79,6 +82,8 @@ def stage_jobs(verb: list[str], want: Resources) -> list[Job]:
         return [_train_job(verb, want)]
     if verb[0] == "shard":
         return _shard_jobs(verb, want)
+    if verb[0] == "index":
+        return _index_jobs(verb, want)
     verbs = eval_verbs(verb)
     stage, _ = parse_known_flags(EvalStage, verb[1:], prog="rerankvpr eval")
     folder = _beside(stage.out or next(iter(stage.checkpoint), "eval"))
@@ -131,6 +136,24 @@ def _shard_jobs(verb: list[str], want: Resources) -> list[Job]:
         jobs.append(job("shard", verbs=parts))
     name = "shard-index" if jobs else "shard"
     return [*jobs, job(name, verbs=[verb])]
+
+
+def _index_jobs(verb: list[str], want: Resources) -> list[Job]:
+    from launch.index_command import written_folder
+
+    folder = written_folder(verb[1:])
+    if folder is None:
+        raise ValueError(f"submit: index {' '.join(verb[1:2])}: expected index build or index add")
+    if want.array and is_given(verb, "part"):
+        raise ValueError(f"submit: --array {want.array} deals out the parts; leave --part out")
+    name, beside, python, cwd = f"index-{verb[1]}", _beside(str(folder)), sys.executable, Path.cwd()
+    if want.node_range[1] > 1 and want.array < 2:
+        return [torchrun_job(name, beside, verb, want, python=python, cwd=cwd)]
+    jobs = []
+    if want.array > 1:
+        parts = [[*verb, "--part", f"{i}/{want.array}"] for i in range(want.array)]
+        jobs.append(array_job(f"{name}-parts", beside, parts, want, python=python, cwd=cwd, launched=True))
+    return [*jobs, array_job(name, beside, [verb], want, python=python, cwd=cwd, launched=True)]
 
 
 def _plain(want: Resources) -> Resources:

@@ -171,6 +171,8 @@ def preload(verb: Sequence[str], recipe: Recipe | None = None) -> list[str]:
         return [*ours, *(["mlflow", "mlflow.store.tracking.sqlalchemy_store"] if tracked else []), *OF_EVERY_RANK]
     if verb[0] == "eval":
         return ["eval.evaluate", "eval.report.pictures", "launch.eval_command", "launch.eval_tracking", *OF_EVERY_RANK]
+    if verb[0] == "index":
+        return ["eval.index.build", "trainer.pretrained", "launch.index_command", *OF_EVERY_RANK]
     return list(OF_EVERY_RANK)
 
 

@@ -1,7 +1,12 @@
-"""Any loss of pytorch-metric-learning that takes a reference set, over all ranks: exact, dense and without decay."""
+"""Losses that pytorch-metric-learning computes, its own or a plug-in's: over all ranks, exact, dense, without decay.
+
+A loss must take a reference set. One that is ours too (MultiSimilarityLoss with a miner of the library) has our
+defaults.
+"""
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import pytorch_metric_learning.losses
@@ -9,9 +14,11 @@ import pytorch_metric_learning.miners
 import torch
 from pytorch_metric_learning.utils import loss_and_miner_utils
 
+from configs.plugins import described
 from configs.registry import LOSSES, MINERS, Registry
 from configs.schema import LossConfig
 from memory.pairing import GlobalBatch
+from memory.probe import form_of
 
 
 class LibraryLoss:
@@ -27,18 +34,25 @@ class LibraryLoss:
         *,
         gradient_scale: float,
     ) -> None:
-        self.loss = _with_library(LOSSES, pytorch_metric_learning.losses).build(config.name, config.args)
+        arguments = _our_defaults(LOSSES, config.name) | config.args
+        self.loss = _with_library(LOSSES, pytorch_metric_learning.losses).build(config.name, arguments)
         self.miner = None
         if config.miner != "none":
             miners = _with_library(MINERS, pytorch_metric_learning.miners)
-            self.miner = miners.build(config.miner, config.miner_args)
+            self.miner = miners.build(config.miner, _our_defaults(MINERS, config.miner) | config.miner_args)
         self.gradient_scale = gradient_scale
         if any(True for _ in self.loss.parameters()):
             raise ValueError(f"{config.name} has parameters of its own, which no optimizer here would train")
         try:
-            self._compute(torch.eye(4), torch.tensor([0, 0, 1, 1]), torch.eye(4), torch.tensor([0, 0, 1, 1]), live=True)
+            ids = torch.tensor([0, 0, 1, 1])
+            loss = self._compute(torch.eye(4, requires_grad=True), ids, torch.eye(4), ids, live=True)
         except Exception as error:  # whatever a loss raises, it does so before any training
+            if LOSSES.origin(config.name) or MINERS.origin(config.miner):
+                what = f"loss.name {config.name} with loss.miner {config.miner}"
+                raise ValueError(f"{what}, on four descriptors and four references: {described(error)}") from error
             raise ValueError(f"{config.name} does not take a reference set, which the queue needs: {error}") from error
+        if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
+            raise ValueError(f"loss.name {config.name} gave {form_of(loss)}; expected one number with a gradient")
 
     def __call__(
         self,
@@ -82,6 +96,14 @@ class LibraryLoss:
 
 
 def _with_library(ours: Registry[Any], module: Any) -> Registry[Any]:
-    """The library's classes, and our names, for what is nearest to one that is unknown."""
+    """The library's classes and plug-ins', and our names, for what is nearest to one that is unknown."""
     classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
-    return Registry(ours.kind, dict.fromkeys(ours, "") | classes, key=ours.key, more=ours.more)
+    plugged = {name: ours[name] for name in ours if ours.origin(name)}
+    return Registry(ours.kind, dict.fromkeys(ours, "") | classes | plugged, key=ours.key, more=ours.more)
+
+
+def _our_defaults(ours: Registry[Any], name: str) -> dict[str, Any]:
+    """The arguments that a loss or miner of ours has where a recipe gives none; the library's may be others."""
+    if name not in ours or ours.origin(name) or not is_dataclass(ours[name]):
+        return {}
+    return {field.name: field.default for field in fields(ours[name]) if field.default is not MISSING}

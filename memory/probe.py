@@ -31,18 +31,18 @@ def probe(loss: Loss, miner: Miner, names: tuple[str, str]) -> None:
     ):
         if not isinstance(pairs, torch.Tensor) or pairs.shape != like.shape or not pairs.is_floating_point():
             raise ValueError(
-                f"loss.miner {names[1]}: its {what} are {_shown(pairs)}; expected floats of {tuple(like.shape)}"
+                f"loss.miner {names[1]}: its {what} are {form_of(pairs)}; expected floats of {tuple(like.shape)}"
             )
     for name in ("arrays", "weighs_anchors"):
         if not hasattr(loss, name):
             raise ValueError(f"loss.name {names[0]} has no `{name}` (docs/extending.md)")
     terms = _told(f"loss.name {names[0]}", lambda: loss(tile, mined))
     if not isinstance(terms, list) or not terms or not all(isinstance(term, Term) for term in terms):
-        raise ValueError(f"loss.name {names[0]} returned {_shown(terms)}; expected a list of Term(total, divisor)")
+        raise ValueError(f"loss.name {names[0]} returned {form_of(terms)}; expected a list of Term(total, divisor)")
     for term in terms:
         for part, value in zip(Term._fields, term, strict=True):
             if torch.as_tensor(value).ndim:
-                raise ValueError(f"loss.name {names[0]}: {part} of a Term is {_shown(value)}; expected one number")
+                raise ValueError(f"loss.name {names[0]}: {part} of a Term is {form_of(value)}; expected one number")
         if not (isinstance(term.total, torch.Tensor) and term.total.requires_grad):
             raise ValueError(f"loss.name {names[0]}: the total of a Term has no gradient in the tile's similarities")
 
@@ -71,5 +71,5 @@ def _tile() -> Tile:
     )
 
 
-def _shown(value: object) -> str:
+def form_of(value: object) -> str:
     return f"a tensor of {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from configs.names import nearest
-from configs.registry import LOSSES, MINERS
+from configs.registry import LOSSES, MINERS, Registry
 from configs.schema import LossConfig, MemoryConfig
 from memory.decay import half_life, log_weight
 from memory.gather import all_gather, all_gather_with_grad
@@ -38,19 +38,30 @@ class Strategy(Protocol):
 
 
 def choose_strategy(loss: LossConfig, memory: MemoryConfig, gradient_scale: float) -> Strategy:
-    """Tiles for a loss and miner of LOSSES and MINERS, the library for any other.
+    """Tiles for a loss and miner of LOSSES and MINERS that are made for them, the library for any other.
 
     Raises ValueError for a name, argument or combination that does not exist.
     """
-    if loss.name in LOSSES and loss.miner in MINERS:
+    if is_for_tiles(LOSSES, loss.name) and is_for_tiles(MINERS, loss.miner):
         return InTiles(loss, memory, gradient_scale)
     for own, name, others, other in ((LOSSES, loss.name, MINERS, loss.miner), (MINERS, loss.miner, LOSSES, loss.name)):
-        if own.origin(name):
+        if own.origin(name) and is_for_tiles(own, name):
             raise ValueError(
                 f"{own.key} {name} is a plug-in's, for tiles, and {others.key} {other} is none for tiles; "
                 f"{nearest(other, others)}"
             )
     return ByLibrary(loss, memory, gradient_scale)
+
+
+def is_for_tiles(registry: Registry[Any], name: str) -> bool:
+    """Whether a name stands for a callable of tiles: a plug-in may also register a class of the library's kind."""
+    return name in registry and not (registry.origin(name) and is_of_library(registry[name]))
+
+
+def is_of_library(thing: Any) -> bool:
+    """Whether a class is derived from one of pytorch-metric-learning, which is not imported for this."""
+    bases = thing.__mro__ if isinstance(thing, type) else ()
+    return any(base.__module__.partition(".")[0] == "pytorch_metric_learning" for base in bases)
 
 
 class InTiles:

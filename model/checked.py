@@ -15,12 +15,30 @@ from model.backbone import Backbone
 IMAGES = 2
 
 
+def check_tokens(backbone: Any, tokens_BTC: torch.Tensor, images: int, least: int, channels: int) -> None:
+    """Raises ValueError unless there are at least as many tokens of each image, and as long, as the spec says."""
+    shape = tuple(tokens_BTC.shape)
+    if len(shape) != 3 or shape[0] != images or shape[1] < least or shape[2] != channels:
+        raise ValueError(
+            f"backbone {type(backbone).__name__}: tokens are {shape}; expected ({images}, {least}, {channels})"
+        )
+
+
+def check_descriptors(aggregator: Any, descriptor_BD: torch.Tensor, images: int, size: int) -> None:
+    """Raises ValueError unless there is a descriptor of `output_size` numbers for each image."""
+    if tuple(descriptor_BD.shape) != (images, size):
+        raise ValueError(
+            f"aggregator {type(aggregator).__name__}: descriptors are {tuple(descriptor_BD.shape)}; expected "
+            f"({images}, {size}), of which {size} is its output_size"
+        )
+
+
 @torch.no_grad()
 def check_plugged(model: Any, config: ModelConfig) -> None:
     """Raises ValueError for a plug-in whose tokens or descriptors are not as long as its spec or `output_size` says.
 
-    `model` is on the meta device, so this costs no memory; what cannot run there is not checked. Built-ins are not
-    checked either: tests do that.
+    `model` is on the meta device, so this costs no memory; what cannot run there, for it needs numbers, is checked at
+    each call by `check_tokens` and `check_descriptors`. Built-ins are not run here: tests do that.
     """
     if not (BACKBONES.origin(config.backbone) or AGGREGATORS.origin(config.aggregator)):
         return
@@ -40,11 +58,9 @@ def check_plugged(model: Any, config: ModelConfig) -> None:
     def run(key: str, call: Any, expected: tuple[int, ...], words: str) -> Any:
         try:
             found = call()
-        except NotImplementedError as error:
-            if "meta" in str(error).lower():
-                return None  # an operation that needs numbers
-            raise ValueError(f"{key} {names[key]}: {described(error)}") from error
         except Exception as error:
+            if isinstance(error, NotImplementedError | RuntimeError) and "meta" in str(error).lower():
+                return None  # an operation that needs numbers
             raise ValueError(f"{key} {names[key]}: {described(error)}") from error
         shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         if shape != expected:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.backbones import BackboneSpec
-from configs.registry import AGGREGATORS
+from configs.registry import AGGREGATORS, BACKBONES
 from configs.schema import ModelConfig
 from model.aggregators.aggregator import Aggregator
 from model.backbone import Backbone, build_backbone
-from model.checked import check_plugged
+from model.checked import check_descriptors, check_plugged, check_tokens
 from model.finetune import choose_trained
 from model.lora import add_lora
 from model.materialise import materialise
@@ -47,6 +47,7 @@ class PlaceModel(nn.Module):
         self.projection_loaded = False
         self.aggregator = aggregator
         self.frozen_dtype = frozen_dtype  # of the frozen blocks and embeddings; None is that of all else
+        self.origins: tuple[str, ...] = ()  # modules that registered backbone and aggregator, of what is not built in
 
     @property
     def spec(self) -> BackboneSpec:
@@ -104,7 +105,10 @@ class PlaceModel(nn.Module):
         if grid[0] * grid[1] < least:
             raise ValueError(f"images of {grid[0]} x {grid[1]} patches; the aggregator needs {least} or more")
         tokens_BTC = self.backbone(images_B3HW, self.aggregator.insertion(), final_norm=self.aggregator.final_norm)
+        images, least_tokens = images_B3HW.shape[0], self.spec.num_prefix_tokens + grid[0] * grid[1]
+        check_tokens(self.backbone, tokens_BTC, images, least_tokens, self.spec.channels)
         descriptor_BD = self.aggregator(tokens_BTC, grid)
+        check_descriptors(self.aggregator, descriptor_BD, images, self.aggregator.output_size)
         if self.projection is not None and self.projects:
             descriptor_BD = self.projection(F.normalize(descriptor_BD.float(), dim=-1))
         return F.normalize(descriptor_BD.float(), dim=-1)
@@ -134,6 +138,7 @@ def meta_model(config: ModelConfig) -> PlaceModel:
         model = PlaceModel(build_backbone(config.spec), aggregator, frozen_dtype, projection)
         if config.finetune == "lora":
             add_lora(model.backbone, config)
+    model.origins = tuple(filter(None, (BACKBONES.origin(config.backbone), AGGREGATORS.origin(config.aggregator))))
     check_plugged(model, config)
     choose_trained(model.backbone, model.aggregator, config)
     model.cast_frozen()

@@ -72,7 +72,7 @@ def _in_scratch(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def test_each_kind_has_a_short_file_and_the_page_s_files_are_there() -> None:
     added = [plugin.adds for plugin in load_plugins(FILES)]
-    assert sorted(one.split()[0] for adds in added for one in adds) == sorted(one.kind for one in REGISTRIES)
+    assert {one.split()[0] for adds in added for one in adds} == {one.kind for one in REGISTRIES}
     assert {name: len(code.splitlines()) for name, code in FILES.items() if len(code.splitlines()) >= LONGEST} == {}
     named = re.findall(r"`((?:configs|data_pipeline|model|memory|eval)/[\w/]+\.py)`", PAGE.read_text())
     assert [name for name in named if not (ROOT / name).is_file()] == []
@@ -151,6 +151,13 @@ def test_all_of_them_train_resume_evaluate_and_export(scratch: Path, capfd: pyte
             r"model.backbone small14: tokens of 2 images of 56 pixels are \(2, 16, 32\); expected \(2, 17, 32\)",
         ),
         ("loss.py", "return [Term(", "return (Term(", "loss.name HardestPair returned"),
+        (
+            "library.py",
+            "self.margin - distance_AR",
+            "self.margn - distance_AR",
+            r"loss.name SoftMarginLoss with loss.miner NearMiner, on four .*: /.*/library.py:\d+: AttributeError",
+        ),
+        ("library.py", "< 1", "< ref_labels", "loss.name SoftMarginLoss with loss.miner NearMiner, on four"),
         ("loss.py", ".relu().sum()", ".relu()", r"total of a Term is a tensor of \(3,\); expected one number"),
         ("loss.py", "tile.negative_AR", "tile.negativ_AR", r"loss.name HardestPair: /.*/loss.py:\d+: AttributeError"),
         (
@@ -181,6 +188,8 @@ def test_what_is_wrong_with_a_plugin_is_one_line(
     assert changed != FILES[file]
     (tmp_path / file).write_text(changed)
     content = yaml.safe_load((scratch / "recipe.yaml").read_text())
+    if file == "library.py":
+        content["loss"] = {"name": "SoftMarginLoss", "miner": "NearMiner"}
     content["plugins"] = [str(tmp_path / name) if name == file else name for name in content["plugins"]]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=words) as raised:

@@ -210,7 +210,7 @@ def test_the_requeue_of_a_script(tmp_path: Path) -> None:
 def test_stages_have_their_own_flags() -> None:
     stages = split_stages(["shard", "utm", "a", "b", "--then", "--nodes", "1", "--", "eval", "--checkpoint", "c"])
     assert stages == [([], ["shard", "utm", "a", "b"]), (["--nodes", "1"], ["eval", "--checkpoint", "c"])]
-    with pytest.raises(ValueError, match="one of shard, train, eval, got 'dance'"):
+    with pytest.raises(ValueError, match="one of shard, train, index, eval, got 'dance'"):
         split_stages(["train", "demo", "--then", "dance"])
 
 
@@ -229,6 +229,28 @@ def test_a_sharding_in_parts_is_an_array_and_an_index(tmp_path: Path) -> None:
     assert "gpus" not in parts.text
     assert "--part" not in index.text
     assert (parts.folder, index.name) == (tmp_path / "o" / "job", "shard-index")
+
+
+def test_an_index_is_an_array_and_what_makes_it_or_one_job_over_nodes(tmp_path: Path) -> None:
+    out = str(tmp_path / "i")
+    build, add = ["index", "build", "db", "--checkpoint", "runs/a", "--out", out], ["index", "add", out, "more"]
+    for verb in (build, add):
+        (job,) = stage_jobs(verb, Resources(nodes="2", gpus_per_node=4))
+        assert (job.folder, job.name) == (tmp_path / "i" / "job", f"index-{verb[1]}")
+        assert f"-- {shlex.join(verb)}" in job.text
+        assert "--nproc-per-node 4" in job.text
+        parts, index = stage_jobs(verb, Resources(nodes="4", array=3, gpus_per_node=2))
+        bash_takes(parts.text)
+        assert ("#SBATCH --array=0-2" in parts.text, "#SBATCH --nodes=1" in parts.text) == (True, True)
+        assert f"launch --nproc-per-node 2 -- {shlex.join([*verb, '--part', '2/3'])}" in parts.text
+        assert (index.name, "--part" in index.text) == (f"index-{verb[1]}", False)
+    for verb, words in (
+        (["index", "info", out], "expected index build or index add"),
+        ([*build, "--part", "0/3"], "leave --part out"),
+        ([*build, "--imagesize", "3"], "imagesize"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            stage_jobs(verb, Resources(array=3))
 
 
 def test_a_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

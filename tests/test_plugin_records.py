@@ -9,17 +9,24 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import torch
 
 import rerankvpr
 from configs import plugins
 from configs.load import load_recipe
 from configs.plugins import digests_of_network, load_plugins
 from configs.registry import NOT_RUN, REGISTRIES
-from configs.schema import Recipe
+from configs.schema import ModelConfig, Recipe
 from eval.features import weights_digest
+from eval.index.build import build_index
+from eval.index.index import Index
+from eval.index.manifest import PLUGINS, IndexFault
+from eval.index.photo_list import list_source
+from eval.index.verify import verify_index
 from launch.cli import main
-from model.network import PlaceModel
+from model.network import PlaceModel, build_model
 from tests.checkpoints import write_checkpoint
+from tests.photos import write_noise_benchmark
 from tests.test_plugins import MEAN
 from trainer.export import export_network
 from trainer.logged_model import save_pyfunc
@@ -98,13 +105,55 @@ def test_another_plugin_is_said_when_a_training_resumes(run: tuple[Path, PlaceMo
 
 def test_features_are_of_a_plugin_too(run: tuple[Path, PlaceModel, Recipe]) -> None:
     _, network, _ = run
-    assert set(digests_of_network()) == {"my_vpr.py"}
+    assert set(digests_of_network(network)) == {"my_vpr.py"}
     before = weights_digest(network)
     Path("my_vpr.py").write_text(MEAN + "# more\n")
     load_plugins(["my_vpr.py"])
     after = weights_digest(network)
     forget()
     assert len({before, after, weights_digest(network)}) == 3
+
+
+def test_an_index_keeps_its_plugin_and_is_of_no_other(
+    run: tuple[Path, PlaceModel, Recipe], single_process: None, tmp_path: Path
+) -> None:
+    write_noise_benchmark(tmp_path)
+    photos = list_source(str(tmp_path / "images" / "test" / "database"))
+    build_index(rerankvpr.load("run", device="cpu"), photos, Path("index"))
+    (copy,) = Path("index", PLUGINS).glob("*/my_vpr.py")
+    Path("other.py").write_text(MEAN.replace('"mean"', '"unused"'))
+    load_plugins(["other.py"])  # of no part of this network
+    expected = Index.open("index", device="cpu").locate(IMAGES[0])[0].candidates
+    forget()
+    with pytest.raises(IndexFault, match=f"plug-in my_vpr.py, which is code and was not run; --plugins {copy} runs it"):
+        Index.open("index")
+    assert main(["index", "info", "index"]) == 0
+    NOT_RUN.clear()
+    Path("my_vpr.py").write_text(MEAN + "# more\n")
+    load_plugins(["my_vpr.py"])
+    with pytest.raises(
+        IndexFault, match=r"^index was made with another plug-in my_vpr.py .* holds the one to run"
+    ) as at:
+        Index.open("index")
+    assert "\n" not in str(at.value)
+    with pytest.raises(IndexFault, match=r"^index was made with another plug-in my_vpr.py"):
+        build_index(rerankvpr.load("run", device="cpu"), photos, Path("index"))
+    forget()
+    load_plugins([str(copy)])
+    assert Index.open("index", device="cpu").locate(IMAGES[0])[0].candidates == expected
+    assert verify_index(Path("index")) == []
+
+
+def test_sizes_that_only_a_run_shows_are_one_line(run: tuple[Path, PlaceModel, Recipe]) -> None:
+    """What asks for numbers is not run without memory beforehand; a wrong length is told at the first call."""
+    Path("my_vpr.py").write_text(MEAN.replace(".mean(dim=1)", ".mean(dim=1)[:, : 100 + int(tokens_BTC.sum() * 0)]"))
+    load_plugins(["my_vpr.py"])
+    network = build_model(ModelConfig(backbone="tiny14", weights="random", aggregator="mean"))
+    with pytest.raises(ValueError, match=r"^aggregator Mean: descriptors are \(2, 100\); expected \(2, 128\)"):
+        network(torch.zeros(2, 3, 28, 28))
+    network.backbone.register_forward_hook(lambda _m, _i, tokens: tokens[:, 1:])
+    with pytest.raises(ValueError, match=r"^backbone DinoViT: tokens are \(2, 4, 128\); expected \(2, 5, 128\)$"):
+        network(torch.zeros(2, 3, 28, 28))
 
 
 @pytest.mark.slow

@@ -95,6 +95,18 @@ def test_an_answer_is_the_engines(client: TestClient, index: Index, photos: Path
     assert (points["photographs"], len(points["points"])) == (7, 7)
 
 
+def test_the_photograph_alone_goes_through_the_network(client: TestClient, index: Index, photos: Path) -> None:
+    """Candidates are drawn by the local features that the index holds."""
+    batches: list[int] = []
+    handle = index.network.register_forward_hook(lambda _m, given, _o: batches.append(len(given[0])))
+    try:
+        reply = client.post("/api/locate", files={"photo": ("a.jpg", query(photos).read_bytes())})
+    finally:
+        handle.remove()
+    assert any(candidate["lines"] for candidate in reply.json()["candidates"])
+    assert batches == [1]
+
+
 def png(width: int, height: int) -> bytes:
     data = io.BytesIO()
     Image.new("L", (width, height)).save(data, "PNG")

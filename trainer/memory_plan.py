@@ -13,6 +13,7 @@ from typing import Literal
 from configs.image_size import height_width, num_pixels
 from configs.registry import LOSSES
 from configs.schema import Recipe
+from memory.strategies import is_for_tiles
 from model.lora import in_frozen_precision
 from model.network import PlaceModel, meta_model
 from trainer.activations import block_activations, mlp_widths
@@ -316,7 +317,7 @@ def _memory_parts(recipe: Recipe, size: int, ranks: int) -> list[Part]:
     shards = ranks if memory.placement == "sharded" else 1
     queue = memory.size * FP32 * size / shards + memory.size * 16
     loss = recipe.loss.name
-    arrays = LOSSES.build(loss, recipe.loss.args).arrays if loss in LOSSES else 4
+    arrays = LOSSES.build(loss, recipe.loss.args).arrays if is_for_tiles(LOSSES, loss) else 4
     anchors = batch if shards > 1 else batch // ranks
     columns = (batch + memory.size) / shards if shards > 1 else batch + memory.size
     tile = min(memory.tile_mb << 20, anchors * columns * FP32 * arrays)

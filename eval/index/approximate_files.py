@@ -62,6 +62,20 @@ def train_once(folder: Path, factory: str, params: str, features: StoredFeatures
     return trained, sha256
 
 
+def check_params(folder: Path, factory: str, params: str) -> None:
+    """Raises ValueError for parameters that the trained index in `folder` does not have."""
+    check_strings(factory, params, SETTING)
+    set_params(_read(trained_path(folder, factory), mapped=False), params, f"{SETTING} {factory!r}")
+
+
+def remove_other_kinds(folder: Path, here: Path, factory: str) -> None:
+    """Removes what builds with other factory strings, which did not end, have left of an index's first part."""
+    mine = digest(factory)[:8]
+    for file in [*folder.glob("trained-*.faiss"), *here.glob("approximate-*.faiss")]:
+        if file.name.split("-")[1].removesuffix(".faiss") != mine:
+            file.unlink()
+
+
 def fill(here: Path, factory: str, trained: Trained, features: StoredFeatures) -> list[str]:
     """Writes the blocks of a part that are not there, over ranks; the SHA-256 of each, on every rank."""
     bounds = block_bounds(len(features))

@@ -8,43 +8,28 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from configs.files import replacing
-from configs.progress import OnProgress, PartOf, untold
+from configs.plugins import keep, plugins_of_network
+from configs.progress import OnProgress, untold
 from configs.ranks import from_rank_0, on_all_ranks
-from configs.reading import is_out_of_memory
 from configs.schema import EvalConfig
 from configs.tensors import save_tensors
-from data_pipeline.images import UnreadableImageError
-from data_pipeline.index import BadImage
-from data_pipeline.positions import Positions, from_lat_lon
-from data_pipeline.tar_writer import BadImages
 from eval.describer import Describer
-from eval.encode import encode, image_batches, pixels, shard_of
 from eval.evaluate import STORED_AS, precision_of
-from eval.features import (
-    FeatureError,
-    StoredFeatures,
-    check_shard,
-    digest,
-    map_shard,
-    open_folder,
-    shard_bounds,
-    shard_path,
-    weights_digest,
-    write_shard,
-)
-from eval.index.approximate_files import fill, train_once
-from eval.index.images import Images, read_images, write_images
+from eval.features import FeatureError, StoredFeatures, digest, open_folder, weights_digest
+from eval.index.approximate_files import check_params, fill, remove_other_kinds, train_once
+from eval.index.encoding import ALL, Share, encode_shards, write_table
+from eval.index.images import read_images
 from eval.index.index import Index, shard_bounds_of
 from eval.index.manifest import (
     NETWORK,
+    PLUGINS,
     IndexFault,
     Manifest,
-    Part,
+    check_plugins,
     exists,
     part_folder,
     read_manifest,
@@ -70,6 +55,7 @@ class Built:
     left_out: list[list[str]]  # name, reason
     was_complete: bool = False
     notes: tuple[str, ...] = ()
+    share: Share | None = None  # of the shards, which is all that was made
 
 
 def build_index(
@@ -79,12 +65,15 @@ def build_index(
     *,
     factory: str = "",
     params: str = "",
+    share: Share | None = None,
     on_progress: OnProgress = untold,
 ) -> Built:
     """Encodes photographs on all ranks into a new index; what an interrupted build has whole is used again.
 
-    `factory` is FAISS's string of an approximate index, such as IVF4096,PQ64, `params` how it is searched (nprobe=32).
-    Raises IndexFault where the folder holds an index of other photographs, weights or settings.
+    `factory` is FAISS's string of an approximate index, such as IVF4096,PQ64, `params` how it is searched (nprobe=32);
+    other `params` for an index that is there are written into it. With `share` (i, n) only every n-th shard of features
+    from the i-th on is made, beside other tasks; a last call without it makes the rest. Raises IndexFault where the
+    folder holds an index of other photographs, weights or settings.
     """
     model, config = describer.model, describer.config
     if describer.network is None:
@@ -96,13 +85,14 @@ def build_index(
         if not exists(folder):
             return None
         manifest = read_manifest(folder)
+        check_plugins(folder, manifest)
         _check_same(folder, manifest, weights, settings)
         made_with = (manifest.approximate or {}).get("factory", "")
         if made_with != factory:
             asked = f"--factory {made_with or 'none'}, asked for {factory or 'none'}"
             raise IndexFault(f"{folder} was made with {asked}; give another --out")
         if manifest.parts and _key_of_part(folder, manifest.parts[0]) == key:
-            return manifest
+            return _with_params(folder, manifest, params)
         raise IndexFault(
             f"{folder}: an index of other photographs ({manifest.images} of them); `rerankvpr index add {folder} DB` "
             "adds to it, or give another --out"
@@ -114,6 +104,7 @@ def build_index(
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_network(folder / NETWORK, model)
+            keep(plugins_of_network(model), folder / PLUGINS)
     manifest = Manifest(
         images=0,
         parts=[],
@@ -122,13 +113,25 @@ def build_index(
         precision=precision_of_weights(model),
         settings=settings,
         approximate={"factory": factory, "params": params, "sha256": ""} if factory else None,
+        plugins={plugin.name: plugin.sha256 for plugin in plugins_of_network(model)},
     )
-    return _grow(model, config, photos, folder, manifest, key, 0, on_progress)
+    return _grow(model, config, photos, folder, manifest, key, 0, on_progress, share)
 
 
-def add_to_index(model: PlaceModel, photos: PhotoList, folder: Path, *, on_progress: OnProgress = untold) -> Built:
-    """Encodes the photographs that the index does not have; those that it has by name and bytes are left alone."""
+def add_to_index(
+    model: PlaceModel,
+    photos: PhotoList,
+    folder: Path,
+    *,
+    share: Share | None = None,
+    on_progress: OnProgress = untold,
+) -> Built:
+    """Encodes the photographs that the index does not have; those that it has by name and bytes are left alone.
+
+    For `share` see `build_index`.
+    """
     manifest = from_rank_0(lambda: read_manifest(folder))
+    check_plugins(folder, manifest)
     weights = weights_digest(model)
     if weights != manifest.weights:
         raise IndexFault(other_weights(folder, manifest, weights))
@@ -137,7 +140,7 @@ def add_to_index(model: PlaceModel, photos: PhotoList, folder: Path, *, on_progr
     if not new:
         return Built(folder, manifest.images, 0, known, [], was_complete=True)
     photos, config = photos.part(new), manifest.config()
-    return _grow(model, config, photos, folder, manifest, key_of(model, config, photos), known, on_progress)
+    return _grow(model, config, photos, folder, manifest, key_of(model, config, photos), known, on_progress, share)
 
 
 def key_of(model: PlaceModel, config: EvalConfig, photos: PhotoList) -> str:
@@ -170,6 +173,17 @@ def other_weights(folder: Path, manifest: Manifest, weights: str) -> str:
         f"{folder} was made with other weights (digest {manifest.weights[:12]}, given {weights[:12]}); leave "
         "--checkpoint out to use the index's own, or build another index"
     )
+
+
+def _with_params(folder: Path, manifest: Manifest, params: str) -> Manifest:
+    """The manifest of an index that is there, searched by `params` from here on. Raises ValueError for wrong ones."""
+    asked = manifest.approximate
+    if asked is None or asked["params"] == params:
+        return manifest
+    check_params(folder, asked["factory"], params)
+    changed = replace(manifest, approximate={**asked, "params": params})
+    write_manifest(folder, changed)
+    return changed
 
 
 def _check_same(folder: Path, manifest: Manifest, weights: str, settings: dict[str, Any]) -> None:
@@ -215,17 +229,24 @@ def _grow(
     key: str,
     known: int,
     on_progress: OnProgress,
+    share: Share | None,
 ) -> Built:
     name = f"{len(manifest.parts):06d}"
     here = part_folder(folder, name)
     with on_all_ranks():
         if dist.get_rank() == 0:
-            _begin_part(here, key, len(photos))
-    part = _encode_part(model, config, photos, here, key, on_progress)
+            _begin_part(here, key, len(photos), alone=share is None)
+    encoded = encode_shards(model, config, photos, here, key, on_progress, share or ALL)
+    if share is not None:
+        return Built(folder, manifest.images, encoded, known, [], share=share)
 
+    part = from_rank_0(lambda: write_table(photos, here, config))
     if manifest.approximate is not None:
         features = StoredFeatures(here, shard_bounds_of(part.counts))
         asked = manifest.approximate
+        with on_all_ranks():
+            if dist.get_rank() == 0 and not manifest.parts:
+                remove_other_kinds(folder, here, asked["factory"])
         trained, sha256 = train_once(folder, asked["factory"], asked["params"], features)
         part = replace(part, approximate=fill(here, asked["factory"], trained, features))
         manifest = replace(manifest, approximate={**asked, "sha256": sha256})
@@ -241,135 +262,22 @@ def _grow(
     return Built(folder, grown.images, part.images, known, part.left_out, notes=photos.notes)
 
 
-def _begin_part(here: Path, key: str, count: int) -> None:
-    """Makes the folder of a part; one that an interrupted addition of other photographs has left is removed."""
+def _begin_part(here: Path, key: str, count: int, *, alone: bool) -> None:
+    """Makes the folder of a part; one that an interrupted addition of other photographs has left is removed.
+
+    Not `alone`, as one of several tasks, nothing is removed: raises IndexFault instead.
+    """
     about = {"key": key, "images": count}
     try:
         open_folder(here, about)
-    except FeatureError:
+    except FeatureError as error:
+        if not alone:
+            raise IndexFault(
+                f"{here}: left by an addition of other photographs, weights or settings; run once without --part, "
+                f"which removes it, or remove {here}"
+            ) from error
         shutil.rmtree(here)
         if not exists(here.parent.parent):
             for file in here.parent.parent.glob("trained-*.faiss"):
                 file.unlink()
         open_folder(here, about)
-
-
-def _encode_part(
-    model: PlaceModel, config: EvalConfig, photos: PhotoList, here: Path, key: str, on_progress: OnProgress
-) -> Part:
-    """Features, then the table; every rank makes every world-size-th shard and returns what all of them are."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    bounds = shard_bounds(len(photos), config.batch_size)
-    done = 0
-    for turn in range(0, len(bounds), world):
-        with on_all_ranks():
-            if turn + rank < len(bounds):
-                first, stop = bounds[turn + rank]
-                path = shard_path(here, turn + rank)
-                if not _is_whole(path, key):
-                    told = PartOf(on_progress, len(photos), "photographs", done * world, each=world)
-                    write_shard(path, _encode_shard(model, config, photos, first, stop, told), key)
-                done += stop - first
-        on_progress(min(len(photos), done * world), len(photos), "photographs")
-    return from_rank_0(lambda: _finish_part(photos, here, bounds, config.max_bad))
-
-
-def _is_whole(path: Path, key: str) -> bool:
-    if not path.is_file():
-        return False
-    arrays, metadata = map_shard(path)
-    if metadata.get("key") != key:
-        return False
-    check_shard(path, arrays, metadata)
-    return True
-
-
-@torch.inference_mode()
-def _encode_shard(
-    model: PlaceModel, config: EvalConfig, photos: PhotoList, first: int, stop: int, on_progress: OnProgress
-) -> dict[str, torch.Tensor]:
-    """Features of the photographs [first, stop) that can be read, their numbers, and what was learned of the files."""
-    digests = np.zeros((stop - first, 32), dtype=np.uint8)
-    camera = np.full((stop - first, 3), np.nan)
-    size = np.zeros(stop - first, dtype=np.int64)
-    known = photos.positions.known[first:stop]
-
-    def load(i: int) -> torch.Tensor:
-        data = photos.read(first + i)
-        image = pixels(data, config, model.spec.patch, photos.names[first + i])
-        digests[i] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
-        size[i] = len(data)
-        if photos.camera is not None:
-            camera[i] = _camera(photos, first + i, wanted=not known[i])
-        return image
-
-    def leave_out(_: int, error: UnreadableImageError | OSError) -> None:
-        if is_out_of_memory(error):
-            raise error
-
-    batches = image_batches(stop - first, load, config, leave_out)
-    found = encode(model, batches, config, lambda i: photos.names[first + i], on_progress=on_progress)
-    kept = np.array(sorted(found), dtype=np.int64)
-    return shard_of(model, found, kept.tolist(), config) | {
-        "number": torch.from_numpy(kept + first),
-        "sha256": torch.from_numpy(digests[kept]),
-        "bytes": torch.from_numpy(size[kept]),
-        "camera": torch.from_numpy(camera[kept]),
-    }
-
-
-def _camera(photos: PhotoList, number: int, *, wanted: bool) -> tuple[float, float, float]:
-    """Latitude, longitude (if wanted) and time in seconds since 1970 of the camera's clock, NaN where unknown."""
-    assert photos.camera is not None
-    try:
-        facts = photos.camera(number)
-    except (ValueError, OSError):
-        return np.nan, np.nan, np.nan
-    time = np.nan if facts.taken is None else float(np.datetime64(facts.taken, "s").astype(np.int64))
-    if not wanted or facts.lat is None or facts.lon is None:
-        return np.nan, np.nan, time
-    return facts.lat, facts.lon, time
-
-
-def _finish_part(photos: PhotoList, here: Path, bounds: list[tuple[int, int]], max_bad: float) -> Part:
-    """Writes the table of a part whose shards are whole. Raises ValueError if too many photographs were left out."""
-    shards = [map_shard(shard_path(here, number))[0] for number in range(len(bounds))]
-    kept = np.concatenate([np.zeros(0, np.int64), *(shard["number"] for shard in shards)])
-    camera = np.concatenate([np.zeros((0, 3)), *(shard["camera"] for shard in shards)])
-    left_out = [[photos.names[i], _fault(photos, i)] for i in np.setdiff1d(np.arange(len(photos)), kept)]
-    BadImages(max_bad, len(photos)).check([BadImage("", 0, name, why) for name, why in left_out])
-    when = camera[:, 2]
-    times = np.full(len(kept), "NaT", dtype="datetime64[s]")
-    times[np.isfinite(when)] = when[np.isfinite(when)].astype(np.int64).astype("datetime64[s]")
-    if photos.when is not None:
-        times = photos.when[kept]
-    images = Images(
-        [photos.names[i] for i in kept],
-        _positions(photos.part(kept.tolist()).positions, camera),
-        times,
-        np.concatenate([np.zeros(0, np.int64), *(shard["bytes"] for shard in shards)]),
-        np.concatenate([np.zeros((0, 32), np.uint8), *(shard["sha256"] for shard in shards)]),
-    )
-    write_images(here, images)
-    counts = [len(shard["descriptors"]) for shard in shards]
-    return Part(len(kept), counts, photos.root, images.positions.in_metres, left_out, list(photos.notes))
-
-
-def _positions(given: Positions, camera_N3: np.ndarray) -> Positions:
-    """The positions given, or those of the cameras where none are."""
-    if given.known.any() or not np.isfinite(camera_N3[:, 0]).any():
-        return given
-    return from_lat_lon(camera_N3[:, 0], camera_N3[:, 1], "EXIF", missing_ok=True)
-
-
-def _fault(photos: PhotoList, number: int) -> str:
-    try:
-        data = photos.read(number)
-        if not data:
-            return "empty file"
-        from data_pipeline.photographs import decode_rgb
-
-        decode_rgb(data)
-    except (ValueError, OSError) as error:
-        return str(error).splitlines()[0]
-    return "it could not be read when the others were"

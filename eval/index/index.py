@@ -24,11 +24,21 @@ from eval.index.estimate import distances, estimate, taken
 from eval.index.images import Images, read_images
 from eval.index.images import joined as joined_images
 from eval.index.location import Candidate, Found, Location, nothing_found, stacked
-from eval.index.manifest import NETWORK, IndexFault, Manifest, Part, part_folder, read_manifest, read_part
+from eval.index.manifest import (
+    NETWORK,
+    IndexFault,
+    Manifest,
+    Part,
+    check_plugins,
+    part_folder,
+    read_manifest,
+    read_part,
+)
 from eval.index.sequence import smooth
 from eval.index.verdict import confidence
 from eval.rerank import fuse, patch_counts, rerank, score_here
 from eval.search import Rows, search_blocks
+from model.lora import merge_lora
 from model.materialise import materialise
 from model.network import PlaceModel, meta_model
 from model.weights import read_tensors
@@ -68,11 +78,12 @@ class Index:
         """The index in a folder, with its own network on `device` (the GPU where torch has one), or with `network`.
 
         `network` is what `rerankvpr.load` gives, or its model: it must have the weights that the index was made with.
-        Raises IndexFault (a ValueError) in one line: no index there, not finished, damaged, made with other weights, or
-        by a newer version.
+        Raises IndexFault (a ValueError) in one line: no index there, not finished, damaged, made with other weights or
+        plug-ins, or by a newer version.
         """
         path = Path(folder)
         manifest = read_manifest(path)
+        check_plugins(path, manifest)
         model = network.model if isinstance(network, Describer) else network
         if model is not None and (weights := weights_digest(model)) != manifest.weights:
             raise IndexFault(
@@ -344,6 +355,7 @@ def _read_network(folder: Path, manifest: Manifest) -> PlaceModel:
     file = folder / NETWORK
     state = read_tensors(file)
     model = meta_model(ModelConfig.model_validate(manifest.network))
+    merge_lora(model)  # as the network was when it was stored
     if state.keys() != model.state_dict().keys():
         raise IndexFault(f"{file}: not the network that {folder} describes; build the index again")
     materialise(model, state)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import write_whole
+from configs.plugins import note_recorded
 from configs.reading import reading, shown
 from configs.schema import EvalConfig
 
@@ -15,6 +16,7 @@ FORMAT = 1
 FILE = "index.json"
 PART = "part.json"
 NETWORK = "network.safetensors"
+PLUGINS = "plugins"  # folder of copies of the plug-ins that the network is made of
 ENCODED_BY = {"image_size", "resize", "interpolation", "batch_size", "precision", "rerank"}
 
 
@@ -34,6 +36,7 @@ class Manifest:
     settings: dict[str, Any]  # of `eval`: those of ENCODED_BY
     approximate: dict[str, str] | None = None  # factory and params of its FAISS index, digest of the trained file
     verdict: dict[str, Any] | None = None  # what `Verdict` was learned
+    plugins: dict[str, str] = field(default_factory=dict)  # SHA-256 of each that the network is made of, by name
     format: int = FORMAT
 
     def config(self) -> EvalConfig:
@@ -82,8 +85,17 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"format {shown(written)}, {shown(manifest.images)} images")
         if not all(isinstance(name, str) and len(name) == 6 and name.isdecimal() for name in manifest.parts):
             raise ValueError("a part that is no number of six digits")
+        if not all(isinstance(sha256, str) for sha256 in dict(manifest.plugins).values()):
+            raise ValueError("plug-ins without their digests")
         manifest.config()
     return manifest
+
+
+def check_plugins(folder: Path, manifest: Manifest) -> None:
+    """Raises IndexFault if plug-ins that the network is made of were not run here, or are other ones."""
+    if said := note_recorded(manifest.plugins, folder, folder / PLUGINS):
+        remedy = "" if "was not run" in said else f"; {folder / PLUGINS} holds the one to run with --plugins"
+        raise IndexFault(said + remedy)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

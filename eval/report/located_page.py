@@ -15,6 +15,7 @@ from data_pipeline.photographs import decode_rgb
 from eval.describer import Match
 from eval.index.index import Index
 from eval.index.location import Candidate, Location
+from eval.index.stored_local import stored_local
 
 DRAWN = 100  # photographs with pictures; the others are lines
 SIDE = 420  # pixels of a picture's longer side
@@ -73,8 +74,11 @@ class LocatedPage:
     def _draw(self, path: Path, location: Location, best: Candidate) -> None:
         files = [self.index.path_of(candidate.number) for candidate in location.candidates]
         if files[0] is not None:
-            match = self.index.describer.match(path, files[0]) if self.index.config.rerank.enabled else None
-            self.file.write(_pair(path, files[0], match, location.query, best.name))
+            match, units = None, (1, 1)
+            if self.index.config.rerank.enabled:
+                stored = stored_local(self.index, self.index.features, best.number, files[0])
+                match, units = self.index.describer.match(path, stored), stored.size
+            self.file.write(_pair(path, files[0], match, units, location.query, best.name))
         else:
             self.file.write("<p class='soft'>The candidates' files are not on this machine.</p>\n")
         figures = [
@@ -158,12 +162,15 @@ def _jpeg(file: Path, side: int) -> tuple[str, int, int]:
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", image.width, image.height
 
 
-def _pair(query: Path, candidate: Path, match: Match | None, name: str, other: str) -> str:
-    """The query beside its best candidate, with the matches that count as lines."""
+def _pair(query: Path, candidate: Path, match: Match | None, units: tuple[int, int], name: str, other: str) -> str:
+    """The query beside its best candidate, with the matches that count as lines.
+
+    Points in the candidate are counted in `units` of its height and width.
+    """
     (left, w, h), (right, v, g) = _jpeg(query, SIDE), _jpeg(candidate, SIDE)
     gap, lines = 12, ""
     if match is not None:
-        sides = [_size(file) for file in (query, candidate)]
+        sides = [_size(query), units[::-1]]
         agreeing = np.flatnonzero(match.agrees_M & np.isfinite(match.points_a_M2).all(axis=1))[:LINES]
         for i in agreeing:
             (ax, ay), (bx, by) = match.points_a_M2[i], match.points_b_M2[i]
