@@ -19,9 +19,11 @@ from trainer.manifest import FORMAT, MANIFEST
 from trainer.state import Progress
 
 
-def write_checkpoint(run: Path, recipe: Recipe, *, seed: int = 5) -> tuple[Path, PlaceModel]:
-    """A run's folder with one checkpoint, its newest, of the recipe's network drawn from `seed`; and that network."""
-    network = build_model(recipe.model, seed=seed).eval()
+def write_checkpoint(
+    run: Path, recipe: Recipe, *, seed: int = 5, network: PlaceModel | None = None
+) -> tuple[Path, PlaceModel]:
+    """A run's folder with one checkpoint, its newest, of `network`, or the recipe's drawn from `seed`; and that."""
+    network = network or build_model(recipe.model, seed=seed).eval()
     checkpoint = run / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     part = "00000-of-00001.safetensors"
