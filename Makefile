@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test check lint quick-half quick-tests slow-tests test-faults fuzz test-cluster gpu wheelhouse env lock licences audit wheel clean
+.PHONY: demo test check lint quick-half quick-tests slow-tests test-faults fuzz test-cluster gpu wheelhouse env lock licences audit wheel docs notebooks clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
@@ -20,6 +20,8 @@ check: $(READY)
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/rumdl check --quiet .
+	@$(BIN)/codespell
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then $(BIN)/mypy; else echo 'types are checked on Python 3.11 alone: NumPy for others declares others'; fi
 
 quick-tests: $(READY)
@@ -98,6 +100,15 @@ lock: $(READY)
 # docs/licences.md, from the lock and the metadata of what is installed.
 licences: $(READY)
 	$(BIN)/python docs/licences.py
+
+# The site of docs/ in build/site; a link that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo build/site/index.html
+
+# The notebooks of docs/notebooks anew, with what they print and draw; after `make demo`.
+notebooks: $(READY)
+	$(BIN)/python docs/run_notebooks.py
 
 # Known vulnerabilities of the lock's versions for the oldest and the newest Python; asks PyPI's advisories.
 audit: $(if $(UV),,$(READY))

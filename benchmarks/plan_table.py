@@ -38,7 +38,8 @@ class Options:
 def main() -> None:
     """Prints the table."""
     options = tyro.cli(Options)
-    print("| backbone | GPUs | images a step | GB a GPU | GB of host a GPU | s a step | MB sent a step | s an epoch |")
+    print("| backbone | GPUs | images per step | GB per GPU | GB of host per GPU | s per step", end=" ")
+    print("| MB sent per step | s per epoch |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for backbone in BACKBONES:
         sizes: Sizes | None = None

@@ -11,8 +11,9 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Sequence
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Collection, Sequence
+from contextvars import ContextVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from pydantic import BaseModel, ValidationError
@@ -33,8 +34,10 @@ from configs.schema import Section
 from configs.schema.section import with_home
 
 T = TypeVar("T")
+Shown = Collection[tuple[type, str]]  # section and field of each key that help shows
 
 REGISTRY = ConstructorRegistry()
+SHOWN: ContextVar[Shown | None] = ContextVar("SHOWN", default=None)
 OVER_RECIPES = ("rerankvpr train", "rerankvpr plan")
 ELSEWHERE = {"--dry-run": "`rerankvpr plan RECIPE` shows what a training would take"}
 
@@ -44,14 +47,24 @@ class FlagError(ValueError):
 
 
 def parse_flags(
-    kind: type[T], argv: Sequence[str], *, prog: str, default: T | None = None, description: str | None = None
+    kind: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    default: T | None = None,
+    description: str | None = None,
+    shows: Shown | None = None,
 ) -> T:
     """An instance of a dataclass or a section from flags, over `default` if given. `--help` prints and exits.
 
-    A switch is `--flag` and `--no-flag` (in a section `--section.no-flag`); a list takes any number of values.
-    Raises FlagError.
+    A switch is `--flag` and `--no-flag` (in a section `--section.no-flag`); a list takes any number of values. Keys that
+    `shows` does not name are parsed too, but not part of the help. Raises FlagError.
     """
-    parsed: T = _parse(kind, argv, prog=prog, default=default, description=description, rest=False)[0]
+    token = SHOWN.set(shows)
+    try:
+        parsed: T = _parse(kind, argv, prog=prog, default=default, description=description, rest=False)[0]
+    finally:
+        SHOWN.reset(token)
     return parsed
 
 
@@ -127,7 +140,7 @@ def _validated(value: Any) -> Any:
 def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
     """A section's keys as flags; its values are validated all together, after the last flag."""
     kind = info.type
-    if not (isinstance(kind, type) and issubclass(kind, Section)):
+    if not _is_section(kind):
         return None
 
     def instantiate(**values: Any) -> _Values:
@@ -141,8 +154,15 @@ def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
     for name, field in kind.model_fields.items():
         known = getattr(info.default, name, field.get_default(call_default_factory=True))
         text = field.description or getattr(field.annotation, "__doc__", None)
-        fields.append(StructFieldSpec(name=name, type=hints[name], default=known, helptext=text))
+        hint, shown = hints[name], SHOWN.get()
+        if shown is not None and (kind, name) not in shown and not _is_section(field.annotation):
+            hint = Annotated[hint, tyro.conf.Suppress]
+        fields.append(StructFieldSpec(name=name, type=hint, default=known, helptext=text))
     return StructConstructorSpec(instantiate=instantiate, fields=tuple(fields))
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 @REGISTRY.primitive_rule

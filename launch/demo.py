@@ -49,11 +49,11 @@ def main(argv: list[str]) -> int:
         if status:
             return status
     results = json.loads((recipe.output / "results.json").read_text())
+    if (report := recipe.output / "report.html").is_file():
+        console.print(f"[bold]report[/]  {report}: open it in a browser", highlight=False)
     console.print(_table(results))
-    console.print(f"pictures and checkpoints: {recipe.output}", highlight=False)
-    console.print(
-        f"all curves and pictures:  {_tool(open_command(recipe.tracking.uri))}", highlight=False, soft_wrap=True
-    )
+    for line in _next_steps(recipe):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"{time.monotonic() - began:.0f} s", highlight=False)
     return 0
 
@@ -91,13 +91,13 @@ def _table(results: dict[str, Any]) -> Table:
     """Untrained, trained, trained and re-ranked, side by side with their cost."""
     (before,), (after,) = results["before"], results["results"]
     counts = f"{after['num_queries']} queries in {after['num_database']} images"
-    table = Table(title=f"{after['name']}: {after['protocol']}, {counts}; recall in %, cost in seconds", min_width=78)
+    table = Table(title=f"{after['name']}: {after['protocol']}, {counts}; recall in %")
     table.add_column("")
     for column in (
         *(f"R@{k}" for k in after["recall"]),
         "features\ns/image",
         "retrieval\ns/query",
-        "re-ranking\ns/query",
+        "re-rank\ns/query",
     ):
         table.add_column(column, justify="right", no_wrap=True)
     stages = (
@@ -110,7 +110,27 @@ def _table(results: dict[str, Any]) -> Table:
         rerank = f"{timings['rerank_s_per_query']:.5f}" if key == "recall_reranked" else "-"
         costs = [f"{timings[name]:.5f}" for name in ("extraction_s_per_image", "retrieval_s_per_query")]
         table.add_row(label, *(f"{v:.1f}" for v in result[key].values()), *costs, rerank)
+    gains = (f"{after['gain'][k][0]:+.1f}" for k in after["recall"])
+    table.add_row("gain by re-ranking", *gains)
     return table
+
+
+def _next_steps(recipe: Recipe) -> list[str]:
+    """What to try next: lines that fit 80 columns, each command on a line of its own to copy."""
+    run, town = recipe.output, recipe.eval.data_root / "town"
+    steps = {
+        "See what the network looks at:": [f"rerankvpr show attention {town} --model {run}"],
+        "Ask where a photograph was taken:": [
+            f"rerankvpr index build town --checkpoint {run} --out runs/town",
+            f"rerankvpr locate {town}/images/test/queries --index runs/town",
+        ],
+        "Train on your own photographs (docs/own_city.md):": [
+            "rerankvpr shard photos PHOTOS data/mine --convert",
+            "rerankvpr train mine",
+        ],
+        "All curves, in MLflow:": [open_command(recipe.tracking.uri)],
+    }
+    return ["", "What next?", *(line for what, do in steps.items() for line in (what, *(f"  {_tool(one)}" for one in do)))]
 
 
 def _tool(command: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,9 +53,27 @@ def test_every_verb_has_help(verb: str, capfd: pytest.CaptureFixture[str]) -> No
 def test_train_help_documents_every_key(capfd: pytest.CaptureFixture[str]) -> None:
     from configs.schema import Recipe
 
-    _, out, _ = run(capfd, "train", "mini_vits", "--help")
+    _, out, _ = run(capfd, "train", "mini_vits", "--help-all")
     flags = [f"--{key.replace('_', '-')}" for key in Recipe().as_flat()]
     assert [flag for flag in flags if flag not in out] == []
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_help_of_a_recipe_opens_with_what_people_set(
+    verb: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from configs.recipe_flags import SET_OFTEN
+
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run(capfd, verb, "mini_vits", "--help")
+    assert status == 0
+    shown = set(re.findall(r"--([a-z]+(?:\.[a-z.-]+)?) ", out)) - {"help-all"}
+    assert {key.replace("_", "-") for key in SET_OFTEN} <= shown
+    assert not {"memory.decay-lambda", "engine.zero-stage", "tracking.uri", "eval.rerank.layer", "seed"} & shown
+    assert "runs/mini_vits" in out
+    assert f"rerankvpr {verb} mini_vits --help-all" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert len(out.splitlines()) < 90
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_help_and_stored_recipes_run_nothing(capsys: pytest.CaptureFixture[str])
     Path("my_vpr.py").write_text(MEAN)
     Path("recipe.yaml").write_text("plugins: [my_vpr.py]\nmodel: {aggregator: mean}\n")
     with pytest.raises(SystemExit):
-        parse_over_recipe(RecipeCommand, ["recipe.yaml", "--help"], verb="train")
+        parse_over_recipe(RecipeCommand, ["recipe.yaml", "--help-all"], verb="train")
     assert "--plugins" in capsys.readouterr().out
     assert load_stored_recipe(Path("recipe.yaml")).model.aggregator == "mean"
     assert not loaded()

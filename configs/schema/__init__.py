@@ -1,7 +1,7 @@
 """The schema of a recipe: every key, its type, its default and the one line that `--help` shows; a module per section.
 
-Paths are relative to the folder the command runs in. Defaults follow the original RerankVPR where it works; a line says
-where they differ and why.
+Paths are relative to the folder the command runs in. Defaults follow RerankVPR's published code where it works; a line
+says where they differ and why.
 """
 
 from configs.schema.data import DataConfig

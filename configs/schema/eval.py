@@ -37,8 +37,8 @@ class RerankConfig(Section):
     )
     saliency_thresh: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         0.2,
-        description="Patches are kept if their min-max normalised CLS attention exceeds this (the original: 0.3); None "
-        "keeps all.",
+        description="Patches are kept if their min-max normalised CLS attention exceeds this (RerankVPR's code: 0.3); "
+        "None keeps all.",
     )
     nn_match_thresh: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.65, description="Least cosine of a mutual nearest neighbour."
@@ -48,14 +48,14 @@ class RerankConfig(Section):
     )
     geometry: Literal["none", "translation"] = Field(
         "translation",
-        description="translation: only the matches that agree on one shift of the patch grid score; none: all (the "
-        "original).",
+        description="translation: only the matches that agree on one shift of the patch grid score; none: all (as "
+        "RerankVPR's code).",
     )
     geometry_cells: NonNegative = Field(1, description="Patches by which a match may miss the common shift.")
     global_weight: Annotated[float, Field(ge=0)] = Field(
         0.25,
-        description="Weight of the global cosine added to score / query's patches; 0, the original's rule, uses it for "
-        "ties alone and can lower recall where retrieval is sure.",
+        description="Weight of the global cosine added to score / query's patches; 0, the rule of RerankVPR's code, "
+        "uses it for ties alone and can lower recall where retrieval is sure.",
     )
     dtype: Literal["fp32", "fp16", "int8"] = Field("fp16", description="Type of stored local features.")
     project: Literal["none", "pca", "random"] = Field(

@@ -19,7 +19,8 @@ class LossConfig(Section):
     )
     args: dict[str, Argument] = Field(
         default_factory=dict,
-        description="The loss's own arguments; MultiSimilarityLoss: alpha 1, beta 50, base 0 (original: 2, 50, 0.5).",
+        description="The loss's own arguments; MultiSimilarityLoss: alpha 1, beta 50, base 0 (RerankVPR's code: 2, 50, "
+        "0.5).",
     )
     miner: str = Field(
         "MultiSimilarityMiner", description="MultiSimilarityMiner, TripletMarginMiner, none; or another of the library."
