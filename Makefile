@@ -21,7 +21,7 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/rumdl check --quiet .
-	@$(BIN)/codespell
+	@$(BIN)/typos --format brief
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then $(BIN)/mypy; else echo 'types are checked on Python 3.11 alone: NumPy for others declares others'; fi
 
 quick-tests: $(READY)
@@ -103,7 +103,7 @@ licences: $(READY)
 
 # The site of docs/ in build/site; a link that leads nowhere is an error.
 docs: $(READY)
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo build/site/index.html
 
 # The notebooks of docs/notebooks anew, with what they print and draw; after `make demo`.

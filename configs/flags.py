@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
+import shutil
+import textwrap
 from collections.abc import Collection, Sequence
 from contextvars import ContextVar
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -57,8 +60,8 @@ def parse_flags(
 ) -> T:
     """An instance of a dataclass or a section from flags, over `default` if given. `--help` prints and exits.
 
-    A switch is `--flag` and `--no-flag` (in a section `--section.no-flag`); a list takes any number of values. Keys that
-    `shows` does not name are parsed too, but not part of the help. Raises FlagError.
+    A switch is `--flag` and `--no-flag` (in a section `--section.no-flag`); a list takes any number of values. Keys
+    that `shows` does not name are parsed too, but not part of the help. Raises FlagError.
     """
     token = SHOWN.set(shows)
     try:
@@ -88,7 +91,7 @@ def _parse(
                 kind,
                 args=_switches([_in_home(word) for word in argv], kind),
                 prog=prog,
-                description=description,
+                description=_wrapped(description or _about(kind)),
                 return_unknown_args=rest,
                 add_help=not rest,
                 registry=REGISTRY,
@@ -100,6 +103,21 @@ def _parse(
         raise FlagError(_one_line(said.getvalue(), prog)) from None
     values, others = parsed if rest else (parsed, [])
     return _validated(values), others
+
+
+def _about(kind: type[Any]) -> str:
+    about = inspect.getdoc(kind) or ""
+    return "" if about.startswith(f"{kind.__name__}(") else about  # what a dataclass says of itself without one
+
+
+def _wrapped(description: str) -> str:
+    """Paragraphs in lines of a terminal's width; tyro keeps a line's end if the next one starts with a space."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    paragraphs = (" ".join(paragraph.split()) for paragraph in description.split("\n\n"))
+    return "\n".join(
+        textwrap.fill(paragraph, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        for paragraph in paragraphs
+    )
 
 
 def _in_home(word: str) -> str:

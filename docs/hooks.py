@@ -23,7 +23,12 @@ MARK = re.compile(r"^<!-- ([a-z]+)(?: (\S+))? -->$", re.MULTILINE)
 MERMAID = re.compile(r"^```mermaid\n.*?^```$", re.MULTILINE | re.DOTALL)  # GitHub draws it, the site has `rooms`
 ROOMS = ("launch", "trainer", "eval", "memory", "model", "data_pipeline", "configs")
 REPOSITORY_FILES = re.compile(r"\]\((?:\.\./)+(SECURITY|CONTRIBUTING|CHANGELOG|README)\.md(#[^)]*)?\)")
-PAGES = {"SECURITY": "security.md", "CONTRIBUTING": "contributing.md", "CHANGELOG": "changelog.md", "README": "index.md"}
+PAGES = {
+    "SECURITY": "security.md",
+    "CONTRIBUTING": "contributing.md",
+    "CHANGELOG": "changelog.md",
+    "README": "index.md",
+}
 COLUMNS = "96"
 
 
@@ -31,7 +36,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """MkDocs' event: a page's text with the parts that it asks for, and links to files of the repository as pages."""
     depth = page.file.src_uri.count("/")
     markdown = MERMAID.sub(lambda _: rooms(), markdown)
-    return REPOSITORY_FILES.sub(lambda link: f"]({'../' * depth}{PAGES[link[1]]}{link[2] or ''})", filled(markdown))
+    return REPOSITORY_FILES.sub(lambda link: f"]({'../' * depth}{PAGES[link[1]]}.md{link[2] or ''})", filled(markdown))
 
 
 def filled(markdown: str) -> str:
@@ -231,7 +236,9 @@ def notebook(name: str) -> str:
             if "text" in output:
                 parts.append("```text\n" + "".join(output["text"]).rstrip() + "\n```")
             for kind, data in output.get("data", {}).items():
-                parts.append(f'<div class="outputs"><img alt="what the cell draws" src="data:{kind};base64,{data}"></div>')
+                parts.append(
+                    f'<div class="outputs"><img alt="what the cell draws" src="data:{kind};base64,{data}"></div>'
+                )
     return "\n\n".join(parts)
 
 

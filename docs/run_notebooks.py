@@ -1,7 +1,7 @@
-"""Runs the notebooks of docs/notebooks and writes what they print and draw into them; `make notebooks`, after `make demo`.
+"""Runs the notebooks of docs/notebooks and writes what they print and draw into them: `make notebooks`.
 
-Cells run in one process, one after the other, as Jupyter runs them, in a folder as deep as the notebooks' own. What a
-cell prints, what it hands to `display` (pictures of PIL) and figures of pyplot are its outputs.
+`make demo` comes first. Cells run in one process, one after the other, as Jupyter runs them, in a folder as deep as the
+notebooks' own. What a cell prints, what it hands to `display` (pictures of PIL) and figures of pyplot are its outputs.
 """
 
 from __future__ import annotations

@@ -130,7 +130,10 @@ def _next_steps(recipe: Recipe) -> list[str]:
         ],
         "All curves, in MLflow:": [open_command(recipe.tracking.uri)],
     }
-    return ["", "What next?", *(line for what, do in steps.items() for line in (what, *(f"  {_tool(one)}" for one in do)))]
+    lines = ["", "What next?"]
+    for what, commands in steps.items():
+        lines += [what, *(f"  {_tool(command)}" for command in commands)]
+    return lines
 
 
 def _tool(command: str) -> str:

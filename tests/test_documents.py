@@ -86,7 +86,7 @@ def test_what_pages_ask_for_is_there(hooks: ModuleType) -> None:
     assert asked == set(hooks.PARTS)
     assert all(f"| `{name}` |" in hooks.benchmarks() for name in CATALOGUE)
     assert all(f">{room}</text>" in hooks.rooms() for room in CODE)
-    assert "--point" in hooks._help_of(importlib.import_module("launch.show_command").main, "show")
+    assert "--out" in hooks._help_of(importlib.import_module("launch.report_command").main, "report")
     assert "A measurement for a claim" in hooks.filled("# Contributing\n\n<!-- include CONTRIBUTING.md -->\n")
 
 
@@ -126,7 +126,7 @@ def test_readme_is_one_and_a_half_screens() -> None:
 
 
 def write_demo(home: Path) -> None:
-    """What notebooks need of `make demo`, small and untrained: a town, its shards, a checkpoint with a queue, metrics."""
+    """What notebooks need of `make demo`, small and untrained: town, shards, a checkpoint with a queue, metrics."""
     import rerankvpr
     from data_pipeline.shard_options import ShardOptions
     from data_pipeline.shards import write_shards
@@ -147,11 +147,11 @@ def write_demo(home: Path) -> None:
     for step in range(4):
         part = slice(6 * step, 6 * step + 6)
         queue.enqueue(descriptors[part], torch.arange(24)[part] // 4, step)
-    (checkpoint / "queue-00000-of-00001.safetensors").unlink()
-    save_file({name: value.clone() for name, value in queue.state_dict().items()}, checkpoint / "queue-00000-of-00001.safetensors")
+    file = checkpoint / "queue-00000-of-00001.safetensors"
+    file.unlink()
+    save_file({name: value.clone() for name, value in queue.state_dict().items()}, file)
     manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
-    about = {"bytes": (file := checkpoint / "queue-00000-of-00001.safetensors").stat().st_size, "sha256": file_sha256(file)}
-    manifest["files"]["queue-00000-of-00001.safetensors"] = about
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     (run / "recipe.yaml").write_text(recipe_text(recipe))
     figures = ("loss", "negatives_from_memory", "mined_negative_age", "mined_negatives", "hardest_negative")
@@ -172,10 +172,3 @@ def test_notebooks_run(tmp_path: Path) -> None:
     outputs = dict(re.findall(r"^(\S+)\.ipynb: (\d+) outputs$", done.stdout, re.MULTILINE))
     assert len(outputs) == 7
     assert all(int(count) >= 2 for count in outputs.values())
-
-
-def test_notebooks_show_what_they_draw(hooks: ModuleType) -> None:
-    for notebook in sorted((DOCS / "notebooks").glob("*.ipynb")):
-        page = hooks.notebook(notebook.name)
-        assert "```python\n" in page
-        assert 'src="data:image/' in page, f"{notebook.name}: `make notebooks` writes its pictures"

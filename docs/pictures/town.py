@@ -1,4 +1,4 @@
-"""Draws docs/pictures/town.png after `make demo`: night queries that re-ranking rescued, with the matches that decided."""
+"""Draws docs/pictures/town.png after `make demo`: night queries that re-ranking rescued, with their matches."""
 
 from __future__ import annotations
 
