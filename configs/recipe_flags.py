@@ -61,7 +61,7 @@ def parse_over_recipe(kind: type[Command], argv: Sequence[str], *, verb: str) ->
         which = "Every key of a recipe is a flag; the values below are the recipe's."
     else:
         named = argv[0] if argv and not argv[0].startswith("-") else "RECIPE"
-        which = f"The keys that people set, with the recipe's values. All others: {prog} {named} {HELP_ALL}"
+        which = f"Below are the keys that people set, with the recipe's values; for all:\n\n{prog} {named} {HELP_ALL}"
         shows = _fields(SET_OFTEN) if HELP & set(argv) else None
     description = f"{about}\n\n{which}\n\n{shipped}"
     if not argv or argv[0].startswith("-"):
