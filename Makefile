@@ -2,20 +2,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test check lint quick-half quick-tests slow-tests test-faults fuzz test-cluster gpu wheelhouse env lock licences audit wheel docs notebooks clean
+.PHONY: demo test check lint lint-and-tests other-tests test-faults fuzz test-cluster gpu wheelhouse env lock licences audit wheel docs notebooks clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
 	$(BIN)/rerankvpr demo
 
-# Lint, types and all tests; the quick half runs beside the slow one and is printed whole when it is done.
+# Lint, types and all tests, in two processes that share the tests; what the first prints is shown when it is done.
 # RERANKVPR_TEST_DATA and RERANKVPR_TEST_WEIGHTS switch on the tests on real photographs.
 test: $(READY)
-	@$(MAKE) --no-print-directory --jobs 2 --keep-going quick-half slow-tests
+	@$(IN_TWO)
 
 # The inner loop: lint and types beside the tests that take moments: one rank, no training, no server.
 check: $(READY)
-	@$(MAKE) --no-print-directory --jobs 2 lint quick-tests
+	@$(IN_TWO) SELECTED="-m 'not slow'"
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -24,15 +24,17 @@ lint: $(READY)
 	@$(BIN)/typos --format brief
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then $(BIN)/mypy; else echo 'types are checked on Python 3.11 alone: NumPy for others declares others'; fi
 
-quick-tests: $(READY)
-	@$(BIN)/python -m pytest -m 'not slow'
+# One thread each: two processes of as many threads as there are cores would wait for each other.
+IN_TWO = shared=$$(mktemp -d) && trap 'rm -rf "$$shared"' EXIT && \
+  $(MAKE) --no-print-directory --jobs 2 --keep-going lint-and-tests other-tests SHARED="$$shared"
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --share '$(SHARED)' $(SELECTED)
 
-slow-tests: $(READY)
-	@$(BIN)/python -m pytest -m slow
+lint-and-tests:
+	@{ $(MAKE) --no-print-directory lint; lint=$$?; $(TESTS); tests=$$?; } > '$(SHARED)/first.txt' 2>&1; \
+	  cat '$(SHARED)/first.txt'; exit $$((lint || tests))
 
-quick-half: $(READY)
-	@$(MAKE) --no-print-directory --keep-going lint quick-tests > $(VENV)/quick-half.txt 2>&1; \
-	  status=$$?; cat $(VENV)/quick-half.txt; exit $$status
+other-tests:
+	@$(TESTS) --slow-first
 
 # Trainings killed at random moments, in full counts. Not part of `make test`.
 test-faults: $(READY)

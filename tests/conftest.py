@@ -17,8 +17,19 @@ from eval.benchmarks import catalogue
 from eval.benchmarks.catalogue import CATALOGUE
 from tests.photos import SMALL_SHARD, write_gsv_cities
 from tests.ranks import end_groups
+from tests.sharing import Sharing, add_options
 
 Native = tuple[Path, dict[tuple[str, int], list[Path]]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--share"):
+        config.option.durations = None  # those of all processes are shown instead
+        config.pluginmanager.register(Sharing(folder, config.getoption("--slow-first")))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import functools
 import multiprocessing.forkserver
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,17 @@ SERVER_ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a CUDA context does not outlive a fork
 }
+SCRATCH = "RERANKVPR_TEST_SCRATCH"  # in the environment of forked processes
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder of this process and those forked from it, for what tests make once; it goes when this process ends."""
+    if SCRATCH in os.environ:
+        return Path(os.environ[SCRATCH])
+    folder = Path(tempfile.mkdtemp(prefix="made-once-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
@@ -36,8 +48,9 @@ def server() -> ForkServerContext:
     """The fork server of this process, started at the first call."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    before = {name: os.environ.get(name) for name in SERVER_ENVIRONMENT}
-    os.environ.update(SERVER_ENVIRONMENT)
+    environment = SERVER_ENVIRONMENT | {SCRATCH: str(scratch())}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
         multiprocessing.forkserver.ensure_running()
     finally:

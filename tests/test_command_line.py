@@ -17,6 +17,7 @@ from rerankvpr import PACKAGES
 from tests import forked
 from tests.networks import backbone
 from tests.photos import write_gsv_cities
+from tests.training import ForkedRanks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,26 +141,28 @@ def test_weights_of_another_size_name_the_keys(tmp_path: Path, capfd: pytest.Cap
 
 @pytest.mark.slow
 def test_impossible_batches_are_refused_before_training(native: Path, tmp_path: Path) -> None:
-    """P not divisible by the ranks, and fewer places than a batch: in real ranks, in one line, in one launch each."""
+    """P not divisible by the ranks, and fewer places than a batch: in real ranks, in one line; launched, and warm."""
     assert cli.main(["shard", "gsv-cities", str(native), str(tmp_path / "set")]) == 0
     recipe = tmp_path / "recipe.yaml"
     content = {
         "output": str(tmp_path / "run"),
         "data": {"shards": str(tmp_path / "set"), "places_per_batch": 5, "image_size": 28},
         "model": {"backbone": "tiny14", "weights": "random"},
+        "tracking": {"enabled": False},
     }
     recipe.write_text(yaml.safe_dump(content))
-    for places, words in (
-        ("5", "data.places_per_batch 5 is not divisible by 2 ranks; nearest: 4 or 6"),
-        ("6", "5 places are fewer than data.places_per_batch 6"),
+    launched = forked.run(ROOT, "rerankvpr", "launch", "--nproc-per-node", "2", "--", "train", str(recipe), timeout=200)
+    few = ForkedRanks(ROOT, 2, "trainer", str(recipe), "--data.places-per-batch", "6")
+    said, _ = few.communicate(timeout=200)
+    for status, text, words in (
+        (launched.returncode, launched.stderr, "data.places_per_batch 5 is not divisible by 2 ranks; nearest: 4 or 6"),
+        (few.returncode, said, "5 places are fewer than data.places_per_batch 6"),
     ):
-        command = ["launch", "--nproc-per-node", "2", "--", "train", str(recipe), "--data.places-per-batch", places]
-        process = forked.run(ROOT, "rerankvpr", *command, timeout=200)
-        assert process.returncode != 0
-        lines = [line for line in process.stderr.splitlines() if words in line]
-        assert len(lines) == 1, process.stderr
-        assert "Traceback" not in process.stderr, process.stderr
-        assert not (tmp_path / "run" / "checkpoints").exists()
+        assert status != 0
+        lines = [line for line in text.splitlines() if words in line]
+        assert len(lines) == 1, text
+        assert "Traceback" not in text, text
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("name", ["launch", "trainer"])

@@ -23,9 +23,6 @@ from configs.registry import LOSSES, MINERS
 from configs.schema import EvalConfig, LossConfig, MemoryConfig, ModelConfig, RerankConfig
 from data_pipeline.images import decode, empty_batch
 from data_pipeline.nvjpeg import decode_on_gpu
-from data_pipeline.shards import write_shards
-from data_pipeline.sources.gsv_cities import read_gsv_cities
-from data_pipeline.town.render import Town, render_town
 from eval.extract import extract
 from eval.rerank import rerank
 from eval.search import search_rows
@@ -33,6 +30,7 @@ from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
 from model.network import build_model
 from tests import forked
+from tests.town_shards import town_of_24
 from trainer.process_group import Rank, start_process_group
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "town.json").read_text())
@@ -96,11 +94,9 @@ def test_losses_equal_float64_on_the_cpu(rank: Rank, loss: str, miner: str) -> N
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden curve's shards and recipe."""
     folder = tmp_path_factory.mktemp("device")
-    render_town(folder / "town", Town(seed=3, places=24, views=3, held_out_places=0), processes=1)
-    write_shards(read_gsv_cities(folder / "town" / "train", min_images_per_place=3), folder / "shards")
     recipe = {
         "data": {
-            **{"shards": str(folder / "shards"), "places_per_batch": 8, "images_per_place": 3, "image_size": 42},
+            **{"shards": str(town_of_24()), "places_per_batch": 8, "images_per_place": 3, "image_size": 42},
             **{"composition": "mixed", "augment_ops": 1, "augment_magnitude": 4, "decode_threads": 0},
         },
         "model": {"backbone": "tiny14", "weights": "random", "aggregator": "gem", "finetune_last_n_blocks": 3},
@@ -126,6 +122,7 @@ def train(workplace: Path, output: str, *flags: str, on_cpu: bool = False) -> li
 
 # fp32: sums in another order, amplified by Adam over 30 steps. bf16 keeps 8 bits and fp16 11: measured 1 % and 0.2 %
 # in the mean, up to 6 % of a step where a pair crosses the miner's edge.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "each", "mean"), [("fp32", 2e-3, 1e-3), ("bf16", 0.15, 0.03), ("fp16", 0.1, 0.02)]
 )
@@ -140,6 +137,7 @@ def test_curves_follow_the_golden_one(workplace: Path, precision: str, each: flo
     assert off.mean() < mean, off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first_on_cpu", [False, pytest.param(True, marks=pytest.mark.skipif(not CUDA, reason="one device, one direction"))]
 )

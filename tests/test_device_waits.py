@@ -21,6 +21,7 @@ from eval.rerank import rerank
 from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
 from model.network import build_model
+from tests.networks import AGGREGATORS as SMALL
 from tests.pretend_device import HERE, Device, moved
 from tests.pretend_step import Steps, pretend_training_device, recipe_of, steps_elsewhere, steps_on_cpu
 from tests.ranks import on_ranks
@@ -126,10 +127,11 @@ def test_losses_of_the_library_run_too(single_process: None) -> None:
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 def test_no_aggregator_waits(aggregator: str) -> None:
-    config = ModelConfig.model_validate({"backbone": "tiny14", "weights": "random", "aggregator": aggregator})
+    config = ModelConfig.model_validate(
+        {"backbone": "tiny14", "weights": "random", "aggregator": aggregator, "aggregator_args": SMALL[aggregator]}
+    )
     model = build_model(config.model_copy(update={"finetune": "all"}))
-    side = 126 if aggregator == "salad" else 28  # it needs more patches than clusters
-    images = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 3, 28, 28), dtype=torch.uint8)
     with pretend_training_device() as device:
         moved(model)
         for _ in range(2):

@@ -70,6 +70,7 @@ def test_each_fault_is_found_and_has_a_remedy(
     assert found[0].remedy or level == "ok"
 
 
+@pytest.mark.slow
 def test_the_doctor_examines_two_real_ranks(tmp_path: Path) -> None:
     command = ["launch", "--nproc-per-node", "2", "--", "doctor", "--shared", str(tmp_path)]
     done = subprocess.run(
@@ -97,6 +98,7 @@ def test_ranks_on_one_gpu_are_an_error() -> None:
     assert {one.level for one in fine} == {"ok"}
 
 
+@pytest.mark.slow
 def test_machines_are_judged_before_the_network_is_tried() -> None:
     """A GPU that SLURM promises and torch does not find: an error of both ranks, and no all-reduce was begun."""
     if torch.cuda.is_available():

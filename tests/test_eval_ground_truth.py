@@ -13,7 +13,7 @@ from data_pipeline.positions import from_metres, within_radius
 from eval.benchmarks.catalogue import CATALOGUE, Variant
 from eval.benchmarks.ground_truth import GroundTruthError, clip_to, read_array, read_positives
 from eval.benchmarks.load import load_benchmarks
-from tests.benchmark_folders import load
+from tests.benchmark_folders import empty_files, load
 
 
 class _Evil:
@@ -96,9 +96,7 @@ def test_gsv_lists_with_their_real_counts(
     for file in (GROUND_TRUTH / "gsv_cities" / part).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     for images in ("dbImages", "qImages"):
-        for name in read_array(folder / f"{stem}_{images}.npy"):
-            (folder / str(name)).parent.mkdir(exist_ok=True)
-            (folder / str(name)).touch()
+        empty_files(folder, map(str, read_array(folder / f"{stem}_{images}.npy")))
     lists = load(spec, tmp_path)
     assert np.diff(lists.positive_offsets).mean() == pytest.approx(every, abs=1e-3)
     (folder / f"{stem}_dbImages.npy").unlink()
@@ -117,9 +115,7 @@ def test_msls_lists_pick_740_of_747(tmp_path: Path) -> None:
         (folder / file.name).write_bytes(file.read_bytes())
     database = [f"train_val/cph/database/images/{i}.jpg" for i in range(18871)]  # this list is not published with them
     np.save(folder / "msls_val_dbImages.npy", np.array(database))
-    for name in [*database, *read_array(folder / "msls_val_qImages.npy")]:
-        (folder / str(name)).parent.mkdir(parents=True, exist_ok=True)
-        (folder / str(name)).touch()
+    empty_files(folder, map(str, [*database, *read_array(folder / "msls_val_qImages.npy")]))
     benchmark = load("msls_val", tmp_path)
     assert (len(benchmark.database), len(benchmark.queries)) == (18871, 740)
     assert np.diff(benchmark.positive_offsets).mean() == pytest.approx(10.75)
@@ -130,8 +126,7 @@ def test_msls_lists_pick_740_of_747(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "stem"), [("pitts30k", "pitts30k_test"), ("tokyo247", "tokyo247")])
 def test_patch_netvlad_positions(tmp_path: Path, name: str, stem: str) -> None:
     folder = tmp_path / name
-    (folder / "images").mkdir(parents=True)
-    (folder / "query").mkdir()
+    folder.mkdir()
     file = GROUND_TRUTH / "patch_netvlad" / f"{stem}.npz"
     (folder / file.name).write_bytes(file.read_bytes())
     with np.load(file) as table:
@@ -139,8 +134,7 @@ def test_patch_netvlad_positions(tmp_path: Path, name: str, stem: str) -> None:
     for part, root in (("index", "images"), ("query", "query")):
         names = [f"{part}{i:06d}.jpg" for i in range(counts[part])]
         (folder / f"{name}_imageNames_{part}.txt").write_text("\n".join(names))
-        for image in names:
-            (folder / root / image).touch()
+        empty_files(folder / root, names)
     benchmark = load(name, tmp_path)
     variant: Variant = CATALOGUE[name].variants[""]
     assert (len(benchmark.database), len(benchmark.queries)) == variant.counts

@@ -18,11 +18,9 @@ import torch.distributed as dist
 from rich.console import Console
 
 from configs.schema import Recipe
-from data_pipeline.shards import write_shards
-from data_pipeline.sources.gsv_cities import read_gsv_cities
-from data_pipeline.town.render import Town, render_town
 from tests.networks import AGGREGATORS
 from tests.ranks import on_ranks, shared_folder
+from tests.town_shards import town_of_24
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +37,7 @@ def curve(folder: Path, name: str, **changes: dict[str, Any]) -> list[list[float
 
     base: dict[str, dict[str, Any]] = {
         "data": {
-            **{"shards": str(folder / "shards"), "places_per_batch": 8, "images_per_place": 3, "image_size": 42},
+            **{"shards": str(town_of_24()), "places_per_batch": 8, "images_per_place": 3, "image_size": 42},
             **{"composition": "mixed", "augment_ops": 1, "augment_magnitude": 4, "decode_threads": 0},
         },
         "model": {"backbone": "tiny14", "weights": "random", "aggregator": "gem", "finetune_last_n_blocks": 3},
@@ -59,13 +57,11 @@ def curve(folder: Path, name: str, **changes: dict[str, Any]) -> list[list[float
     return [[line["train/loss"], line["train/grad_norm"]] for line in lines if "train/loss" in line]
 
 
-def town_of_24() -> Path:
-    """A folder that holds the shards of a town."""
+def folder_beside_a_town() -> Path:
+    """A folder for trainings, once the town is there."""
     folder = shared_folder()
     if dist.get_rank() == 0:
-        town = Town(seed=3, places=24, views=3, held_out_places=0)
-        render_town(folder / "town", town, processes=1)
-        write_shards(read_gsv_cities(folder / "town" / "train", min_images_per_place=3), folder / "shards")
+        town_of_24()
     dist.barrier()
     return folder
 
@@ -74,7 +70,7 @@ def check_thirty_steps_are_golden() -> None:
     """Tolerance: float32 sums in another order, amplified by Adam over 30 steps; a wrong gradient scale, a lost pair or
     another order of data is off by far more."""
     world = dist.get_world_size()
-    folder = town_of_24()
+    folder = folder_beside_a_town()
     layouts: dict[str, dict[str, Any]] = {
         "zero1": {"engine": {"zero_stage": 1}},
         "zero0_sharded": {"engine": {"zero_stage": 0}, "memory": {"placement": "sharded"}},
@@ -99,7 +95,7 @@ def check_thirty_steps_are_golden() -> None:
 
 def check_aggregators_are_golden() -> None:
     """Another layout at each world size: all agree with the curve that one rank wrote at stage 1."""
-    world, folder = dist.get_world_size(), town_of_24()
+    world, folder = dist.get_world_size(), folder_beside_a_town()
     layout = {
         1: {"zero_stage": 1},
         2: {"zero_stage": 3, "offload": "all", "activation_checkpointing": True},

@@ -23,6 +23,7 @@ def measure(part: str, tmp_path: Path, *more: str) -> tuple[dict[str, float], st
     return json.loads(figures.read_text()) if figures.exists() else {}, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["throughput", "compiled", "inference"])
 def test_measurements_run_at_reduced_size(part: str, tmp_path: Path) -> None:
     figures, _ = measure(part, tmp_path)
@@ -30,12 +31,14 @@ def test_measurements_run_at_reduced_size(part: str, tmp_path: Path) -> None:
     assert all(value > 0 for value in figures.values())
 
 
+@pytest.mark.slow
 def test_the_split_of_a_step_runs_at_reduced_size(tmp_path: Path) -> None:
     write_noise(tmp_path, places=6, size=(40, 30))
     _, printed = measure("loader", tmp_path, "--worker", str(tmp_path))  # as one of its ranks
     assert json.loads(printed.splitlines()[-1])["step"] > 0
 
 
+@pytest.mark.slow
 def test_parts_keep_what_they_wrote_and_are_stopped_at_their_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,6 +52,7 @@ def test_parts_keep_what_they_wrote_and_are_stopped_at_their_limit(
     assert "begun" in outcome.output
 
 
+@pytest.mark.slow
 def test_one_command_writes_figures_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--small", "--parts", "loss"])

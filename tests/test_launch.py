@@ -88,6 +88,7 @@ def test_a_mistake_in_a_recipe_is_told_before_anything_is_started() -> None:
         launch_main(["--nproc-per-node", "2", "--", "train", "demo", "--data.places-per-batch", "many"])
 
 
+@pytest.mark.slow
 def test_weights_are_downloaded_once_before_ranks_start(tmp_path: Path) -> None:
     """Without a network that is one line of launch, and not one of each rank."""
     command = ["launch", "--nproc-per-node", "2", "--", "train", "gsv_cities_vitb", "--output", str(tmp_path / "run")]

@@ -123,6 +123,7 @@ def test_nothing_printed_holds_a_secret() -> None:
     assert "FileNotFoundError" in said
 
 
+@pytest.mark.slow
 def test_secrets_are_not_in_ps(tmp_path: Path) -> None:
     """A launch of two ranks: the command lines of all processes, from the first to the ranks, while they wait."""
     address = f"http://ann:{CANARY}'x@10.255.255.1/set"  # which nobody answers

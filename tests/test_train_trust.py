@@ -14,6 +14,8 @@ from tests.forked import Command
 from tests.training import last_checkpoint, logged
 from trainer.manifest import faults
 
+pytestmark = pytest.mark.slow
+
 
 def train(workplace: Path, output: str, *flags: str) -> Command:
     recipe = str(workplace / "recipe.yaml")

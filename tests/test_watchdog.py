@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.schema import EngineConfig
+from tests import forked
 from tests.ranks import ROOT
 from trainer.watchdog import SECTIONS, STALLED_STATUS, Position, culprit
 
@@ -52,43 +53,10 @@ def test_a_silent_rank_is_named_wherever_the_others_are(orders: list[tuple[int, 
     assert culprit(before, gone, len(orders))[1].startswith(f"rank {rank} does not answer")
 
 
-STAND_STILL = """
-import os, signal, sys, time
-from datetime import timedelta
-from pathlib import Path
-import torch, torch.distributed as dist
-from trainer.stop_signal import StopSignal
-from trainer.watchdog import Watchdog
-
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-store = dist.FileStore(str(folder / "store"), 2)
-os.environ["MASTER_ADDR"] = "127.0.0.1"
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=300))
-stop = StopSignal()
-watchdog = Watchdog(limit_s=float(sys.argv[3]), first_limit_s=300.0, folder=folder, asked_to_stop=stop.noticed)
-with stop, watchdog:
-    (folder / f"ready{rank}").touch()
-    watchdog.enter("step", 7)
-    while rank == 1 and not (folder / "go").exists():
-        time.sleep(0.05)
-    dist.all_reduce(torch.zeros(1))  # rank 0 waits here, where no Python handler runs
-    print(f"rank {rank} is past it, asked: {bool(stop.name)}", flush=True)
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def standing_still(folder: Path, limit_s: float) -> list[subprocess.Popen[str]]:
+def standing_still(folder: Path, limit_s: float) -> list[forked.Command]:
     """Two ranks, of which the first waits in a collective for the second."""
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", STAND_STILL, str(rank), str(folder), str(limit_s)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
+        forked.Command(folder, "tests.stand_still", str(rank), str(folder), str(limit_s), apart=True) for rank in (0, 1)
     ]
     deadline = time.monotonic() + 120
     while not all((folder / f"ready{rank}").exists() for rank in (0, 1)):

@@ -1,0 +1,37 @@
+"""`python -m tests.stand_still RANK FOLDER LIMIT_S`: one of two ranks, of which the first waits for the second."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainer.stop_signal import StopSignal
+from trainer.watchdog import Watchdog
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    store = dist.FileStore(str(folder / "store"), 2)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=300))
+    stop = StopSignal()
+    watchdog = Watchdog(limit_s=float(sys.argv[3]), first_limit_s=300.0, folder=folder, asked_to_stop=stop.noticed)
+    with stop, watchdog:
+        (folder / f"ready{rank}").touch()
+        watchdog.enter("step", 7)
+        while rank == 1 and not (folder / "go").exists():
+            time.sleep(0.05)
+        dist.all_reduce(torch.zeros(1))  # rank 0 waits here, where no Python handler runs
+        print(f"rank {rank} is past it, asked: {bool(stop.name)}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
