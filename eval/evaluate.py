@@ -18,13 +18,14 @@ from data_pipeline.tar_writer import BadImages
 from eval.approximate import Trained
 from eval.benchmarks.benchmark import Benchmark
 from eval.clock import Clock
+from eval.depth import depth_rule, margin_rule, match_own_images
 from eval.extract import extract, fit_projection
 from eval.feature_cache import Cached, FeatureCache
 from eval.features import StoredFeatures, digest, files_digest, weights_digest
 from eval.image_names import name_images
 from eval.pixels import interpolation_of, pixel_rule
 from eval.recall import gain_of, recall_of
-from eval.rerank import Reranked, learn_margin, rerank
+from eval.rerank import Reranked, margins, rerank
 from eval.result import Result
 from eval.search import agreement, search_ranks
 from eval.train_index import train_together
@@ -111,6 +112,7 @@ def evaluate(
         index=config.faiss_index,
         index_agreement=index_agreement,
         num_left_alone=reranked.num_left_alone if reranked else 0,
+        mean_depth=reranked.mean_depth if reranked else 0.0,
         notes=tuple(notes),
         layout=benchmark.layout,
         num_labelled=None if benchmark.labelled_Q is None else benchmark.num_labelled,
@@ -239,21 +241,40 @@ def _rerank(
     notes: list[str],
     on_progress: OnProgress,
 ) -> Reranked:
-    """The first candidates re-sorted; with `when: auto`, only where matching has been seen to change anything."""
-    margin, num_queries, device = float("inf"), len(found.queries), clock.device
-    if config.rerank.when == "auto":
-        margin, sample = learn_margin(found.database, config.rerank, device, config.search_block_mb << 20)
+    """The first candidates re-sorted: `top_k` of each query, or as many as `rerank.when` has learned to match."""
+    num_queries, device, settings = len(found.queries), clock.device, config.rerank
+    depth_Q = None
+    if settings.when != "always":
+        depth_Q, note = _learned_depths(found, config, device)
         timings["auto_s"] = clock.lap()
-        notes.append(f"auto: margins from {margin:.4f} on are left alone, learned on {sample} database images")
+        notes.append(note)
     reranked = rerank(
         found.queries,
         found.database,
         found.predictions_QK,
         found.similarities_QK,
-        config.rerank,
+        settings,
         device,
-        auto_margin=margin,
+        depth_Q=depth_Q,
         on_progress=PartOf(on_progress, num_queries, "re-ranking"),
     )
     timings["rerank_s_per_query"] = clock.lap() / num_queries
     return reranked
+
+
+def _learned_depths(
+    found: FirstStage, config: EvalConfig, device: torch.device
+) -> tuple[NDArray[np.int64], str]:
+    """Candidates to match of each query, by what the database alone teaches, and a note on that."""
+    settings, cosine_QK = config.rerank, found.similarities_QK
+    own = match_own_images(found.database, settings, device, config.search_block_mb << 20)
+    learned = f"learned on {len(own.key_ST) if own else 0} database images"
+    if settings.when == "auto":
+        margin = margin_rule(own)
+        depth_Q = np.where(margins(cosine_QK) < margin, settings.top_k, 0)
+        return depth_Q, f"auto: margins from {margin:.4f} on are left alone, {learned}"
+    rule = depth_rule(own)
+    return rule.depths(cosine_QK, settings.top_k), (
+        f"adaptive: candidates within {rule.reach:.4f} of the first one's cosine are matched, all {settings.top_k} "
+        f"where that is below {rule.sure:.4f}, {learned}"
+    )

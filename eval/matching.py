@@ -54,6 +54,9 @@ def match_scores(queries: Patches, candidates: Patches, config: RerankConfig) ->
 def score_matches(matches: Matches, queries: Patches, candidates: Patches, config: RerankConfig) -> torch.Tensor:
     """Scores [B, T]: `count` is the number of matches, `similarity_sum` the sum of their cosines.
 
+    With `match_weight` saliency each counts as much as the geometric mean of the saliency of its two patches (FoL++,
+    arXiv 2604.22390, weights matches by how reliable their patches are).
+
     With geometry `translation` only matches count that agree on one shift of the patch grid: the largest sum of those
     whose shifts fit in a window of 2 * geometry_cells + 1 patches a side, over all windows, without rotation or scale.
     Class tokens have no position and no vote.
@@ -61,6 +64,8 @@ def score_matches(matches: Matches, queries: Patches, candidates: Patches, confi
     weight_BNT = matches.matched_BNT.float()
     if config.score == "similarity_sum":
         weight_BNT = weight_BNT * matches.cosine_BNT
+    if config.match_weight == "saliency":
+        weight_BNT = weight_BNT * _pair_saliency(matches, queries, candidates)
     if config.geometry == "none":
         return weight_BNT.sum(dim=1)
     batch, _, depth = weight_BNT.shape
@@ -87,6 +92,14 @@ def score_matches(matches: Matches, queries: Patches, candidates: Patches, confi
         sums_PHW = F.avg_pool2d(votes_PHW, window, stride=1, padding=config.geometry_cells, divisor_override=1)
         scores_P[first : first + pairs] = sums_PHW.amax(dim=(1, 2))
     return scores_P.unflatten(0, (batch, depth))
+
+
+def _pair_saliency(matches: Matches, queries: Patches, candidates: Patches) -> torch.Tensor:
+    """Geometric mean [B, N, T] of the saliency of each patch and of the candidate's that is nearest to it."""
+    saliency_BTM = candidates.saliency_BM.unflatten(0, (len(queries.saliency_BM), -1))
+    nearest_BTN = matches.nearest_BNT.transpose(1, 2)
+    other_BNT = saliency_BTM.gather(2, nearest_BTN).transpose(1, 2)
+    return (queries.saliency_BM[:, :, None] * other_BNT).clamp(min=0).sqrt()
 
 
 def agreeing(shift_X2: torch.Tensor, weight_X: torch.Tensor, geometry_cells: int) -> torch.Tensor:

@@ -10,25 +10,24 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from configs.progress import OnProgress, untold
+from configs.progress import OnProgress, PartOf, untold
 from configs.ranks import on_all_ranks
 from configs.schema import RerankConfig
 from eval.features import StoredFeatures
 from eval.matching import match_scores
 from eval.pairs import pair_blocks
-from eval.search import search_ranks
-
-AUTO_SAMPLE = 128
-AUTO_AT_LEAST = 20  # fewer unchanged images than this teach nothing
 
 
 def fuse(
     scores_QT: NDArray[np.float32],
     similarities_QT: NDArray[np.float32],
-    patches_Q: NDArray[np.int64],
+    patches_Q: NDArray[np.float64] | NDArray[np.int64],
     global_weight: float,
 ) -> NDArray[np.float64]:
-    """Keys that sort candidates: the score itself, or score / patches of the query + weight * global cosine."""
+    """Keys that sort candidates: the score itself, or score / patches of the query + weight * global cosine.
+
+    `patches_Q` is `patch_mass`.
+    """
     key_QT = scores_QT.astype(np.float64)
     if global_weight:
         key_QT = key_QT / np.maximum(patches_Q, 1)[:, None] + global_weight * similarities_QT
@@ -101,19 +100,31 @@ def patch_counts(features: StoredFeatures) -> NDArray[np.int64]:
     return np.concatenate([np.asarray(shard["count"]) for shard in features.shards]).astype(np.int64)
 
 
+def patch_mass(features: StoredFeatures, config: RerankConfig) -> NDArray[np.float64]:
+    """What every image would score against itself, without geometry and cosines: its patches, or their saliency."""
+    if config.match_weight == "none":
+        return patch_counts(features).astype(np.float64)
+    sums = []
+    for number, shard in enumerate(features.shards):
+        total = np.concatenate([np.zeros(1), np.cumsum(shard["saliency"], dtype=np.float64)])
+        sums.append(np.diff(total[features.offsets(number)]))
+    return np.concatenate(sums)
+
+
 Score = Callable[..., NDArray[np.float32]]  # as `score_candidates`
 
 
 @dataclass(frozen=True)
 class Reranked:
-    """Predictions after matching, match scores of the first T before it, and how many queries it left alone.
+    """Predictions after matching, match scores of the first T before it, and how much was matched.
 
-    Scores of a query that was left alone, and of a candidate that is none, are NaN.
+    Scores of what was not matched, and of a candidate that is none, are NaN.
     """
 
     predictions_QK: NDArray[np.int64]
     scores_QT: NDArray[np.float32]
-    num_left_alone: int
+    num_left_alone: int  # queries without a match to make
+    mean_depth: float  # candidates matched of a query
 
 
 def rerank(
@@ -124,29 +135,46 @@ def rerank(
     config: RerankConfig,
     device: torch.device,
     *,
-    auto_margin: float = np.inf,
+    depth_Q: NDArray[np.int64] | None = None,
     on_progress: OnProgress = untold,
     score: Score = score_candidates,
 ) -> Reranked:
-    """The first top_k predictions of each query re-sorted; equal on every rank and at any number of ranks.
+    """The first predictions of each query re-sorted; equal on every rank and at any number of ranks.
 
-    With `score_here` it is the work of this process alone.
-    Queries whose first-stage margin reaches `auto_margin` keep their order (see `learn_margin`).
+    `depth_Q` says how many of each query, at most top_k (see eval/depth.py); without it they are top_k. A query of
+    one or none keeps its order. With `score_here` it is the work of this process alone.
     """
-    depth = min(config.top_k, predictions_QK.shape[1])
-    matched_q = np.flatnonzero(margins(similarities_QK) < auto_margin)
-    scores_QT = np.full((len(predictions_QK), depth), np.nan, dtype=np.float32)
+    depth, count = min(config.top_k, predictions_QK.shape[1]), len(predictions_QK)
+    depth_Q = np.full(count, depth) if depth_Q is None else np.minimum(depth_Q, depth)
+    depth_Q = np.where(depth_Q > 1, depth_Q, 0)
+    scores_QT = np.full((count, depth), np.nan, dtype=np.float32)
     ranked_QK = predictions_QK.copy()
-    if len(matched_q):
-        candidates = predictions_QK[matched_q, :depth]
-        found = np.maximum(candidates, 0)  # -1 stands for nothing found
-        scores = score(queries, matched_q, database, found, config, device, on_progress)
-        patches = patch_counts(queries)[matched_q]
-        key = fuse(scores, similarities_QK[matched_q, :depth], patches, config.global_weight)
-        key[candidates < 0] = -np.inf
-        scores_QT[matched_q] = np.where(candidates < 0, np.float32(np.nan), scores)
-        ranked_QK[matched_q] = reorder(key, predictions_QK[matched_q])
-    return Reranked(ranked_QK, scores_QT, len(predictions_QK) - len(matched_q))
+    matched = 0
+    for rows, width in _of_like_depth(depth_Q, depth):
+        candidates = predictions_QK[rows, :width]
+        left_out = (candidates < 0) | (np.arange(width) >= depth_Q[rows, None])  # -1 stands for nothing found
+        scores = score(
+            *(queries, rows, database, np.maximum(candidates, 0), config, device),
+            PartOf(on_progress, count, before=matched),
+        )
+        mass = patch_mass(queries, config)[rows]
+        key = fuse(scores, similarities_QK[rows, :width], mass, config.global_weight)
+        key[left_out] = -np.inf
+        scores_QT[rows, :width] = np.where(left_out, np.float32(np.nan), scores)
+        ranked_QK[rows] = reorder(key, predictions_QK[rows])
+        matched += len(rows)
+    return Reranked(ranked_QK, scores_QT, int((depth_Q == 0).sum()), float(depth_Q.mean()) if count else 0.0)
+
+
+def _of_like_depth(depth_Q: NDArray[np.int64], most: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Queries whose depths fit widths of 2, 4, 8 ... `most`, with the width: pairs are matched in full rectangles."""
+    width, below = 2, 1
+    while below < most:
+        width = min(width, most)
+        rows = np.flatnonzero((depth_Q > below) & (depth_Q <= width))
+        if len(rows):
+            yield rows, width
+        below, width = width, 2 * width
 
 
 def margins(similarities_QK: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -155,37 +183,3 @@ def margins(similarities_QK: NDArray[np.float32]) -> NDArray[np.float64]:
         return np.full(len(similarities_QK), np.inf)
     return similarities_QK[:, 0].astype(np.float64) - similarities_QK[:, 1]
 
-
-def learn_margin(
-    database: StoredFeatures, config: RerankConfig, device: torch.device, block_bytes: int
-) -> tuple[float, int]:
-    """The least first-stage margin from which on matching never changed the first candidate, and the sample's size.
-
-    Learned on the database alone, without labels: a spread of its images as queries against all others. Infinite, so
-    that nothing is left alone, where fewer than AUTO_AT_LEAST images agree.
-    """
-    sample = np.unique(np.linspace(0, len(database) - 1, min(AUTO_SAMPLE, len(database))).astype(np.int64))
-    k = min(config.top_k + 1, len(database))
-    if k < 3:
-        return np.inf, len(sample)
-    with on_all_ranks():
-        queries_SD = np.concatenate([database.descriptors(i, i + 1) for i in sample])
-    similarities_SK, ids_SK = search_ranks(queries_SD, _own_blocks(database, block_bytes), k)
-    others = [(ids != i) & (np.cumsum(ids != i) < k) for i, ids in zip(sample, ids_SK, strict=True)]
-    ids_ST = np.stack([ids[keep] for ids, keep in zip(ids_SK, others, strict=True)])
-    similarities_ST = np.stack([cos[keep] for cos, keep in zip(similarities_SK, others, strict=True)])
-    scores_ST = score_candidates(database, sample, database, ids_ST, config, device)
-    key_ST = fuse(scores_ST, similarities_ST, patch_counts(database)[sample], config.global_weight)
-    changed_S = key_ST.argmax(axis=1) != 0
-    return margin_from(margins(similarities_ST), changed_S), len(sample)
-
-
-def margin_from(margin_S: NDArray[np.float64], changed_S: NDArray[np.bool_]) -> float:
-    """The least margin above every margin of an image whose first candidate changed; infinite if too few lie above."""
-    worst = float(margin_S[changed_S].max(initial=-np.inf))
-    above = margin_S[margin_S > worst]
-    return float(above.min()) if len(above) >= AUTO_AT_LEAST else float("inf")
-
-
-def _own_blocks(database: StoredFeatures, block_bytes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    return database.blocks(dist.get_rank(), dist.get_world_size(), block_bytes)

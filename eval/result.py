@@ -37,6 +37,8 @@ class Result:
     index_agreement: float | None = None
     """Percent of the exact neighbours that an approximate index found."""
     num_left_alone: int = 0
+    mean_depth: float = 0.0
+    """Candidates matched of a query."""
     notes: tuple[str, ...] = ()
     layout: str = ""
     """What was read of the benchmark's folder."""

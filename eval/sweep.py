@@ -26,12 +26,15 @@ MATCH = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
 
 @dataclass(frozen=True)
 class Sweep:
-    """Match scores [S, M, Q, T] at each pair of thresholds, and the salient patches [S, Q] of each query."""
+    """Match scores [S, M, Q, T] at each pair of thresholds, and the salient patches [S, Q] of each query.
+
+    With `match_weight` saliency, the sum of their saliency.
+    """
 
     saliency: tuple[float, ...]
     match: tuple[float, ...]
     scores_SMQT: NDArray[np.float32]
-    patches_SQ: NDArray[np.int64]
+    patches_SQ: NDArray[np.float64]
 
     def recall(
         self,
@@ -70,7 +73,7 @@ def sweep_thresholds(
     stored = config.saliency_thresh
     swept = tuple(s for s in saliency if stored is None or s >= stored)
     scores_SMQT = torch.zeros(len(swept), len(match), *candidates_QT.shape, device=device)
-    patches_SQ = torch.zeros(len(swept), len(candidates_QT), dtype=torch.int64, device=device)
+    patches_SQ = torch.zeros(len(swept), len(candidates_QT), dtype=torch.float64, device=device)
     numbers, memory_mb = np.arange(len(candidates_QT)), max(1, config.memory_mb // 2)
     with on_all_ranks():
         for block in pair_blocks(queries, numbers, database, candidates_QT, memory_mb, device, on_progress):
@@ -82,7 +85,8 @@ def sweep_thresholds(
                 own_BN, other_BTM = own.saliency_BM > thresh, salient_BTM > thresh
                 if thresh == stored:
                     own_BN, other_BTM = own.saliency_BM >= 0, salient_BTM >= 0
-                patches_SQ[s, block.rows] = own_BN.sum(dim=1)
+                mass_BN = own.saliency_BM * own_BN if config.match_weight == "saliency" else own_BN
+                patches_SQ[s, block.rows] = mass_BN.double().sum(dim=1)
                 found = mutual_matches(sim_BNTM * own_BN[:, :, None, None] * other_BTM[:, None], 0.0)
                 for m, least in enumerate(match):
                     kept = replace(found, matched_BNT=found.matched_BNT & (found.cosine_BNT > least))

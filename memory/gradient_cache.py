@@ -1,8 +1,8 @@
 """Gradient cache (GradCache, Gao et al., 2021): a batch that does not fit is encoded in chunks, its gradient exact.
 
 Accumulating the loss over chunks would change it, since each image's negatives are the batch. Here all chunks are
-encoded without autograd, the loss of the whole batch gives each descriptor its gradient, and each chunk is encoded
-again and takes its part. Activations are held for one chunk at a time; the price is a second forward pass.
+encoded without autograd, the loss of the whole batch gives what was made of each image its gradient, and each chunk is
+encoded again and takes its part. Activations are held for one chunk at a time; the price is a second forward pass.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import torch
 
 
 class GradientCache:
-    """Descriptors of a batch encoded in chunks, and their way back."""
+    """What a batch that is encoded in chunks becomes, and its way back."""
 
-    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], chunks: Sequence[torch.Tensor]) -> None:
-        """`encode` maps images to descriptors [b, D]; `chunks` are the batch's images, in order."""
+    def __init__(
+        self, encode: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], chunks: Sequence[torch.Tensor]
+    ) -> None:
+        """`encode` maps images to descriptors [b, D] and whatever else the loss takes of each image.
+
+        `chunks` are the batch's images, in order. What is not of floating point has no gradient.
+        """
         self._encode, self._chunks = encode, chunks
         self._random_states: list[list[torch.Tensor]] = []
         encoded = []
@@ -24,21 +29,29 @@ class GradientCache:
             for chunk in chunks:
                 self._random_states.append(_random_state(chunk.device))
                 encoded.append(encode(chunk))
-        self.descriptors_BD = torch.cat(encoded).requires_grad_()
+        self.outputs = tuple(torch.cat(parts) for parts in zip(*encoded, strict=True))
+        for output in self.outputs:
+            output.requires_grad_(output.is_floating_point())
 
     def backward(self, loss: torch.Tensor, backward: Callable[[torch.Tensor], None]) -> None:
-        """Propagates a loss of `descriptors_BD`; `backward` is called once a chunk, with a scalar.
+        """Propagates a loss of `outputs`; `backward` is called once a chunk, with a scalar.
 
         Each chunk is encoded with the random numbers of its first time, so that dropout repeats itself.
         """
-        (grad_BD,) = torch.autograd.grad(loss, self.descriptors_BD)
-        grads = grad_BD.split([len(chunk) for chunk in self._chunks])
-        for chunk, state, grad_bD in zip(self._chunks, self._random_states, grads, strict=True):
+        wanted = [number for number, output in enumerate(self.outputs) if output.requires_grad]
+        grads = torch.autograd.grad(loss, [self.outputs[number] for number in wanted])
+        sizes = [len(chunk) for chunk in self._chunks]
+        by_chunk = zip(*(grad.split(sizes) for grad in grads), strict=True)
+        for chunk, state, grads_of_chunk in zip(self._chunks, self._random_states, by_chunk, strict=True):
             after = _random_state(chunk.device)
             _set_random_state(state, chunk.device)
-            descriptors_bD = self._encode(chunk)
+            encoded = self._encode(chunk)
             _set_random_state(after, chunk.device)
-            backward((descriptors_bD.to(grad_bD.dtype) * grad_bD).sum())
+            parts = [
+                (encoded[number].to(grad.dtype) * grad).sum()
+                for number, grad in zip(wanted, grads_of_chunk, strict=True)
+            ]
+            backward(torch.stack(parts).sum() if len(parts) > 1 else parts[0])
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:

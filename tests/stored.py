@@ -20,6 +20,7 @@ def store(
     *,
     cells: Sequence[torch.Tensor] | None = None,
     descriptors_ID: torch.Tensor | None = None,
+    saliency: Sequence[torch.Tensor] | None = None,
     shard: int = 3,
 ) -> StoredFeatures:
     """Images given by their patches [n, C], in shards of a few, as extraction writes them."""
@@ -41,7 +42,7 @@ def store(
             "codes": codes,
             "scale": torch.ones(len(codes)),
             "cell": cell,
-            "saliency": torch.ones(len(codes)).half(),
+            "saliency": (torch.cat([*saliency[first:stop]]) if saliency else torch.ones(len(codes))).half(),
         }
         write_shard(shard_path(folder, number), tensors, "test")
     return StoredFeatures(folder, bounds)

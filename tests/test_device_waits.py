@@ -75,6 +75,7 @@ def check_no_setting_adds_a_wait() -> None:
         {"memory": {"decay": "measured", "drift_every": 5, "drift_images": 4}},
         {"memory": {"size": 0}, "data": {"augmentation": "none"}, "loss": {"name": "ContrastiveLoss"}},
         {"engine": {"activation_checkpointing": True}},
+        {"loss": {"guided_weight": 0.5}, "model": {"finetune_last_n_blocks": 2}, "engine": {"encode_chunks": 2}},
     ]
     for changes in settings:
         recipe = recipe_of(**changes)

@@ -19,15 +19,7 @@ from eval.benchmarks.benchmark import Benchmark
 from eval.features import StoredFeatures
 from eval.matching import agreeing, match_scores, mutual_matches, pair_bytes, similarities
 from eval.pairs import plan_batches
-from eval.rerank import (
-    fuse,
-    learn_margin,
-    margin_from,
-    patch_counts,
-    reorder,
-    rerank,
-    score_candidates,
-)
+from eval.rerank import fuse, margins, patch_counts, patch_mass, reorder, rerank, score_candidates
 from eval.sweep import sweep_thresholds
 from tests.ranks import on_ranks
 from tests.stored import shared_folder, store
@@ -107,6 +99,7 @@ def test_scores_and_order_equal_plain_loops(
         own = stored_q.patches(np.arange(len(queries)), CPU)
         others = stored_d.patches(ids_QK.ravel(), CPU)
         counts = patch_counts(stored_q)
+        assert patch_mass(stored_q, config).tolist() == counts.tolist()
     scores_QT = match_scores(own, others, config).numpy()
     expected = np.zeros(ids_QK.shape)
     for q, row in enumerate(ids_QK):
@@ -176,15 +169,6 @@ def test_batches_stay_below_the_bound_and_what_cannot_is_said(tmp_path: Path) ->
         plan_batches(big, big, 1, 1, torch.device("cpu"))
 
 
-def test_margin_is_the_least_above_all_that_changed() -> None:
-    margin = np.arange(40) / 100
-    changed = np.zeros(40, dtype=bool)
-    changed[[3, 12]] = True
-    assert margin_from(margin, changed) == pytest.approx(0.13)
-    changed[30] = True
-    assert margin_from(margin, changed) == np.inf  # nine agreeing images teach nothing
-
-
 def _photos(count: int, seed: int) -> list[torch.Tensor]:
     """Images that share patches, of odd counts."""
     g = torch.Generator().manual_seed(seed)
@@ -228,9 +212,8 @@ def check_ranking_equals_the_single_process() -> None:
             np.testing.assert_allclose(found.scores_QT, expected, rtol=1e-5, atol=1e-5)
             key = fuse(found.scores_QT, cosine_QK[:, : config.top_k], patch_counts(stored_q), config.global_weight)
             np.testing.assert_array_equal(found.predictions_QK, reorder(key, ids_QK))
-            half = float(np.median(cosine_QK[:, 0].astype(np.float64) - cosine_QK[:, 1]))
-            some = rerank(stored_q, stored_d, ids_QK, cosine_QK, config, CPU, auto_margin=half)
-            alone = cosine_QK[:, 0].astype(np.float64) - cosine_QK[:, 1] >= half
+            alone = margins(cosine_QK) >= np.median(margins(cosine_QK))
+            some = rerank(stored_q, stored_d, ids_QK, cosine_QK, config, CPU, depth_Q=np.where(alone, 0, config.top_k))
             assert some.num_left_alone == alone.sum()
             np.testing.assert_array_equal(some.predictions_QK[alone], ids_QK[alone])
             np.testing.assert_array_equal(some.predictions_QK[~alone], found.predictions_QK[~alone])
@@ -262,23 +245,6 @@ def check_sweep_gives_the_scores_of_single_runs() -> None:
         benchmark = Benchmark("x", "x", [], [], np.arange(8), np.arange(7) % 9)
         cosine = np.zeros((7, 5), dtype=np.float32)
         assert sweep.recall(benchmark, ids_QT, cosine, 0.0, 1).shape == (2, 3)
-
-
-def check_margin_is_learned_from_the_database_alone() -> None:
-    """Forty pairs of images whose patches agree with their descriptors, then ten that contradict them."""
-    g = torch.Generator().manual_seed(5)
-    base = F.normalize(torch.randn(40, 16, generator=g), dim=1)
-    descriptors = F.normalize(torch.cat([base, base + 0.05 * torch.randn(40, 16, generator=g)]), dim=1)
-    scenes = [F.normalize(torch.randn(6, 24, generator=g), dim=1) for _ in range(40)]
-    with shared_folder() as folder:
-        for name, images in (("agree", scenes + scenes), ("contradict", scenes + scenes[::-1])):
-            if dist.get_rank() == 0:
-                store(folder / name, images, descriptors_ID=descriptors)
-            dist.barrier()
-            features = StoredFeatures(folder / name, [(i, min(i + 3, 80)) for i in range(0, 80, 3)])
-            margin, sample = learn_margin(features, RerankConfig(top_k=79, global_weight=0.0), CPU, 1 << 20)
-            assert sample == 80
-            assert (margin < 0.5) if name == "agree" else (margin == np.inf)
 
 
 test_on_ranks = on_ranks(__file__)

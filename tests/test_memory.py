@@ -86,8 +86,8 @@ def check_chunks_give_the_gradient_of_the_whole_batch() -> None:
 
     held: list[int] = []
     torch.manual_seed(100 + rank)
-    cache = GradientCache(encode, chunks)
-    out = global_loss(cache.descriptors_BD, ids, queue, step=3)
+    cache = GradientCache(lambda x: (encode(x),), chunks)
+    out = global_loss(cache.outputs[0], ids, queue, step=3)
     state = torch.get_rng_state()
     with torch.autograd.graph.saved_tensors_hooks(
         lambda x: (held.append(len(x)) if x.ndim else None, x)[1], lambda x: x

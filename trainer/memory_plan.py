@@ -21,6 +21,7 @@ from trainer.aggregator_cost import aggregator_cost
 from trainer.engine import BUCKET, DTYPES, GIVEN_BACK, LIVE, parameter_groups
 from trainer.engine_state import keepers
 from trainer.flops import num_trained_blocks
+from trainer.guided import guided_bytes
 
 GB = 1e9
 FP32 = 4
@@ -160,6 +161,7 @@ def plan_memory(
         *_engine_parts(recipe, sizes, ranks, on_cpu),
         *_activation_parts(recipe, ranks),
         *_memory_parts(recipe, sizes.descriptor, ranks),
+        Part("guided loss", guided_bytes(recipe, ranks), phases=("loss", "backward")),
         *_data_parts(recipe, ranks, on_cpu, shard_bytes),
         _checkpoint_part(recipe, sizes, ranks, saves_between_steps),
         *_evaluation_parts(recipe, sizes, on_cpu),
@@ -326,8 +328,7 @@ def _memory_parts(recipe: Recipe, size: int, ranks: int) -> list[Part]:
         Part("loss", tile + 4 * batch * size * FP32 + 24 * (batch + memory.size), phases=("loss",)),
     ]
     if memory.size and memory.drift_every:
-        kept = memory.drift_images * (3 * num_pixels(data.image_size) + size * FP32)
-        parts.append(Part("drift probe", kept))
+        parts.append(Part("drift probe", memory.drift_images * (3 * num_pixels(data.image_size) + size * FP32)))
     return parts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from memory.gradient_cache import GradientCache
 from trainer.batches import draw_augmentation
 from trainer.context import Context
 from trainer.engine import StepResult, clip_and_update, set_learning_rate
+from trainer.guided import Guided, GuidedTerm
 from trainer.profile import waits_told
 from trainer.state import TrainingState
 
@@ -42,6 +44,7 @@ class TrainingStep:
     def __init__(self, context: Context, loss: GlobalLoss, state: TrainingState, *, steps_per_epoch: int) -> None:
         self.recipe, self.watchdog = context.recipe, context.watchdog
         self.loss, self.state, self.steps_per_epoch = loss, state, steps_per_epoch
+        self.guided = GuidedTerm(self.recipe, state.model) if self.recipe.loss.guided_weight else None
 
     def __call__(self, batch: PlaceBatch, lr: float, votes: Callable[[], Sequence[float]] = tuple) -> StepOutcome:
         """The step that `state.progress` stands at, with this learning rate; every rank must call this.
@@ -64,30 +67,37 @@ class TrainingStep:
         state.engine.train()
         figures = self._measured_drift(optimizer_step) if queue_used else {}
         chunks = self.recipe.engine.encode_chunks
-        cache = GradientCache(self._encode, images_B3HW.tensor_split(chunks)) if chunks > 1 else None
-        descriptors_BD = cache.descriptors_BD if cache else self._encode(images_B3HW)
-        self.watchdog.enter("loss", step)
-        out = self.loss(
-            descriptors_BD,
-            batch.place_ids_B,
-            state.queue,
-            step=optimizer_step,
-            drift_curve_a2=state.drift.curve_a2 if state.drift else None,
-            place_ids_N=batch.place_ids_N,
-        )
-        self.watchdog.enter("step", step)
-        set_learning_rate(state.engine, lr)
-        one = 1 + 0 * out.loss.detach()  # NaN if the loss is not finite
-        result = self._backward(out.loss * one, cache)
+        guided = None
+        with self.guided.attached(images_B3HW) if self.guided else nullcontext():
+            cache = GradientCache(self._encode_all, images_B3HW.tensor_split(chunks)) if chunks > 1 else None
+            descriptors_BD, *local = cache.outputs if cache else self._encode_all(images_B3HW)
+            self.watchdog.enter("loss", step)
+            out = self.loss(
+                descriptors_BD,
+                batch.place_ids_B,
+                state.queue,
+                step=optimizer_step,
+                drift_curve_a2=state.drift.curve_a2 if state.drift else None,
+                place_ids_N=batch.place_ids_N,
+            )
+            loss = out.loss
+            if self.guided:
+                assert batch.place_ids_N is not None  # a training knows its plan
+                guided = self.guided(*local, batch.place_ids_B, batch.place_ids_N)
+                loss = loss + guided.loss
+            self.watchdog.enter("step", step)
+            set_learning_rate(state.engine, lr)
+            one = 1 + 0 * out.loss.detach()  # NaN if the loss is not finite
+            result = self._backward(loss * one, cache)
         if result.updated and queue_used:
             state.queue.enqueue(out.descriptors_ND, out.place_ids_N, optimizer_step, host_ids_N=out.host_ids_N)
             if state.drift:
                 state.drift.keep(images_B3HW, out.descriptors_ND, optimizer_step)
-        loss, norm, found, sums = self._read(out, result, votes())
+        loss_read, norm, found, sums = self._read(out, guided, result, votes())
         figures |= found
         return StepOutcome(
-            loss=loss,
-            grad_norm=norm if math.isfinite(loss) else None,
+            loss=loss_read,
+            grad_norm=norm if math.isfinite(loss_read) else None,
             updated=result.updated,
             queue_used=queue_used,
             num_images=len(out.place_ids_N),
@@ -97,18 +107,24 @@ class TrainingStep:
         )
 
     def _read(
-        self, out: GlobalLossOutput, result: StepResult, votes: Sequence[float]
+        self, out: GlobalLossOutput, guided: Guided | None, result: StepResult, votes: Sequence[float]
     ) -> tuple[float, float, dict[str, float], list[float]]:
         """Loss, gradient norm, figures of the loss, and the votes of all ranks, by one all-reduce and one wait."""
         device = out.loss.device
         sums = to_device(torch.tensor(votes, dtype=torch.float32), device)
-        if len(votes):
+        if guided:
+            sums = torch.cat([sums, guided.sums_4])
+        if len(sums):
             dist.all_reduce(sums)
         norm = result.norm if isinstance(result.norm, torch.Tensor) else torch.full((), result.norm, device=device)
         numbers = torch.stack([one.double() for one in (out.loss.detach(), norm, *out.stats.values())])
         read = torch.cat([numbers, sums.double()]).tolist()
-        figures = dict(zip(out.stats, read[2 : len(numbers)], strict=True))
-        return read[0], read[1], figures, read[len(numbers) :]
+        loss, norm_read, *stats = read[: len(numbers)]
+        figures, sums_read = dict(zip(out.stats, stats, strict=True)), read[len(numbers) :]
+        if self.guided and guided:
+            figures |= self.guided.figures(guided, sums_read[len(votes) :], len(out.place_ids_N))
+            loss += self.guided.weight * figures["guided_loss"]
+        return loss, norm_read, figures, sums_read[: len(votes)]
 
     def _uses_queue(self, step: int) -> bool:
         memory = self.recipe.memory
@@ -131,6 +147,11 @@ class TrainingStep:
         """uint8 images -> descriptors."""
         descriptors_BD: torch.Tensor = self.state.engine(normalise(images_B3HW))
         return descriptors_BD
+
+    def _encode_all(self, images_B3HW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """uint8 images -> descriptors; with the guided loss also local features, and which of them are salient."""
+        descriptors_BD = self._encode(images_B3HW)
+        return (descriptors_BD, *self.guided.read()) if self.guided else (descriptors_BD,)
 
     def _backward(self, loss: torch.Tensor, cache: GradientCache | None) -> StepResult:
         """One optimizer step from the loss of the global batch, whole or chunk by chunk."""

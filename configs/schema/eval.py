@@ -16,10 +16,10 @@ class RerankConfig(Section):
     """Re-ranking of the first candidates by mutual nearest neighbours of local features."""
 
     enabled: bool = Field(True, description="Re-rank after retrieval.")
-    when: Literal["always", "auto"] = Field(
+    when: Literal["always", "auto", "adaptive"] = Field(
         "always",
-        description="auto leaves queries alone whose first-stage margin is one at which matching changes nothing in "
-        "the database itself.",
+        description="always: top_k candidates of every query; adaptive: as many as their first-stage margins call for; "
+        "auto: none where the margin is one at which matching changes nothing. Both learn on the database alone.",
     )
     top_k: Positive = Field(30, description="Candidates re-ranked for each query.")
     layer: int = Field(-2, description="Block whose facet gives local features; negative counts from the last.")
@@ -45,6 +45,9 @@ class RerankConfig(Section):
     )
     score: Literal["count", "similarity_sum"] = Field(
         "count", description="Number of matches or the sum of their cosines."
+    )
+    match_weight: Literal["none", "saliency"] = Field(
+        "none", description="saliency: a match counts as much as the mean saliency of its two patches, not as one."
     )
     geometry: Literal["none", "translation"] = Field(
         "translation",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from configs.schema.section import Section
@@ -27,4 +29,12 @@ class LossConfig(Section):
     )
     miner_args: dict[str, Argument] = Field(
         default_factory=dict, description="The miner's own arguments; MultiSimilarityMiner: epsilon 0.1."
+    )
+    guided_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Weight of the guided matching loss, which trains the local features that re-ranking reads "
+        "(docs/memory.md); 0 is off.",
+    )
+    guided_temperature: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="What the guided loss divides cosines by; lower looks at the nearest patches alone."
     )

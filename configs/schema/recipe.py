@@ -55,6 +55,8 @@ class Recipe(Section):
                 "model.frozen_precision bf16 at engine.zero_stage 3 needs engine.precision bf16: DeepSpeed keeps "
                 "partitioned weights in one precision"
             )
+        if self.loss.guided_weight:
+            self._check_guided()
         evaluated = self.eval.benchmarks or self.data.held_out
         if self.optim.schedule == "plateau" and not (trainer.validate_every_epochs and evaluated):
             raise ValueError(
@@ -62,6 +64,22 @@ class Recipe(Section):
                 "data.held_out"
             )
         return self
+
+    def _check_guided(self) -> None:
+        """Raises ValueError if the guided loss could not train what it reads."""
+        key, model, layer = f"loss.guided_weight {self.loss.guided_weight}", self.model, self.eval.rerank.layer
+        if self.engine.compile:
+            raise ValueError(f"{key}: compiled blocks show no local features; use engine.compile false")
+        if model.finetune == "head":
+            raise ValueError(f"{key}: model.finetune head trains no block; use last_n_blocks, lora or all")
+        if model.finetune == "all" or model.backbone not in BACKBONES:
+            return
+        depth, trained = model.spec.depth, model.finetune_last_n_blocks
+        if -depth <= layer < depth and layer % depth < depth - trained:
+            raise ValueError(
+                f"{key}: eval.rerank.layer {layer} is block {layer % depth} of {depth}, and blocks from "
+                f"{depth - trained} on are trained; raise model.finetune_last_n_blocks to {depth - layer % depth}"
+            )
 
     @field_validator("name")
     @classmethod

@@ -36,7 +36,7 @@ from eval.index.manifest import (
 )
 from eval.index.sequence import smooth
 from eval.index.verdict import confidence
-from eval.rerank import fuse, patch_counts, rerank, score_here
+from eval.rerank import fuse, patch_counts, patch_mass, rerank, score_here
 from eval.search import Rows, search_blocks
 from model.lora import merge_lora
 from model.materialise import materialise
@@ -252,7 +252,8 @@ class Index:
         patches_Q, matched = patch_counts(queries), found.scores_QT.shape[1]
         matches_QK, keys_QK = nan_QK.astype(np.float32), nan_QK.copy()
         matches_QK[:, :matched] = found.scores_QT
-        keys_QK[:, :matched] = fuse(found.scores_QT, similarities_QK[:, :matched], patches_Q, settings.global_weight)
+        mass_Q = patch_mass(queries, settings)
+        keys_QK[:, :matched] = fuse(found.scores_QT, similarities_QK[:, :matched], mass_Q, settings.global_weight)
         order_QK = _order(ids_QK, found.predictions_QK)
         return Found(
             found.predictions_QK,

@@ -27,7 +27,7 @@ from configs.schema import RerankConfig
 from data_pipeline.positions import Positions, within_radius
 from eval.features import StoredFeatures
 from eval.index.estimate import taken
-from eval.rerank import Score, fuse, patch_counts, score_candidates
+from eval.rerank import Score, fuse, patch_counts, patch_mass, score_candidates
 from eval.train_index import spread
 
 LEVEL = 0.98
@@ -106,7 +106,7 @@ def _confidences(
         return np.array([confidence(np.zeros(0), row, 0) for row in cosines_ST])
     scores_ST = score(features, rows_S, features, ids_ST, config, device)
     patches_S = patch_counts(features)[rows_S]
-    keys_ST = fuse(scores_ST, cosines_ST, patches_S, config.global_weight)
+    keys_ST = fuse(scores_ST, cosines_ST, patch_mass(features, config)[rows_S], config.global_weight)
     order_ST = np.argsort(-keys_ST, axis=1, kind="stable")
     sorted_ST = np.take_along_axis(scores_ST, order_ST, axis=1)
     return np.array([confidence(row, row, int(n)) for row, n in zip(sorted_ST, patches_S, strict=True)])

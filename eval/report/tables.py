@@ -43,6 +43,8 @@ def results_table(results: list[Result]) -> Table:
             label = "re-ranked"
             if result.num_left_alone:
                 label += f"\n({result.num_left_alone} left alone)"
+            if result.matches_QT is not None and result.mean_depth < result.matches_QT.shape[1]:
+                label += f"\n({result.mean_depth:.1f} matched each)"
             cost = f"{ms['rerank_s_per_query']}/query\n{result.mb_per_image:.3f} MB/image"
             table.add_row("", label, *(_cells(result.reranked) or none), cost)
             if result.gain:

@@ -1,0 +1,240 @@
+"""`docs/ablation.md` from finished runs: means over seeds and queries, paired differences, intervals by bootstrap."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.ablation_rows import BASE, PLANS, RERANKED, RETRIEVED, Plan, Row
+from configs.files import write_whole
+
+RESAMPLES = 2000
+LEVEL = (2.5, 97.5)
+SHORT = {RETRIEVED: "first stage", RERANKED: "re-ranked"}
+Key = tuple[str, str]  # training and evaluation
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean in percent or points with its 95 % interval, and the seeds that it is of."""
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f} ({self.low:.1f} to {self.high:.1f})"
+
+    @property
+    def signed(self) -> str:
+        """As a difference."""
+        return f"{self.value:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+    @property
+    def is_told(self) -> bool:
+        """Whether 0 lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def interval(hits_SQ: NDArray[np.float64], units_Q: NDArray[np.int64], resamples: int = RESAMPLES) -> Interval:
+    """Mean in percent of hits (or of their differences) over seeds and queries, with its 95 % interval.
+
+    The bootstrap draws seeds and, independently, query images, with replacement, from a fixed seed: what one image
+    does against several databases, `units_Q` alike, is drawn together. Of one seed it draws images alone.
+    """
+    seeds, units = len(hits_SQ), int(units_Q.max()) + 1
+    sums_SU = np.zeros((seeds, units))
+    np.add.at(sums_SU, (slice(None), units_Q), hits_SQ)
+    counts_U = np.bincount(units_Q, minlength=units).astype(np.float64)
+    rng = np.random.default_rng(0)
+    weight_BS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
+    weight_BU = rng.multinomial(units, np.full(units, 1 / units), size=resamples)
+    means_B = ((weight_BS @ sums_SU) * weight_BU).sum(axis=1) / (seeds * (weight_BU @ counts_U))
+    low, high = np.percentile(100 * means_B, LEVEL)
+    return Interval(100 * float(hits_SQ.mean()), float(low), float(high), seeds)
+
+
+class Runs:
+    """Finished runs of one set at one number of steps."""
+
+    def __init__(self, runs: Iterable[Mapping[str, Any]]) -> None:
+        self.by_key: dict[Key, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+        for run in runs:
+            self.by_key[run["training"], run["evaluation"]][run["seed"]] = run
+
+    def hits(self, key: Key, stage: str, k: int, seeds: Iterable[int]) -> NDArray[np.float64]:
+        """[S, Q]. Raises ValueError if these runs were not judged on the same queries."""
+        runs = [self.by_key[key][seed] for seed in seeds]
+        if any(run["hits"]["queries"] != self._queries for run in runs):
+            raise ValueError(f"{key}: judged on other queries than the rest; remove these runs")
+        return np.array([run["hits"][stage][str(k)] for run in runs], dtype=np.float64)
+
+    @property
+    def _queries(self) -> list[list[str]]:
+        found: list[list[str]] = next(iter(next(iter(self.by_key.values())).values()))["hits"]["queries"]
+        return found
+
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """The query image of each query, numbered."""
+        return np.unique([name for _, name in self._queries], return_inverse=True)[1].astype(np.int64)
+
+    def mean(self, row: Row, stage: str, k: int = 1) -> Interval:
+        """Recall@k of a row."""
+        key = row.training, row.evaluation
+        return interval(self.hits(key, stage, k, sorted(self.by_key[key])), self.units)
+
+    def difference(self, row: Row, other: Row, stage: str, k: int = 1) -> Interval | None:
+        """A row minus another in points, over the seeds that both have; None if there are none."""
+        key, base = (row.training, row.evaluation), (other.training, other.evaluation)
+        seeds = sorted(set(self.by_key.get(key, {})) & set(self.by_key.get(base, {})))
+        if not seeds:
+            return None
+        return interval(self.hits(key, stage, k, seeds) - self.hits(base, stage, k, seeds), self.units)
+
+    def seconds(self, row: Row) -> tuple[float, float]:
+        """Mean seconds of a row's training and evaluation."""
+        runs = self.by_key[row.training, row.evaluation].values()
+        times = [(run["seconds_training"], run["seconds_evaluation"]) for run in runs]
+        return tuple(np.mean(times, axis=0))
+
+
+def write_page(page: Path, out: Path) -> dict[str, float]:
+    """Writes the tables of all that is finished under `out`; returns their figures, flat."""
+    figures: dict[str, float] = {}
+    parts = [HEAD]
+    for folder in sorted(out.glob("*-steps")):
+        runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+        if not runs:
+            continue
+        name, steps = runs[0]["set"], runs[0]["steps"]
+        machines = sorted({run["machine"] for run in runs})
+        rows = [run for run in runs if run["evaluation"] != "drift"]
+        drift = [run for run in runs if run["evaluation"] == "drift"]
+        title = f"## {name}, {steps} steps\n\n{_sentence(PLANS[name].about)} Run on {'; '.join(machines)}."
+        parts.append(title)
+        command = f"python -m benchmarks.ablation --set {name} --steps {steps}"
+        if rows:
+            parts.append(f"    {command}\n\n{_table(PLANS[name], Runs(rows), f'{name}_{steps}', figures)}")
+        if drift:
+            parts.append(f"### How fast does the queue drift?\n\n    {command} --drift\n\n{_drift(drift, name, figures)}")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(page, "\n\n".join(parts) + "\n")
+    return figures
+
+
+HEAD = """# What buys recall?
+
+Each row differs from `base` in what it names, and from nothing else: same data, order of data, augmentation and number of steps for a seed.
+R@1 is in percent, the mean over seeds and queries, with a 95 % interval from a bootstrap over both. Differences are in points and paired: by
+seed and query against the row `base` (the first line), over the seeds that both rows have; those in bold have an interval without 0. With one
+seed an interval is over queries alone, and says nothing of what another seed would give. Rows with another number of seeds are of unequal weight.
+With twenty rows, one in bold by chance is to be expected."""
+
+
+def _table(plan: Plan, runs: Runs, prefix: str, figures: dict[str, float]) -> str:
+    columns = ("row", "what", "seeds", "R@1", "difference", "R@1, re-ranked", "difference", "R@5, re-ranked", "s")
+    lines = [columns, ("---",) * len(columns)]
+    told: dict[str, list[str]] = {"more": [], "less": [], "not told apart": []}
+    there = [row for row in plan.rows if (row.training, row.evaluation) in runs.by_key]
+    for row in there:
+        cells = [f"`{row.name}`", row.what, str(len(runs.by_key[row.training, row.evaluation]))]
+        for stage in (RETRIEVED, RERANKED):
+            if stage not in row.stages:
+                cells += ["as base", ""]
+                continue
+            mean = runs.mean(row, stage)
+            figures[f"{prefix}_{row.name}_{stage}_r1"] = mean.value
+            gain = runs.difference(row, plan.row(row.against), stage) if row.name != BASE else None
+            cells += [str(mean), "" if gain is None else _bold(gain)]
+            if gain:
+                figures[f"{prefix}_{row.name}_{stage}_gain"] = gain.value
+                verdict = "not told apart" if not gain.is_told else "more" if gain.value > 0 else "less"
+                told[verdict].append(f"{row.what} ({SHORT[stage]})")
+        training, evaluation = runs.seconds(row)
+        figures[f"{prefix}_{row.name}_seconds_training"] = training
+        figures[f"{prefix}_{row.name}_seconds_evaluation"] = evaluation
+        lines.append((*cells, f"{runs.mean(row, RERANKED, 5).value:.1f}", f"{training:.0f} + {evaluation:.0f}"))
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    depths = _depths(plan, runs)
+    missing = [row.name for row in plan.rows if row not in there]
+    said = [
+        f"- R@1 {what} than base's beyond the interval: {', '.join(told[what]) or 'nothing'}."
+        for what in ("more", "less")
+    ]
+    said.append(f"- Not told apart from base: {', '.join(told['not told apart']) or 'nothing'}.")
+    if depths:
+        said.append(f"- Candidates matched of a query: {depths}.")
+    if missing:
+        said.append(f"- Not run: {', '.join(missing)}.")
+    return f"{table}\n\ns: seconds of a training and of its evaluation.\n\n" + "\n".join(said)
+
+
+def _depths(plan: Plan, runs: Runs) -> str:
+    found = []
+    for row in plan.rows:
+        if row.evaluation in (BASE, "auto", "adaptive") and row.training == BASE:
+            depths = [depth for run in runs.by_key.get((BASE, row.evaluation), {}).values() for depth in run["depth"]]
+            if depths:
+                found.append(f"{row.name} {np.mean(depths):.1f}")
+    return ", ".join(found)
+
+
+def _drift(runs: list[Mapping[str, Any]], prefix: str, figures: dict[str, float]) -> str:
+    """Cosine of stored and present descriptor by age, over the second half of the trainings, and the decay that fits."""
+    by_rate: dict[float, list[Mapping[str, Any]]] = defaultdict(list)
+    for run in runs:
+        by_rate[run["lr"]].append(run)
+    curves = {rate: _curve(of_rate) for rate, of_rate in sorted(by_rate.items())}
+    shown = _some_ages(sorted({age for curve in curves.values() for age in curve}))
+    columns = ("learning rate", "seeds", *(f"{age}" for age in shown), "decay that fits", "half-life, steps")
+    lines = [columns, ("---",) * len(columns)]
+    for rate, curve in curves.items():
+        fitted = fitted_decay(curve)
+        figures[f"{prefix}_drift_{rate:g}_decay"] = fitted
+        half = f"{np.log(2) / fitted:.1f}" if fitted > 0 else "never"
+        cells = [f"{curve[age]:.3f}" if age in curve else "-" for age in shown]
+        lines.append((f"{rate:g}", str(len(by_rate[rate])), *cells, f"{fitted:.4f}", half))
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        "Mean cosine between a descriptor as stored and the same image encoded again, by its age in steps, over the "
+        "second half of each training. The decay that fits is the lambda whose exp(-lambda age) is nearest to the "
+        f"squared cosine, which `memory.decay measured` weighs by (least squares of logarithms).\n\n{table}"
+    )
+
+
+def _curve(runs: list[Mapping[str, Any]]) -> dict[int, float]:
+    found: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        for step, ages in run["curves"].items():
+            if 2 * int(step) >= run["steps"]:
+                for age, cosine in ages.items():
+                    found[int(age)].append(cosine)
+    return {age: float(np.mean(cosines)) for age, cosines in sorted(found.items())}
+
+
+def fitted_decay(curve: Mapping[int, float]) -> float:
+    """The lambda, 0 or more, whose exp(-lambda * age) is nearest to cosine squared, by least squares of logarithms."""
+    ages = np.array(list(curve), dtype=np.float64)
+    logs = 2 * np.log(np.clip(list(curve.values()), 1e-6, 1))
+    return max(0.0, float(-(ages * logs).sum() / max(1.0, (ages**2).sum())))
+
+
+def _some_ages(ages: list[int]) -> list[int]:
+    return [ages[i] for i in np.unique(np.linspace(0, len(ages) - 1, min(6, len(ages))).round().astype(int))]
+
+
+def _bold(gain: Interval) -> str:
+    return f"**{gain.signed}**" if gain.is_told else gain.signed
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
