@@ -3,8 +3,8 @@
 `python -m benchmarks.gardens --weights FILE --data-root DATA [--checkpoint RUN] [--parts choice recalls auto]`.
 `choice` picks depth, thresholds, geometry and global weight from a grid, over all models, at `--choice-sizes` alone, on
 the pairs that do not put the two traverses of the claim against each other; the schema's defaults stand beside that
-choice. `recalls` is all six pairs by the defaults, `auto` the same with `rerank.when auto`. Features are kept in
-`--features` and read again by later runs.
+choice. `recalls` is all six pairs by the defaults, `auto` the same by `rerank.when` auto and adaptive, and with matches
+weighted by saliency. Features are kept in `--features` and read again by later runs.
 """
 
 from __future__ import annotations
@@ -125,36 +125,39 @@ def _recalls(runs: list[Run], options: Options, figures: dict[str, float]) -> st
 
 
 def _auto(runs: list[Run], options: Options, figures: dict[str, float]) -> str:
-    """Re-ranking all queries beside `rerank.when auto`."""
+    """Re-ranking all candidates of all queries beside `rerank.when` auto and adaptive, and weights of saliency."""
     lines = []
+    settings: dict[str, dict[str, Any]] = {
+        "always": {},
+        "auto": {"when": "auto"},
+        "adaptive": {"when": "adaptive"},
+        "saliency": {"match_weight": "saliency"},
+    }
     for label, model, spec in runs:
         for side in options.image_sizes:
-            always, auto = (
-                _evaluate(model.eval(), spec, side, options, RerankConfig.model_validate({"when": when}))
-                for when in ("always", "auto")
-            )
-            for one, other in zip(always, auto, strict=True):
-                assert one.reranked
-                assert other.reranked
-                alone, key = 100 * other.num_left_alone / other.num_queries, _key(label, side, one)
-                seconds = [of.num_queries * of.timings["rerank_s_per_query"] for of in (one, other)]
-                figures |= {f"{key}_left_alone": alone, f"{key}_auto_r1": other.reranked[1]}
-                recalls = (one.retrieved, one.reranked, other.reranked)
-                lines.append(
-                    [
-                        *_line(label, side, one)[:4],
-                        *map(str, recalls),
-                        f"{alone:.1f}",
-                        f"{seconds[0]:.1f}",
-                        f"{seconds[1]:.1f} + {other.timings['auto_s']:.1f}",
-                    ]
-                )
+            results = {
+                name: _evaluate(model.eval(), spec, side, options, RerankConfig.model_validate(changes))
+                for name, changes in settings.items()
+            }
+            for always, auto, adaptive, saliency in zip(*results.values(), strict=True):
+                key = _key(label, side, always)
+                reranked = [result.reranked for result in (always, auto, adaptive, saliency) if result.reranked]
+                alone = 100 * auto.num_left_alone / auto.num_queries
+                figures |= {f"{key}_left_alone": alone, f"{key}_adaptive_depth": adaptive.mean_depth}
+                for name, recall in zip(settings, reranked, strict=True):
+                    figures |= {f"{key}_{name}_r{k}": recall[k] for k in (1, 5, 10)}
+                least = min(reranked[2][k] - reranked[0][k] for k in (1, 5, 10))
+                has_say = not set(always.name.split("/")) >= set(CLAIMED)
+                worst = "adaptive_least_of_pairs_that_choose" if has_say else "adaptive_least_of_pairs_left_out"
+                figures[worst] = min(figures.get(worst, np.inf), least)
+                depths = (f"{alone:.1f}", f"{adaptive.mean_depth:.1f}")
+                lines.append([*_line(label, side, always)[:4], str(always.retrieved), *map(str, reranked), *depths])
                 print(" | ".join(lines[-1]), flush=True)
     columns = (
-        *("model", "px", "database -> query", "frames", "R@1/5/10", "all re-ranked", "auto"),
-        *("% left alone", "s, all", "s, auto + learning"),
+        *("model", "px", "database -> query", "frames", "R@1/5/10", "always", "auto", "adaptive", "saliency weights"),
+        *("auto: % left alone", "adaptive: candidates a query"),
     )
-    return _show("rerank.when auto", columns, lines)
+    return _show("rerank.when and rerank.match_weight", columns, lines)
 
 
 def _key(label: str, side: int, result: Result) -> str:

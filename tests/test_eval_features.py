@@ -91,6 +91,7 @@ SAME_AT_ANY_SIZE = (
     eval_config(),
     eval_config(resize="aspect", rerank={"dtype": "int8", "project": "pca", "project_size": 16}),
     eval_config(resize="native", rerank={"when": "auto", "geometry": "translation", "score": "similarity_sum"}),
+    eval_config(rerank={"when": "adaptive", "match_weight": "saliency", "top_k": 6}),
 )
 
 
