@@ -26,7 +26,7 @@ import tyro
 import yaml
 
 from benchmarks.ablation_page import write_page
-from benchmarks.ablation_rows import BASE, PLANS, Plan, Row, Settings
+from benchmarks.ablation_rows import PLANS, Plan, Row, Settings
 from benchmarks.report import machine, write_json
 from configs.files import write_whole
 from configs.load import load_recipe
@@ -185,9 +185,7 @@ class Work:
             if ages:
                 curves[metrics["step"]] = ages
         about = self._about(run, changes, "drift") | {"lr": changes["optim.lr"]}
-        write_whole(
-            self._file_of(run, "drift"), json.dumps({**about, "curves": curves, "seconds_training": seconds})
-        )
+        write_whole(self._file_of(run, "drift"), json.dumps({**about, "curves": curves, "seconds_training": seconds}))
         if not self.options.keep_checkpoints:
             shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)
 

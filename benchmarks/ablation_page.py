@@ -125,19 +125,24 @@ def write_page(page: Path, out: Path) -> dict[str, float]:
         if rows:
             parts.append(f"    {command}\n\n{_table(PLANS[name], Runs(rows), f'{name}_{steps}', figures)}")
         if drift:
-            parts.append(f"### How fast does the queue drift?\n\n    {command} --drift\n\n{_drift(drift, name, figures)}")
+            parts.append(
+                f"### How fast does the queue drift?\n\n    {command} --drift\n\n{_drift(drift, name, figures)}"
+            )
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, "\n\n".join(parts) + "\n")
     return figures
 
 
-HEAD = """# What buys recall?
-
-Each row differs from `base` in what it names, and from nothing else: same data, order of data, augmentation and number of steps for a seed.
-R@1 is in percent, the mean over seeds and queries, with a 95 % interval from a bootstrap over both. Differences are in points and paired: by
-seed and query against the row `base` (the first line), over the seeds that both rows have; those in bold have an interval without 0. With one
-seed an interval is over queries alone, and says nothing of what another seed would give. Rows with another number of seeds are of unequal weight.
-With twenty rows, one in bold by chance is to be expected."""
+HEAD = "# What buys recall?\n\n" + " ".join(
+    [
+        "Each row differs from `base` in what it names and in nothing else: same data, order, augmentation and",
+        "number of steps for a seed. R@1 is in percent, the mean over seeds and queries, with a 95 % interval from a",
+        "bootstrap over both. Differences are in points and paired, by seed and query, against row `base`, over the",
+        "seeds that both rows have; those in bold have an interval without 0. With one seed an interval is of queries",
+        "alone, and says nothing of what another seed would give. With twenty rows, one in bold by chance is to be",
+        "expected.",
+    ]
+)
 
 
 def _table(plan: Plan, runs: Runs, prefix: str, figures: dict[str, float]) -> str:
@@ -189,7 +194,7 @@ def _depths(plan: Plan, runs: Runs) -> str:
 
 
 def _drift(runs: list[Mapping[str, Any]], prefix: str, figures: dict[str, float]) -> str:
-    """Cosine of stored and present descriptor by age, over the second half of the trainings, and the decay that fits."""
+    """Cosine of stored and present descriptor by age, in the second half of the trainings, and the decay that fits."""
     by_rate: dict[float, list[Mapping[str, Any]]] = defaultdict(list)
     for run in runs:
         by_rate[run["lr"]].append(run)

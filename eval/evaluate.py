@@ -262,9 +262,7 @@ def _rerank(
     return reranked
 
 
-def _learned_depths(
-    found: FirstStage, config: EvalConfig, device: torch.device
-) -> tuple[NDArray[np.int64], str]:
+def _learned_depths(found: FirstStage, config: EvalConfig, device: torch.device) -> tuple[NDArray[np.int64], str]:
     """Candidates to match of each query, by what the database alone teaches, and a note on that."""
     settings, cosine_QK = config.rerank, found.similarities_QK
     own = match_own_images(found.database, settings, device, config.search_block_mb << 20)

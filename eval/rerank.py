@@ -182,4 +182,3 @@ def margins(similarities_QK: NDArray[np.float32]) -> NDArray[np.float64]:
     if similarities_QK.shape[1] < 2:
         return np.full(len(similarities_QK), np.inf)
     return similarities_QK[:, 0].astype(np.float64) - similarities_QK[:, 1]
-

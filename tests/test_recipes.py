@@ -27,7 +27,9 @@ def test_a_published_recipe_says_what_was_run(name: str) -> None:
     assert "Not run by us at this size." in head.replace("\n# ", " ")
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("gsv_cities_vitb_salad", 4), ("gsv_cities_vitb_boq", 8), ("map_finetune", 1)])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("gsv_cities_vitb_salad", 4), ("gsv_cities_vitb_boq", 8), ("map_finetune", 1)]
+)
 def test_it_is_planned_for_gpus(name: str, ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--ranks", str(ranks), "--device-gb", "80", "--tflops", "400", "--data.shards", str(tmp_path / "none")]
     assert plan([name, *flags, "--json", str(tmp_path / "plan.json")]) == 0
