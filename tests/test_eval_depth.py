@@ -105,7 +105,7 @@ def test_the_rule_keeps_every_first_candidate_that_it_was_learned_on() -> None:
     assert 1 < depth_S[cosine_ST[:, 0] >= rule.sure].mean() < 12
     assert (depth_S[cosine_ST[:, 0] < rule.sure] == 12).all()
     assert rule.depths(cosine_ST, 5).max() == 5
-    nothing = np.array([[cosine_ST.max(), -np.inf, -np.inf]], dtype=np.float32)  # two of three candidates cannot be read
+    nothing = np.array([[cosine_ST.max(), -np.inf, -np.inf]], dtype=np.float32)  # two cannot be read
     assert rule.depths(nothing, 3).tolist() == [1]
 
 

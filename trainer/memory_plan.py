@@ -320,8 +320,7 @@ def _memory_parts(recipe: Recipe, size: int, ranks: int) -> list[Part]:
     queue = memory.size * FP32 * size / shards + memory.size * 16
     loss = recipe.loss.name
     arrays = LOSSES.build(loss, recipe.loss.args).arrays if is_for_tiles(LOSSES, loss) else 4
-    anchors = batch if shards > 1 else batch // ranks
-    columns = (batch + memory.size) / shards if shards > 1 else batch + memory.size
+    anchors, columns = batch if shards > 1 else batch // ranks, (batch + memory.size) / shards
     tile = min(memory.tile_mb << 20, anchors * columns * FP32 * arrays)
     parts = [
         Part("queue", queue),
