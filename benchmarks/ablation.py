@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +132,7 @@ class Work:
         runs = [Run(name, seed, ("drift",)) for seed in range(self.seeds) for name in changes]
         return self._all(runs, changes, self._train_and_read_drift)
 
-    def _all(self, runs: list[Run], changes: dict[str, Settings], do: Any) -> list[str]:
+    def _all(self, runs: list[Run], changes: Mapping[str, Settings], do: Any) -> list[str]:
         missing = [run for run in runs if not self._is_done(run, changes[run.training])]
         print(f"{len(runs) - len(missing)} of {len(runs)} runs are there, {len(missing)} to do", flush=True)
         failed, took = [], dict(self._seconds_of_earlier())

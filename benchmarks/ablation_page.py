@@ -51,8 +51,7 @@ def interval(hits_SQ: NDArray[np.float64], units_Q: NDArray[np.int64], resamples
     does against several databases, `units_Q` alike, is drawn together. Of one seed it draws images alone.
     """
     seeds, units = len(hits_SQ), int(units_Q.max()) + 1
-    sums_SU = np.zeros((seeds, units))
-    np.add.at(sums_SU, (slice(None), units_Q), hits_SQ)
+    sums_SU = np.stack([np.bincount(units_Q, weights=hits_Q, minlength=units) for hits_Q in hits_SQ])
     counts_U = np.bincount(units_Q, minlength=units).astype(np.float64)
     rng = np.random.default_rng(0)
     weight_BS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)

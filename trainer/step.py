@@ -83,7 +83,8 @@ class TrainingStep:
             loss = out.loss
             if self.guided:
                 assert batch.place_ids_N is not None  # a training knows its plan
-                guided = self.guided(*local, batch.place_ids_B, batch.place_ids_N)
+                local_BNC, salient_BN = local
+                guided = self.guided(local_BNC, salient_BN, batch.place_ids_B, batch.place_ids_N)
                 loss = loss + guided.loss
             self.watchdog.enter("step", step)
             set_learning_rate(state.engine, lr)
