@@ -172,8 +172,10 @@ SOURCES: Registry[Any] = Registry(
         "gsv-cities": "launch.data_commands:ShardCommand",
         "utm": "launch.data_commands:ShardUtmCommand",
         "msls": "launch.data_commands:ShardMslsCommand",
-        "manifest": "launch.data_commands:ShardManifestCommand",
+        "manifest": "launch.bucket_commands:ShardManifestCommand",
         "photos": "launch.data_commands:ShardPhotosCommand",
+        "bucket": "launch.bucket_commands:ShardBucketCommand",
+        "tars": "launch.tars_command:ShardTarsCommand",
     },
     key="kind of data set",
 )

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from data_pipeline.photo_source import PhotoSource
+
 # A tar header holds 100 bytes of name; WebDataset ends a sample's key at the first dot.
 CITY = re.compile(r"[\w-]+")
 CITY_BYTES = 64
@@ -44,7 +46,7 @@ class PlaceListing:
     has the names and reasons of photographs that are no part of it.
     """
 
-    source: Path
+    source: Path | PhotoSource
     images: pa.Table
     place_starts: NDArray[np.int64]
     min_images_per_place: int
@@ -72,7 +74,7 @@ class PlaceListing:
 
 
 def build_listing(
-    source: Path,
+    source: Path | PhotoSource,
     images: pa.Table,
     *,
     min_images_per_place: int,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torchcodec.encoders import JpegEncoder
 from torchvision.transforms.v2.functional import resize
 
 from configs.reading import is_out_of_memory, read_regular, reason
 from data_pipeline.decoders import JPEG, TooManyPixelsError, decode_rgb, format_of
+from data_pipeline.photo_source import PhotoSource
 from data_pipeline.shard_options import DEFAULTS, ShardOptions
+from data_pipeline.storage import StorageError
 
 _READ_AHEAD = 64
 
@@ -28,16 +32,35 @@ class Photo:
 
 
 def read_photos(
-    paths: Iterable[Path], pool: ThreadPoolExecutor, options: ShardOptions = DEFAULTS
+    source: PhotoSource,
+    images: Iterable[Mapping[str, Any]],
+    pool: ThreadPoolExecutor,
+    options: ShardOptions = DEFAULTS,
 ) -> Iterator[Photo | str]:
-    """Each file's photograph, or why it has none, in order and read a little ahead; see `read_photo`."""
+    """Each image's photograph, or why it has none, in order and read a little ahead; see `read_photo`.
+
+    Raises StorageError for a server that stays away: the photographs behind it are not bad.
+    """
+    fetchers = ThreadPoolExecutor(source.read_threads, "fetch") if source.read_threads else None
     waiting: deque[Future[Photo | str]] = deque()
-    for path in paths:
-        waiting.append(pool.submit(read_photo, path, options))
-        if len(waiting) > _READ_AHEAD:
+    try:
+        for image in images:
+            read = functools.partial(source.read, image)
+            if fetchers:
+                read = functools.partial(fetchers.submit(read).result)
+            waiting.append(pool.submit(_photo, read, source.where(image), options))
+            if len(waiting) > max(_READ_AHEAD, 2 * source.read_threads):
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    finally:
+        if fetchers:
+            fetchers.shutdown(wait=False, cancel_futures=True)
+
+
+def fetch_photo(source: PhotoSource, image: Mapping[str, Any], options: ShardOptions = DEFAULTS) -> Photo | str:
+    """The photograph of a listing's row, or why it has none; see `read_photo`."""
+    return _photo(functools.partial(source.read, image), source.where(image), options)
 
 
 def read_photo(path: Path, options: ShardOptions = DEFAULTS) -> Photo | str:
@@ -48,15 +71,21 @@ def read_photo(path: Path, options: ShardOptions = DEFAULTS) -> Photo | str:
     bilinear). What is scaled, and with `options.convert` what is no JPEG, is written upright, without a tag, with
     `options.quality`. Raises MemoryError if the machine has no memory for it.
     """
+    return _photo(lambda: read_regular(path), str(path), options)
+
+
+def _photo(read: Callable[[], bytes], where: str, options: ShardOptions) -> Photo | str:
     try:
-        data = read_regular(path)
+        data = read()
     except FileNotFoundError:
         return "missing"
+    except StorageError:
+        raise
     except OSError as error:
         if is_out_of_memory(error):
-            raise MemoryError(f"{path}: {error.strerror}") from error
+            raise MemoryError(f"{where}: {error.strerror}") from error
         return f"unreadable ({error.strerror})"
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # a name that no file can have, or a damaged archive's member
         return f"unreadable ({reason(error)})"
     if not data:
         return "empty"

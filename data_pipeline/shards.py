@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from configs.files import PARTIAL, partials_of
 from configs.progress import OnProgress, untold
-from data_pipeline.changes import changed_photograph, file_stat, file_stats
+from data_pipeline.changes import changed_photograph
 from data_pipeline.folder_lock import PART_LOCK, FolderLock, lock_name, refuse_others
 from data_pipeline.formats import HEIC_SUFFIXES, OTHER_SUFFIXES
 from data_pipeline.index import (
@@ -35,6 +35,7 @@ from data_pipeline.index import (
     write_index,
 )
 from data_pipeline.listing import PlaceListing
+from data_pipeline.photo_source import file_stat, source_of
 from data_pipeline.photographs import counted
 from data_pipeline.shard_options import DEFAULTS, ShardOptions
 from data_pipeline.tar_writer import (
@@ -102,11 +103,12 @@ def write_shards(
     """
     if part and not 0 <= part[0] < part[1]:
         raise ValueError(f"part is {part[0]}/{part[1]}; it counts from 0: 0/{part[1]} to {part[1] - 1}/{part[1]}")
+    source = source_of(listing.source)
     for folder in listing.folders:
-        if not (listing.source / folder).is_dir():
+        if not Path(str(source), folder).is_dir():
             raise FileNotFoundError(f"{listing.source}: no folder {folder}, which the CSV's city_id names")
     files = listing.images["file"].to_pylist()
-    sizes, changed_ns = file_stats(listing.source, files)
+    sizes, changed_ns = source.stats(listing.images)
     said = options.digest_text(FORMAT_VERSION, listing.min_images_per_place)
     set_digest = _digest("\n".join([said, *files]), *([listing.details] if listing.details else []))
     fingerprint = _digest(set_digest, sizes.tobytes())
@@ -122,11 +124,12 @@ def write_shards(
     def job(number: int, start: int, stop: int) -> TarJob:
         name = f"shards/train-{number:06d}.tar"
         first, last = int(listing.place_starts[start]), int(listing.place_starts[stop])
+        images = listing.images.slice(first, last - first)
         return TarJob(
-            source=listing.source,
+            source=source.part(images),
             out=out,
             name=name,
-            images=listing.images.slice(first, last - first),
+            images=images,
             place_sizes=np.diff(listing.place_starts[start : stop + 1]).tolist(),
             set_digest=set_digest,
             tar_digest=_digest(set_digest, f"{name} {start} {stop}", sizes[first:last].tobytes()),
@@ -326,9 +329,7 @@ def _reuse_complete(
         written_ns = min(written_ns, (out / shard.name).stat().st_mtime_ns)
     changed = changed_photograph(listing, index, changed_ns > written_ns, options)
     if changed is not None:
-        raise ValueError(
-            f"{out}: {listing.source / changed} is not the photograph that was sharded; remove {out} and shard again"
-        )
+        raise ValueError(f"{out}: {changed} is not the photograph that was sharded; remove {out} and shard again")
     _remove_rows_files(out)
     return _summary(out, metadata, shards_reused=len(metadata.shards))
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import random
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
@@ -26,8 +30,19 @@ _OPEN_FILES = 128
 _BUSY = (408, 425, 429)
 
 
+_T = TypeVar("_T")
+
+
 class StorageError(OSError):
     """Bytes that cannot be read; the text names the file, the fault and how long it was tried."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file's length in bytes, and its last change in nanoseconds by the server's clock (0 if it does not say)."""
+
+    size: int
+    changed_ns: int
 
 
 def is_remote(location: str) -> bool:
@@ -103,13 +118,53 @@ class RangeReader:
             self._files.move_to_end(path)
             return file
 
+    def stat(self, url: str) -> RemoteFile:
+        """Bytes and last change of a file behind a URL. Raises FileNotFoundError or StorageError."""
+
+        def ask() -> RemoteFile:
+            system, path = self._system(url)
+            if url.startswith(("http://", "https://")):  # fsspec takes an outage for a missing file
+                return _remote_file(sync(system.loop, _http_info, system, path, timeout=TRY_S))
+            if isinstance(system, AsyncFileSystem):
+                return _remote_file(sync(system.loop, system._info, path, timeout=TRY_S))
+            with self._lock:
+                return _remote_file(system.info(path))
+
+        return self._tried(url, ask)
+
+    def folder(self, url: str) -> tuple[dict[str, RemoteFile], list[str]]:
+        """Files and names of folders that lie directly in a folder. Raises FileNotFoundError or StorageError."""
+
+        def ask() -> tuple[dict[str, RemoteFile], list[str]]:
+            system, path = self._system(url)
+            if isinstance(system, AsyncFileSystem):
+                entries = sync(system.loop, system._ls, path, detail=True, timeout=WHOLE_FILE_S)
+            else:
+                with self._lock:
+                    entries = system.ls(path, detail=True)
+            if hasattr(system, "dircache"):
+                system.dircache.clear()  # it would hold every folder of a bucket
+            files, folders = {}, []
+            for entry in entries:
+                name = entry["name"].rstrip("/").rpartition("/")[2]
+                if entry["type"] == "directory":
+                    folders.append(name)
+                elif not entry["name"].endswith("/"):
+                    files[name] = _remote_file(entry)
+            return files, sorted(folders)
+
+        return self._tried(url, ask)
+
     def _remote(
         self, url: str, start: int | None = None, length: int | None = None, stop: threading.Event | None = None
     ) -> bytes:
+        return self._tried(url, lambda: self._try(url, start, length), stop)
+
+    def _tried(self, url: str, attempt: Callable[[], _T], stop: threading.Event | None = None) -> _T:
         failed_at, pause, shown = None, _FIRST_PAUSE_S, without_secrets(url, is_address=True)
         while True:
             try:
-                data = self._try(url, start, length)
+                result = attempt()
             except Exception as error:  # every backend has its own errors; what is not mended by time is raised
                 if isinstance(error, MemoryError):
                     raise
@@ -127,7 +182,7 @@ class RangeReader:
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
                 stop.wait(wait) if stop else time.sleep(wait)
             else:
-                return data
+                return result
 
     def _try(self, url: str, start: int | None, length: int | None) -> bytes:
         end = None if start is None or length is None else start + length
@@ -171,6 +226,19 @@ class RangeReader:
             self.on_retry(text)
 
 
+def _remote_file(info: Mapping[str, Any]) -> RemoteFile:
+    """What a server says of a file, in the words of http, s3 or other backends of fsspec."""
+    changed = info.get("Last-Modified") or info.get("LastModified") or info.get("mtime") or info.get("created")
+    if isinstance(changed, str):
+        with contextlib.suppress(ValueError):
+            changed = parsedate_to_datetime(changed)
+    seconds = changed.timestamp() if isinstance(changed, datetime.datetime) else changed
+    size = info.get("size")
+    if size is None:
+        raise _NoSizeError("the server does not say how long it is")
+    return RemoteFile(int(size), round(seconds * 1e9) if isinstance(seconds, int | float) else 0)
+
+
 async def _http_range(system: Any, url: str, start: int, length: int) -> bytes:
     """The bytes of a range; a server that sends more is left at the first byte too many."""
     session = await system.set_session()
@@ -187,7 +255,26 @@ async def _http_range(system: Any, url: str, start: int, length: int) -> bytes:
     return bytes(data)
 
 
+async def _http_info(system: Any, url: str) -> dict[str, Any]:
+    """Length and time of a file, by the request that servers answer if they answer ranges at all."""
+    session = await system.set_session()
+    asked = {**system.kwargs}
+    asked["headers"] = {**asked.get("headers", {}), "Range": "bytes=0-0", "Accept-Encoding": "identity"}
+    async with session.get(system.encode_url(url), **asked) as answer:
+        empty = answer.status == 416
+        if not empty:
+            system._raise_not_found_for_status(answer, url)
+        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        length = total if total.isdigit() else answer.headers.get("Content-Length") if answer.status == 200 else None
+        answer.close()
+    return {"size": 0 if empty else length, "Last-Modified": answer.headers.get("Last-Modified")}
+
+
 class _IgnoredRangeError(Exception):
+    pass
+
+
+class _NoSizeError(Exception):
     pass
 
 
@@ -201,7 +288,7 @@ def _is_final(error: Exception) -> bool:
         return False
     status = getattr(error, "status", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in _BUSY
-    return refused or isinstance(error, (PermissionError, _IgnoredRangeError, _MissingBackendError))
+    return refused or isinstance(error, (PermissionError, _IgnoredRangeError, _NoSizeError, _MissingBackendError))
 
 
 class _File:

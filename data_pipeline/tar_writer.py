@@ -26,6 +26,7 @@ from data_pipeline.index import (
     read_table,
     write_table,
 )
+from data_pipeline.photo_source import PhotoSource
 from data_pipeline.shard_options import ShardOptions
 from data_pipeline.tars import END_OF_TAR, pack_place
 
@@ -60,7 +61,7 @@ class TarJob:
     `changed_ns` is when the last of its source files changed, in nanoseconds of the file system's clock.
     """
 
-    source: Path
+    source: PhotoSource
     out: Path
     name: str
     images: pa.Table
@@ -165,8 +166,7 @@ def _write_tar(
     digest = hashlib.sha256()
     images = job.images.to_pylist()
     with ThreadPoolExecutor(job.options.threads_per_worker, "decode") as pool, tar.open("wb") as file:
-        paths = [job.source / image["file"] for image in images]
-        photos = read_photos(paths, pool, job.options)
+        photos = read_photos(job.source, images, pool, job.options)
         for size in job.place_sizes:
             good: list[tuple[dict[str, Any], Photo]] = []
             for image in images[done : done + size]:

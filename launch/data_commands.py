@@ -32,7 +32,7 @@ LEFT_OUT = "left_out.csv"
 
 
 @dataclass(frozen=True)
-class _Writing:
+class Writing:
     """How tars are written, for every kind of source."""
 
     min_images_per_place: int = 4
@@ -62,9 +62,12 @@ class _Writing:
         """The source's places."""
         raise NotImplementedError
 
+    def finished(self) -> None:
+        """Called when the set is complete, to remove what it was made from on the way."""
+
 
 @dataclass(frozen=True)
-class _Gridded:
+class Gridded:
     """How coordinates become places."""
 
     cell_m: float = 10.0
@@ -81,7 +84,7 @@ class _Gridded:
 
 
 @dataclass(frozen=True)
-class _Places:
+class Places:
     source: Annotated[Path, tyro.conf.Positional]
     """What is sharded; see above."""
     out: Annotated[Path, tyro.conf.Positional]
@@ -89,7 +92,7 @@ class _Places:
 
 
 @dataclass(frozen=True)
-class ShardCommand(_Writing, _Places):
+class ShardCommand(Writing, Places):
     """Writes GSV-Cities' layout (Images/<City>/, Dataframes/<City>.csv) as tar shards; run again, it resumes."""
 
     cities: tuple[str, ...] = ()
@@ -104,7 +107,7 @@ class ShardCommand(_Writing, _Places):
 
 
 @dataclass(frozen=True)
-class ShardUtmCommand(_Gridded, _Writing, _Places):
+class ShardUtmCommand(Gridded, Writing, Places):
     """Writes a folder of photographs named @UTM_east@UTM_north@...@.jpg as tar shards; run again, it resumes."""
 
     city: str = ""
@@ -119,7 +122,7 @@ class ShardUtmCommand(_Gridded, _Writing, _Places):
 
 
 @dataclass(frozen=True)
-class ShardMslsCommand(_Gridded, _Writing, _Places):
+class ShardMslsCommand(Gridded, Writing, Places):
     """Writes MSLS' training folders, [train_val/]<city>/{database,query}, as tar shards; run again, it resumes."""
 
     cities: tuple[str, ...] = ()
@@ -137,27 +140,7 @@ class ShardMslsCommand(_Gridded, _Writing, _Places):
 
 
 @dataclass(frozen=True)
-class ShardManifestCommand(_Gridded, _Writing, _Places):
-    """Writes what a CSV or Parquet table lists (path, place, and city, lat, lon, year, month, northdeg if known).
-
-    A table without the column place has lat and lon (or east and north, in metres): places are then cells.
-    """
-
-    root: Path | None = None
-    """Folder that the table's paths start from; the table's own without it."""
-    groups: int = 1
-    """Groups that cells are dealt out to (in each direction, as cities), so that places of a group do not touch."""
-
-    def listing(self) -> PlaceListing:
-        from data_pipeline.sources.manifest import read_manifest
-
-        return read_manifest(
-            self.source, root=self.root, grid=self.grid(), min_images_per_place=self.min_images_per_place
-        )
-
-
-@dataclass(frozen=True)
-class ShardPhotosCommand(_Gridded, _Writing, _Places):
+class ShardPhotosCommand(Gridded, Writing, Places):
     """Writes a folder of photographs whose EXIF holds GPS (a telephone's) as tar shards, places from cells.
 
     A table shows how near the photographs are to each other and what cells of other sizes would give. Photographs
@@ -196,13 +179,13 @@ class ShardPhotosCommand(_Gridded, _Writing, _Places):
         )
 
 
-def command_of(kind: str) -> type[_Writing]:
+def command_of(kind: str) -> type[Writing]:
     """The command of a kind of data set: a built-in's own, or one with the flags of a plug-in's dataclass.
 
     Raises ValueError for a kind that is not known, or that is no dataclass with `listing`.
     """
     found = SOURCES.get(kind)
-    if isinstance(found, type) and issubclass(found, _Writing):
+    if isinstance(found, type) and issubclass(found, Writing):
         return found
     if not (isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, "listing")):
         raise ValueError(
@@ -223,7 +206,7 @@ def command_of(kind: str) -> type[_Writing]:
     about = {"__doc__": found.__doc__ or f"Writes {kind} as tar shards; run again, it resumes.", "listing": listing}
     settings = ("settings", Annotated[found, tyro.conf.arg(name="")], field(default_factory=found))
     return dataclasses.make_dataclass(
-        f"Shard_{found.__name__}", [settings], bases=(_Writing, _Places), namespace=about, frozen=True
+        f"Shard_{found.__name__}", [settings], bases=(Writing, Places), namespace=about, frozen=True
     )
 
 
@@ -284,6 +267,8 @@ def write_shard_set(console: Console, command: Any) -> ShardSummary:
             part=part,
             on_progress=update,
         )
+    if not part:
+        command.finished()
     if listing.left_out and not part:
         _write_left_out(console, command.out / LEFT_OUT, listing.left_out)
     return summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 
 from configs.reading import reading, shown
 from data_pipeline.listing import PlaceListing, build_listing, plain_city
+from data_pipeline.photo_source import PhotoSource
 from data_pipeline.positions import Positions, from_lat_lon, from_metres
+from data_pipeline.remote_source import Bucket
 from data_pipeline.sources.cells import Grid, place_of_images, plane
 from data_pipeline.tables import RowTable, read_table_of_rows
 
@@ -21,11 +24,17 @@ _BETWEEN = {"year": (0, 9999), "month": (1, 12), "place": (0, 10**18)}
 
 
 def read_manifest(
-    path: Path, *, root: Path | None = None, grid: Grid | None = None, min_images_per_place: int = 4
+    path: Path,
+    *,
+    root: Path | PhotoSource | None = None,
+    grid: Grid | None = None,
+    min_images_per_place: int = 4,
+    bucket: Bucket | None = None,
 ) -> PlaceListing:
     """The places of a table with the columns path and place, and any of city, lat, lon, year, month, northdeg, panoid.
 
-    Paths are relative to `root`, or else to the table's folder. Places are numbers, or names that are numbered in
+    Paths are relative to `root`, or else to the table's folder; without a `root` they may be URLs, which `bucket`
+    reads. Places are numbers, or names that are numbered in
     sorted order within their city; without a city, it is the table's name. A table without places has lat and lon, or
     east and north in metres, from which `grid` makes places; rows without a position are then left out and counted.
     Raises FileNotFoundError, or ValueError for a table that cannot be used, naming column and row.
@@ -33,10 +42,28 @@ def read_manifest(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give {EXPECTED}")
     with reading(path, EXPECTED):
-        return _listing(read_table_of_rows(path), root or path.parent, grid or Grid(groups=1), min_images_per_place)
+        table = read_table_of_rows(path)
+        return list_table(
+            table, root or _urls(table, bucket) or path.parent, grid or Grid(groups=1), min_images_per_place
+        )
 
 
-def _listing(table: RowTable, root: Path, grid: Grid, min_images_per_place: int) -> PlaceListing:
+def _urls(table: RowTable, bucket: Bucket | None) -> Bucket | None:
+    """What reads the table's paths if they are URLs. Raises ValueError if only some are."""
+    table.require(["path"])
+    remote = pc.fill_null(pc.match_substring(table.text("path"), "://"), False)
+    if not pc.any(remote).as_py():
+        return None
+    if (other := pc.index(remote, pa.scalar(False)).as_py()) >= 0:
+        path = shown(table.text("path")[other].as_py())
+        raise ValueError(
+            f"{table.path} row {table.lines[other]}: path is {path!r}; other rows have URLs: expected one there"
+        )
+    return bucket or Bucket()
+
+
+def list_table(table: RowTable, root: Path | PhotoSource, grid: Grid, min_images_per_place: int) -> PlaceListing:
+    """The places of a table whose column path names files of `root`; see `read_manifest`. Raises ValueError."""
     both, in_metres = ({*pair} <= table.columns.keys() for pair in (("lat", "lon"), ("east", "north")))
     table.require(["path"] if both or in_metres else ["path", "place"])
     _refuse_half(table)
@@ -60,7 +87,7 @@ def _listing(table: RowTable, root: Path, grid: Grid, min_images_per_place: int)
     else:
         columns["city"] = pa.array([plain_city(table.path.stem)] * len(table), pa.string())
     if "place" in table.columns:
-        columns["place"] = _numbers(columns["city"], _no_gaps(table.columns["place"], "place", table))
+        columns["place"] = numbers_of_places(columns["city"], _no_gaps(table.columns["place"], "place", table))
         _check_between(columns["place"], "place", table)
         images = pa.table(columns)
     else:
@@ -111,12 +138,12 @@ def _metres(table: RowTable) -> Positions:
     return from_metres(east, north, table.path, lines=table.lines.tolist(), missing_ok=True)
 
 
-def _plain_paths(table: RowTable, root: Path) -> tuple[pa.Array, list[str]]:
+def _plain_paths(table: RowTable, root: Path | PhotoSource) -> tuple[pa.Array, list[str]]:
     """The column path; backslashes are slashes where that is what the files are called."""
     paths = _no_gaps(table.text("path"), "path", table)
     has = pc.match_substring(paths, "\\")
     first = pc.index(has, pa.scalar(True)).as_py()
-    if first < 0 or (root / paths[first].as_py()).is_file():
+    if first < 0 or (isinstance(root, Path) and (root / paths[first].as_py()).is_file()):
         return paths, []
     return pc.replace_substring(paths, "\\", "/"), [f"{pc.sum(has).as_py()} paths have backslashes, read as slashes"]
 
@@ -146,18 +173,18 @@ def _whole(table: RowTable, name: str) -> pa.Array:
     return pa.array(numbers, from_pandas=True).cast(pa.int64())
 
 
-def _numbers(city: pa.Array, place: pa.Array) -> pa.Array:
-    """Places as whole numbers: their own, or their ranks within the city."""
-    try:
-        numbers = place.cast(pa.int64())
-    except pa.ArrowInvalid:
-        pairs = list(zip(city.to_pylist(), place.cast(pa.string()).to_pylist(), strict=True))
-        ranks: dict[str, int] = {}
-        rank_of = {}
-        for pair in sorted(set(pairs)):
-            rank_of[pair] = ranks[pair[0]] = ranks.get(pair[0], -1) + 1
-        return pa.array([rank_of[pair] for pair in pairs], pa.int64())
-    return numbers
+def numbers_of_places(city: pa.Array, place: pa.Array) -> pa.Array:
+    """Places as whole numbers: their own, or the ranks of their names within the city."""
+    with contextlib.suppress(pa.ArrowInvalid):
+        return place.cast(pa.int64())
+    names, cities = place.cast(pa.string()).dictionary_encode(), city.dictionary_encode()
+    rank = np.empty(len(names.dictionary), dtype=np.int64)
+    rank[pc.sort_indices(names.dictionary).to_numpy()] = np.arange(len(rank))
+    pairs = cities.indices.to_numpy().astype(np.int64) * len(rank) + rank[names.indices.to_numpy()]
+    known, of = np.unique(pairs, return_inverse=True)
+    starts = np.flatnonzero(np.diff(known // len(rank), prepend=-1))
+    number = np.arange(len(known)) - np.repeat(starts, np.diff([*starts, len(known)]))
+    return pa.array(number[of.reshape(-1)])
 
 
 def _check_between(values: pa.Array, name: str, table: RowTable) -> None:

@@ -1,0 +1,1 @@
+"""Photographs inside tars and zips of others: found, indexed, regrouped by place."""
