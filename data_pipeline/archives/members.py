@@ -172,7 +172,7 @@ def _tar_members(archive: Archive, file: io.RawIOBase, start: int) -> Iterator[M
                 # At byte 0 tarfile raises for what is no tar; its members are read by next() alone.
                 tar = tarfile.TarFile(fileobj=cast(IO[bytes], headers), errorlevel=0)
             found = tar.next()
-            tar.members.clear()  # it would hold every member
+            tar.members.clear()  # type: ignore[attr-defined]  # it would hold every member
             if found is None:
                 break
             after = int(tar.offset)
