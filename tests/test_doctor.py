@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 
 from launch.facts import Facts, gather_facts, memory_errors
 from launch.findings import Finding, Network, judge_facts, judge_network
+from tests import forked
 from tests.ranks import ROOT
 from trainer.devices import promised_gpu, rank_device
 from trainer.process_group import bound_device
@@ -73,14 +72,7 @@ def test_each_fault_is_found_and_has_a_remedy(
 @pytest.mark.slow
 def test_the_doctor_examines_two_real_ranks(tmp_path: Path) -> None:
     command = ["launch", "--nproc-per-node", "2", "--", "doctor", "--shared", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "rerankvpr", *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = forked.run(ROOT, "rerankvpr", *command, timeout=120)
     assert done.returncode == 0, done.stderr
     for words in ("versions agree", "clocks agree", "2 rank(s) on 1 node(s)", "all-reduce:", f"{tmp_path}: "):
         assert words in done.stdout
@@ -103,9 +95,9 @@ def test_machines_are_judged_before_the_network_is_tried() -> None:
     """A GPU that SLURM promises and torch does not find: an error of both ranks, and no all-reduce was begun."""
     if torch.cuda.is_available():
         pytest.skip("torch sees a GPU here")
-    env = os.environ | {"SLURM_GPUS_ON_NODE": "1"}
-    command = [sys.executable, "-m", "rerankvpr", "launch", "--nproc-per-node", "2", "--", "doctor"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    command = ["launch", "--nproc-per-node", "2", "--", "doctor"]
+    environment = {"SLURM_GPUS_ON_NODE": "1"}
+    done = forked.run(ROOT, "rerankvpr", *command, environment=environment, timeout=120)
     assert done.returncode == 1, done.stderr
     assert "SLURM_GPUS_ON_NODE=1 promises a GPU, and torch" in done.stdout
     assert "2 errors" in done.stdout
