@@ -1,6 +1,7 @@
 """Images a second of the loader and of its peers, on the same photographs and with the same number of threads.
 
 `python -m benchmarks.loader [--source FOLDER] [--streaming-python PYTHON] [--json FILE]`
+`python -m benchmarks.loader --stores local http s3` (see `benchmarks.loader_stores`)
 
 (a) bare: torchvision's decode and resize of bytes in memory; (b) this loader, from tars to uint8 batches (RandAugment
 and normalisation are the model's device's; a row has them on the CPU, in the thread that trains); (c) torch's
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ import tyro
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.loader_peers import bare, images_per_second, pandas_pil, webdataset
+from benchmarks.loader_stores import measure_stores
 from benchmarks.report import print_table, write_json
 from configs.schema import DataConfig
 from data_pipeline.augment import image_seeds, randaugment
@@ -65,6 +68,8 @@ class Options:
     """Epochs over which the resident memory is watched."""
     streaming_python: Path | None = None
     """Python of an environment with mosaicml-streaming, torch and torchvision; without it (e) is left out."""
+    stores: tuple[Literal["local", "http", "s3"], ...] = ()
+    """Measures both ways to the tars (data.access) on these stores instead of the peers."""
     json: Path | None = None
     """File for the figures."""
 
@@ -147,6 +152,11 @@ def main(options: Options) -> dict[str, float]:
             render_town(work / "town", Town(held_out_places=0))
             source = work / "town" / "train"
         write_shards(read_gsv_cities(source), work / "set", ShardOptions(shard_bytes=8 * 2**20))
+        if options.stores:
+            data, counts = _config(options, work / "set"), {"images": options.images, "rounds": options.rounds}
+            figures = measure_stores(options.stores, work / "set", data, **counts)
+            write_json(options.json, figures)
+            return figures
         jpegs = _planned_jpegs(options, work / "set")
         batch = options.places * options.views
         rates: dict[str, list[float]] = {}

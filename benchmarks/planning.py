@@ -1,23 +1,31 @@
-"""Cost of an index and of an epoch plan at 10^5 to 10^7 places: `python -m benchmarks.planning [--json FILE]`.
+"""Cost of an index and of an epoch plan: `python -m benchmarks.planning [--sizes 100000 25000000] [--json FILE]`.
 
-The index is synthetic: 4 images a place, 200 cities, tars of 2,000 places. Reading includes its sha256 and its checks.
+The index is synthetic: 4 images a place, 200 cities, tars of 2,000 places. Two ranks open it beside each other, first
+each for itself (read and checked: its sha256 and its rows), then from the copy that they map. Memory is proportional
+(PSS, /proc/self/smaps_rollup): of pages that both map, each counts half.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import tempfile
 import time
+import tracemalloc
 from dataclasses import asdict, dataclass
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 
 from benchmarks.report import print_table, write_json
+from data_pipeline import index_copy
 from data_pipeline.index import (
     INDEX,
     INDEX_DIGEST,
@@ -29,17 +37,21 @@ from data_pipeline.index import (
     file_sha256,
     read_index,
 )
+from data_pipeline.index_rows import DTYPES
 from data_pipeline.plan import Batching, plan_epoch
+from data_pipeline.stream_plan import plan_stream, tar_order
 
-VIEWS, CITIES, PLACES_PER_TAR, AT_ONCE = 4, 200, 2_000, 500_000
+VIEWS, CITIES, PLACES_PER_TAR, AT_ONCE = 4, 200, 2_000, 250_000
+RANKS, PLACES_PER_BATCH, LOOKUPS = 2, 1024, 10_000
+ON_PAPER = 250_000_000  # places: 10^9 images
 
 
 @dataclass(frozen=True)
 class Options:
     """Measures the index and the plan."""
 
-    places: tuple[int, ...] = (10**5, 10**6, 10**7)
-    """Numbers of places."""
+    sizes: tuple[int, ...] = (10**5, 10**6, 10**7, 25 * 10**6)
+    """Numbers of places; the last takes 8 GB of the temporary folder and some minutes to write."""
     json: Path | None = None
     """File for the figures."""
 
@@ -81,62 +93,146 @@ def write_synthetic_index(folder: Path, places: int) -> None:
                 "year": rng.integers(2008, 2023, len(place)),
                 "month": rng.integers(1, 13, len(place)),
                 "northdeg": rng.integers(0, 360, len(place)),
-                "panoid": pa.array(np.char.mod("%016x", rng.integers(0, 2**62, len(place)))),
+                "panoid": pc.cast(pa.array(rng.integers(0, 2**62, len(place))), pa.string()),
             }
             writer.write_table(pa.table(columns).cast(schema))
     (folder / INDEX_DIGEST).write_bytes(digest_line(file_sha256(folder / INDEX)))
 
 
+def measure(places: int) -> dict[str, float]:
+    """All figures of one size: of ranks the mean, of the copy's writer its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, copies = Path(name) / "set", Path(name) / "copies"
+        folder.mkdir()
+        write_synthetic_index(folder, places)
+        figures = {"file_mb": (folder / INDEX).stat().st_size / 2**20}
+        own = _on_ranks(folder, None)
+        figures |= {f"own_{key}": own[key] for key in ("open_s", "pss_mb")}
+        figures |= _on_ranks(folder, copies, ranks=1, only_open=True, prefix="write_")
+        return figures | _on_ranks(folder, copies)
+
+
+def _on_ranks(
+    folder: Path, copies: Path | None, *, ranks: int = RANKS, only_open: bool = False, prefix: str = ""
+) -> dict[str, float]:
+    """The mean of what ranks measure, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    results: Queue[dict[str, float]] = context.Queue()
+    barrier = context.Barrier(ranks)
+    processes = [
+        context.Process(target=_rank, args=(folder, copies, only_open, barrier, results)) for _ in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return {f"{prefix}{key}": sum(one[key] for one in found) / ranks for key in found[0]}
+
+
+def _rank(
+    folder: Path, copies: Path | None, only_open: bool, barrier: Barrier, results: Queue[dict[str, float]]
+) -> None:
+    index_copy.SHARED_FROM_IMAGES = 1
+    barrier.wait()
+    before, began = _pss_mb(), time.perf_counter()
+    index = index_copy.open_index(str(folder), folder=copies) if copies else read_index(folder)
+    figures = {"open_s": time.perf_counter() - began}
+    if only_open:
+        results.put(figures | {"peak_mb": _status_mb("VmHWM")})
+        return
+    for name in ("num_views", *DTYPES):
+        getattr(index, name).sum()  # as if each place had been asked for
+    barrier.wait()
+    figures["pss_mb"] = _pss_mb() - before
+    barrier.wait()
+    if copies:
+        figures |= _plan_figures(index)
+    results.put(figures)
+
+
+def _plan_figures(index: Any) -> dict[str, float]:
+    figures = {}
+    batching = {name: Batching(PLACES_PER_BATCH, VIEWS, name) for name in ("city", "mixed")}
+    for name in ("city", "mixed", "stream"):
+        tracemalloc.start()
+        began = time.perf_counter()
+        if name == "stream":
+            options: dict[str, Any] = {"lanes": 8, "buffer_places": 8192, "seed": 0, "epoch": 1}
+            plan = plan_stream(tar_order([index]), index.num_views, batching["mixed"], **options)
+        else:
+            plan = plan_epoch(index.place_city, index.num_views, batching[name], seed=0, epoch=1)
+        figures[f"plan_{name}_s"] = time.perf_counter() - began
+        figures[f"plan_{name}_peak_mb"] = tracemalloc.get_traced_memory()[1] / 2**20
+        figures[f"plan_{name}_held_mb"] = tracemalloc.get_traced_memory()[0] / 2**20
+        tracemalloc.stop()
+    began = time.perf_counter()
+    for step in range(plan.num_steps):
+        plan.rank_slice(step, 0, 8)
+    figures["views_s"] = time.perf_counter() - began
+    began = time.perf_counter()
+    for place in np.random.default_rng(0).integers(0, index.num_places, LOOKUPS).tolist():
+        index.place_range(place)
+    figures["lookup_us"] = (time.perf_counter() - began) / LOOKUPS * 1e6
+    return figures
+
+
+COLUMNS = {
+    "index, MB": "file_mb",
+    "read, s": "own_open_s",
+    "own, MB": "own_pss_mb",
+    "copied, s": "write_open_s",
+    "peak, MB": "write_peak_mb",
+    "open, s": "open_s",
+    "shared, MB": "pss_mb",
+    "city, s": "plan_city_s",
+    "mixed, s": "plan_mixed_s",
+    "stream, s": "plan_stream_s",
+    "peak, MB ": "plan_mixed_peak_mb",
+    "held, MB": "plan_mixed_held_mb",
+    "views, s": "views_s",
+    "a place, us": "lookup_us",
+}
+
+
 def main(options: Options) -> dict[str, float]:
     """Measures each size, prints a table and returns the figures."""
-    figures: dict[str, float] = {}
-    rows = []
-    for places in options.places:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write_synthetic_index(folder, places)
-            size_mb = (folder / INDEX).stat().st_size / 2**20
-            before, began = _resident_mb(), time.perf_counter()
-            index = read_index(folder)
-            read_s, held_mb = time.perf_counter() - began, _resident_mb() - before
-        seconds = {}
-        for composition in ("city", "mixed"):
-            began = time.perf_counter()
-            plan_epoch(
-                index.place_city,
-                index.num_views,
-                Batching(places_per_batch=1024, images_per_place=4, composition=composition),
-                seed=0,
-                epoch=1,
-            )
-            seconds[composition] = time.perf_counter() - began
-        began, lookups = time.perf_counter(), 10_000
-        for place in np.random.default_rng(0).integers(0, places, lookups).tolist():
-            index.place_range(place)
-        lookup_us = (time.perf_counter() - began) / lookups * 1e6
-        del index
-        key = f"places_1e{round(np.log10(places))}"
-        figures |= {
-            f"{key}_read_s": read_s,
-            f"{key}_held_mb": held_mb,
-            f"{key}_file_mb": size_mb,
-            f"{key}_plan_city_s": seconds["city"],
-            f"{key}_plan_mixed_s": seconds["mixed"],
-            f"{key}_lookup_us": lookup_us,
-        }
-        columns = (f"{places:,}", f"{size_mb:,.1f}", f"{read_s:.2f}", f"{held_mb:,.0f}")
-        rows.append([*columns, f"{seconds['city']:.2f}", f"{seconds['mixed']:.2f}", f"{lookup_us:.1f}"])
-    print_table(
-        "index and epoch plan",
-        ["places", "index, MB", "read, s", "held, MB", "plan city, s", "plan mixed, s", "a place, us"],
-        rows,
-    )
+    sizes = sorted(options.sizes)
+    found = {places: measure(places) for places in sizes}
+    figures = {f"places_{places}_{key}": value for places, of_size in found.items() for key, value in of_size.items()}
+    rows = [[f"{places:,}", *(_shown(found[places][key]) for key in COLUMNS.values())] for places in sizes]
+    if len(sizes) > 1:
+        line = _on_paper(sizes[-2:], [found[places] for places in sizes[-2:]])
+        figures |= {f"places_{ON_PAPER}_{key}_on_paper": value for key, value in line.items()}
+        rows.append([f"{ON_PAPER:,} on paper", *(_shown(line[key]) for key in COLUMNS.values())])
+    print_table(f"index and epoch plan, of each of {RANKS} ranks", ["places", *COLUMNS], rows)
     write_json(options.json, figures)
     return figures
 
 
-def _resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def _on_paper(sizes: list[int], found: list[dict[str, float]]) -> dict[str, float]:
+    """What the straight line through the two largest sizes says of ON_PAPER places; lookups stay as they are."""
+    line = {}
+    for key in found[0]:
+        slope = (found[1][key] - found[0][key]) / (sizes[1] - sizes[0])
+        grows = key != "lookup_us"
+        line[key] = found[1][key] + max(0.0, slope) * (ON_PAPER - sizes[1]) if grows else found[1][key]
+    return line
+
+
+def _shown(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def _pss_mb() -> float:
+    """Proportional memory of this process: of pages that n processes map, an n-th."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def _status_mb(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 
 if __name__ == "__main__":

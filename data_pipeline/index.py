@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -17,13 +18,22 @@ from numpy.typing import NDArray
 from configs.files import file_sha256, replacing, write_whole
 from configs.reading import reading, reason, shown
 from configs.secrets import without_secrets
+from data_pipeline.index_rows import (
+    DTYPES,
+    PER_IMAGE,
+    PER_PLACE,
+    READ_COLUMNS,
+    ROWS_AT_ONCE,
+    Block,
+    ContradictionError,
+    row_blocks,
+)
 from data_pipeline.storage import RangeReader, is_remote, join
 
 FORMAT_VERSION = 1
 INDEX = "index.parquet"
 INDEX_DIGEST = "index.parquet.sha256"
 METADATA_KEY = b"rerankvpr"
-_AT_ONCE = 2**16
 
 SCHEMA = pa.schema(
     [
@@ -109,6 +119,7 @@ class ShardIndex:
     Per image: offset and size (bytes in the tar), crc32. Per place: place_starts (int64 [n + 1], rows of place p are
     place_starts[p] to place_starts[p + 1]), num_views, place_city (number in `cities`), place_shard (number in
     `metadata.shards`). `table` reads every column when it is asked for.
+    `check_rows`, if there is one, raises ValueError where rows of offset, size and crc32 are not what was written.
     """
 
     location: str
@@ -121,6 +132,7 @@ class ShardIndex:
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
     crc32: NDArray[np.uint32]
+    check_rows: Callable[[slice], None] | None = None
 
     @property
     def num_places(self) -> int:
@@ -150,6 +162,8 @@ class ShardIndex:
     def place_range(self, place_id: int) -> PlaceRange:
         """Where the views of a place lie."""
         rows, shard = self.rows(place_id), self.metadata.shards[int(self.place_shard[place_id])]
+        if self.check_rows:
+            self.check_rows(rows)
         offsets, sizes = self.offset[rows], self.size[rows]
         start = int(offsets[0])
         length = int(offsets[-1] + sizes[-1]) - start
@@ -189,64 +203,91 @@ def read_table(source: Path | pa.Buffer, name: str | Path = "") -> tuple[pa.Tabl
 
 
 def read_index(folder: str | Path, reader: RangeReader | None = None, *, check_digest: bool = True) -> ShardIndex:
-    """The index of the shard set at `folder`, a path or a URL, which `reader` reads.
+    """The index of the shard set at `folder`, a path or a URL, which `reader` reads, in memory of this process.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged, foreign, of another format version,
     contradicts itself or names a tar outside the set's folder, StorageError where a server does not answer.
     `check_digest` holds it against its sha256.
     """
-    location, reader = str(folder), reader or RangeReader()
-    name = without_secrets(join(location, INDEX), is_address=True)
-    source = _source(location, reader)
-    with _open_parquet(source, name) as file:
-        raw = _table_metadata(file, name)
-    if check_digest:
-        _check_digest(location, source, reader)
+    return IndexFile(str(folder), reader or RangeReader(), check_digest=check_digest).read()
+
+
+class IndexFile:
+    """An `index.parquet` whose metadata has been read and checked, and its rows not."""
+
+    def __init__(self, location: str, reader: RangeReader, *, check_digest: bool = True) -> None:
+        """Raises what `read_index` raises, but for what is wrong with the rows."""
+        self.location, self.name = location, without_secrets(join(location, INDEX), is_address=True)
+        self._source = _source(location, reader)
+        with _open_parquet(self._source, self.name) as file:
+            self.raw_metadata = _table_metadata(file, self.name)
+            self.num_rows = file.metadata.num_rows
+        if check_digest:
+            _check_digest(location, self._source, reader)
+        self.metadata = checked_metadata(self.raw_metadata, location, self.name)
+
+    def read(self) -> ShardIndex:
+        """The index, in this process's memory."""
+        images, places = self.metadata.images, self.metadata.places
+        cities: list[str] = []
+        with reading(self.name, "the rows of a shard set's index"):
+            lengths = dict.fromkeys(PER_IMAGE, images) | dict.fromkeys(PER_PLACE, places) | {"place_starts": places + 1}
+            if not places < images + 1 == self.num_rows + 1:
+                raise self._contradicts()
+            columns = {name: np.empty(length, DTYPES[name]) for name, length in lengths.items()}
+            columns["place_starts"][-1] = images
+        filled = dict.fromkeys(columns, 0)
+        for block in self.blocks(cities):
+            for name, part in block.items():
+                columns[name][filled[name] : filled[name] + len(part)] = part
+                filled[name] += len(part)
+        return ShardIndex(
+            location=self.location,
+            metadata=self.metadata,
+            cities=cities,
+            num_views=np.diff(columns["place_starts"]),
+            check_rows=None,
+            **columns,
+        )
+
+    def blocks(self, cities: list[str]) -> Iterator[Block]:
+        """The columns a part at a time, see `row_blocks`. Raises ValueError where the rows are not those of a set."""
+        shards = [(shard.name, shard.size) for shard in self.metadata.shards]
+        images, places = self.metadata.images, self.metadata.places
+        with _open_parquet(self._source, self.name, read_dictionary=["city", "shard"]) as file:
+            blocks = row_blocks(self._batches(file), shards, cities, images=images, places=places)
+            while True:
+                with reading(self.name, "the rows of a shard set's index"):
+                    try:
+                        block = next(blocks, None)
+                    except ContradictionError as error:
+                        raise self._contradicts() from error
+                if block is None:
+                    return
+                yield block
+
+    def _batches(self, file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+        batches = file.iter_batches(ROWS_AT_ONCE, columns=READ_COLUMNS)
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                raise _damaged(self.name, error) from error
+            if batch is None:
+                return
+            yield batch
+
+    def _contradicts(self) -> ValueError:
+        return ValueError(f"{self.name}: its rows contradict its metadata or each other; shard the data again")
+
+
+def checked_metadata(raw: dict[str, Any], location: str, name: str) -> ShardSetMetadata:
+    """What the JSON of an index says of the set at `location`. Raises ValueError, with the index's `name`."""
     with reading(name, "the metadata of a shard set"):
         metadata = _metadata(raw)
     if not is_remote(location):
         _refuse_links(Path(location), metadata.shards, name)
-
-    with (
-        _open_parquet(source, name, read_dictionary=["city", "shard"]) as file,
-        reading(name, "the rows of a shard set's index"),
-    ):
-        # One column at a time: all at once take twice as long where there are many rows.
-        place_id, view, offset, size, crc32 = (
-            _columns(file, name, [column])[column].to_numpy()
-            for column in ("place_id", "view", "offset", "size", "crc32")
-        )
-        if any(column.dtype.kind not in "iu" for column in (place_id, view, offset, size, crc32)):
-            raise ValueError("a number is missing in a column that has no gaps")
-        city_names, city = _codes(_columns(file, name, ["city"])["city"])
-        shard_names, shard_code = _codes(_columns(file, name, ["shard"])["shard"])
-    starts = np.append(np.flatnonzero(view == 0), len(view))
-    num_views, first = np.diff(starts), starts[:-1]
-    numbers = {shard.name: number for number, shard in enumerate(metadata.shards)}
-    number_of = np.array([numbers.get(name, -1) for name in shard_names], dtype=np.int64)
-    consistent = (
-        len(place_id) == len(offset) == len(size) == len(crc32) == len(city) == len(shard_code)
-        and len(place_id) == len(view) == metadata.images > 0
-        and len(first) == metadata.places
-        and _are_places(place_id, view, city, shard_code)
-        and number_of.min() >= 0
-        and _lie_in_their_shards(offset, size, view, np.array([s.size for s in metadata.shards])[number_of][shard_code])
-    )
-    if not consistent:
-        raise ValueError(f"{name}: its rows contradict its metadata or each other; shard the data again")
-    place_shard = number_of[shard_code[first]]
-    return ShardIndex(
-        location=location,
-        metadata=metadata,
-        cities=city_names,
-        place_starts=starts,
-        num_views=num_views,
-        place_city=city[first].astype(np.int64),
-        place_shard=place_shard,
-        offset=offset,
-        size=size,
-        crc32=crc32,
-    )
+    return metadata
 
 
 def _metadata(raw: dict[str, Any]) -> ShardSetMetadata:
@@ -268,19 +309,13 @@ def _metadata(raw: dict[str, Any]) -> ShardSetMetadata:
 def _refuse_links(folder: Path, shards: list[ShardFile], name: str) -> None:
     """Raises ValueError where a tar is a link that leads out of the set's folder."""
     home = folder.resolve()
+    inside: dict[Path, bool] = {}  # of the folders that hold tars: to resolve each tar takes long where there are many
     for shard in shards:
-        if not (folder / shard.name).resolve().is_relative_to(home):
+        path = folder / shard.name
+        if path.parent not in inside:
+            inside[path.parent] = path.parent.resolve().is_relative_to(home)
+        if not inside[path.parent] or (path.is_symlink() and not path.resolve().is_relative_to(home)):
             raise ValueError(f"{name}: {shard.name} is a link that leads out of {folder}, which is refused")
-
-
-def _lie_in_their_shards(
-    offset: NDArray[np.int64], size: NDArray[np.int64], view: NDArray[np.int32], shard_size: NDArray[np.int64]
-) -> bool:
-    """Whether each image is a range of bytes inside its tar, behind the view before it."""
-    if not ((offset >= 0) & (size > 0) & (size <= shard_size) & (offset <= shard_size - size)).all():
-        return False
-    follows = view[1:] > 0
-    return bool((offset[1:] >= offset[:-1] + size[:-1])[follows].all())
 
 
 def _source(location: str, reader: RangeReader) -> Path | pa.Buffer:
@@ -338,34 +373,6 @@ def _check_digest(location: str, source: Path | pa.Buffer, reader: RangeReader) 
             f"{without_secrets(join(location, INDEX), is_address=True)}: damaged: its sha256 is not the one in "
             f"{INDEX_DIGEST}"
         )
-
-
-def _codes(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int32]]:
-    """The distinct values of a dictionary column, and each row's number in them."""
-    array = column.unify_dictionaries().combine_chunks()
-    chunk = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    return chunk.dictionary.to_pylist(), chunk.indices.to_numpy()
-
-
-def _are_places(
-    place_id: NDArray[np.int64], view: NDArray[np.int32], city: NDArray[np.int32], shard: NDArray[np.int32]
-) -> bool:
-    """Whether places count from 0, the views of each from 0, and those of one are of one city and shard."""
-    if not len(view) or place_id[0] != 0 or view[0] != 0:
-        return False
-    for start in range(0, len(view) - 1, _AT_ONCE):  # what is worked on stays in the processor's cache
-        stop = min(start + _AT_ONCE, len(view) - 1)
-        before, after = slice(start, stop), slice(start + 1, stop + 1)
-        begins = view[after] == 0
-        step = np.where(begins, 0, view[before] + 1)
-        same = (city[after] == city[before]) & (shard[after] == shard[before])
-        if not (
-            np.array_equal(view[after], step)
-            and np.array_equal(place_id[after], place_id[before] + begins)
-            and (same | begins).all()
-        ):
-            return False
-    return True
 
 
 def digest_line(sha256: str) -> bytes:

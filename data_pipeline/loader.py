@@ -6,7 +6,7 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,7 +23,8 @@ from data_pipeline.images import decode_into, empty_batch
 from data_pipeline.index import PlaceRange
 from data_pipeline.nvjpeg import decode_on_gpu, empty_on_gpu, hand_over
 from data_pipeline.plan import EpochPlan
-from data_pipeline.storage import RangeReader, is_remote
+from data_pipeline.storage import RangeReader, StorageError, is_remote
+from data_pipeline.stream import Reading, StreamCounts, TarStreams
 
 MB = 2**20
 GB = 2**30
@@ -64,7 +65,7 @@ class _Step:
     all_places: NDArray[np.int64]  # of the global step
     draw: Draw | None = None
     drawn: Future[Drawn] | None = None
-    reads: list[Future[bytes]] = field(default_factory=list)
+    reads: Sequence[Future[bytes] | Reading] = field(default_factory=list)
     images_B3HW: torch.Tensor | None = None
     decoded: list[Future[None]] = field(default_factory=list)
 
@@ -96,7 +97,7 @@ class _Step:
 
 
 class PlaceLoader:
-    """Reads places from tar shards, one range read a place, and decodes their planned views in threads.
+    """Reads places from tar shards, by a range read of each or whole tars in order, and decodes views in threads.
 
     Places are read ahead of the decoder up to data.read_ahead_mb, and steps decoded ahead of the caller up to
     data.prefetch_batches. A view whose bytes differ from the index's crc32, or do not decode, is replaced by the next
@@ -117,6 +118,8 @@ class PlaceLoader:
         self._pinned = torch.cuda.is_available() and self._gpu is None
         self._lock = threading.Lock()
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
+        self._lanes: list[ThreadPoolExecutor] = []
+        self.streamed = StreamCounts()
 
     @property
     def num_bad_images(self) -> int:
@@ -125,14 +128,19 @@ class PlaceLoader:
 
     def batches(self, plan: EpochPlan, steps: Iterable[int], draw: Draw | None = None) -> Iterator[PlaceBatch]:
         """This rank's share of the given steps of an epoch, decoded ahead of the caller; `draw` runs ahead too."""
+        stop = threading.Event()
+        streams = None
+        if plan.reading_LM is not None:
+            steps = list(steps)
+            streams = self._open_streams(plan, steps, stop)
         if self.config.decode_threads == 0:
             for number in steps:
                 step = self._plan_step(plan, number, draw)
                 images_PK3HW = self._empty(step)
-                for place, planned, views_K, out in zip(
-                    step.places, step.ranges, step.views_PK, images_PK3HW, strict=True
-                ):
-                    self._decode_place(int(place), planned, views_K, self._read(planned), out)
+                step.reads = streams.start(step.places) if streams else []
+                for place, out in enumerate(images_PK3HW):
+                    data = step.reads[place].result() if streams else self._read(step.ranges[place])
+                    self._decode_place(step, place, data, out)
                 yield step.batch()
             return
         if self._pools is None:  # kept from epoch to epoch: threads that come and go fragment the memory
@@ -140,11 +148,10 @@ class PlaceLoader:
                 ThreadPoolExecutor(self.config.read_threads, thread_name_prefix="read"),
                 ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode"),
             )
-        stop = threading.Event()
         reading: deque[_Step] = deque()
         decoding: deque[_Step] = deque()
         try:
-            yield from self._ahead(plan, iter(steps), draw, reading, decoding, *self._pools, stop)
+            yield from self._ahead(plan, iter(steps), draw, reading, decoding, *self._pools, stop, streams)
         finally:
             stop.set()
             for step in (*reading, *decoding):
@@ -164,6 +171,7 @@ class PlaceLoader:
         readers: ThreadPoolExecutor,
         decoders: ThreadPoolExecutor,
         stop: threading.Event,
+        streams: TarStreams | None,
     ) -> Iterator[PlaceBatch]:
         held = 0
         while True:
@@ -172,7 +180,10 @@ class PlaceLoader:
                 if number is None:
                     break
                 step = self._plan_step(plan, number, draw)
-                step.reads = [readers.submit(self._read, planned, stop) for planned in step.ranges]
+                if streams:
+                    step.reads = streams.start(step.places)
+                else:
+                    step.reads = [readers.submit(self._read, planned, stop) for planned in step.ranges]
                 held += step.num_bytes
                 reading.append(step)
             while reading and len(decoding) <= self.config.prefetch_batches:
@@ -189,8 +200,7 @@ class PlaceLoader:
 
     def _start_decoding(self, step: _Step, decoders: ThreadPoolExecutor) -> None:
         def decode_one(number: int, out_K3HW: torch.Tensor) -> None:
-            data = step.reads[number].result()
-            self._decode_place(int(step.places[number]), step.ranges[number], step.views_PK[number], data, out_K3HW)
+            self._decode_place(step, number, step.reads[number].result(), out_K3HW)
 
         step.drawn = decoders.submit(step.draw_now) if step.draw else None
         step.decoded = [decoders.submit(decode_one, number, out) for number, out in enumerate(self._empty(step))]
@@ -218,11 +228,34 @@ class PlaceLoader:
             )
         return data
 
-    def _decode_place(
-        self, place: int, planned: PlaceRange, views_K: NDArray[np.int64], data: bytes, out_K3HW: torch.Tensor
-    ) -> None:
-        """Decodes the planned views of a place into `out`, uint8 [K, 3, H, W]."""
-        views = views_K.tolist()
+    def _open_streams(self, plan: EpochPlan, steps: list[int], stop: threading.Event) -> TarStreams:
+        assert plan.reading_LM is not None
+        while len(self._lanes) < len(plan.reading_LM):
+            self._lanes.append(ThreadPoolExecutor(1, thread_name_prefix="lane"))
+        return TarStreams(
+            self.places,
+            plan,
+            steps,
+            rank=self.rank,
+            world_size=self.world_size,
+            reader=self.reader,
+            threads=self._lanes,
+            stop=stop,
+            counts=self.streamed,
+        )
+
+    def _asked_for_alone(self, place: PlaceRange, streamed: bytes) -> bytes:
+        """A place that its stream gave damaged, read by its range: what follows a damaged header may be whole."""
+        try:
+            return self._read(place)
+        except StorageError:  # such as of a server that knows no ranges
+            return streamed
+
+    def _decode_place(self, step: _Step, number: int, data: bytes, out_K3HW: torch.Tensor) -> None:
+        """Decodes the planned views of the step's place of that number into `out`, uint8 [K, 3, H, W]."""
+        place, planned, views = int(step.places[number]), step.ranges[number], step.views_PK[number].tolist()
+        if self.config.access == "stream" and not all(_is_whole(planned, data, view) for view in views):
+            data = self._asked_for_alone(planned, data)
         if not out_K3HW.is_cuda:
             for view, out in zip(views, out_K3HW, strict=True):
                 self._decode_view(place, planned, view, data, out)

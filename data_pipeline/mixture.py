@@ -10,7 +10,8 @@ import numpy as np
 
 from configs.reading import shown
 from configs.schema import DataConfig
-from data_pipeline.index import PlaceRange, ShardIndex, read_index
+from data_pipeline.index import PlaceRange, ShardIndex
+from data_pipeline.index_copy import open_index
 from data_pipeline.plan import (
     Batching,
     EpochPlan,
@@ -21,6 +22,7 @@ from data_pipeline.plan import (
     visits_of_epoch,
 )
 from data_pipeline.storage import RangeReader
+from data_pipeline.stream_plan import Resumed, plan_stream, read_again, tar_order
 
 
 class PlaceMixture:
@@ -34,9 +36,12 @@ class PlaceMixture:
         self.sets, self.weights = list(sets), list(weights)
         self.first_place = np.cumsum([0, *(index.num_places for index in sets)])
         first_city = np.cumsum([0, *(len(index.cities) for index in sets)])
-        self.num_views = np.concatenate([index.num_views for index in sets])
-        self.place_city = np.concatenate(
-            [index.place_city + first for index, first in zip(sets, first_city, strict=False)]
+        self.num_views = _joined([index.num_views for index in sets])
+        self.place_city = _joined(
+            [
+                index.place_city + first if first else index.place_city
+                for index, first in zip(sets, first_city, strict=False)
+            ]
         )
         self.cities = [city for index in sets for city in index.cities]
 
@@ -82,7 +87,13 @@ def read_mixture(data: DataConfig, reader: RangeReader | None = None) -> PlaceMi
     if data.shards in data.mix:
         raise ValueError(f"data.mix names {data.shards}, which data.shards names already; use data.repeat")
     locations = {data.shards: 1.0, **data.mix}
-    return PlaceMixture([read_index(location, reader) for location in locations], list(locations.values()))
+    sets = [open_index(location, reader, folder=data.index_cache) for location in locations]
+    return PlaceMixture(sets, list(locations.values()))
+
+
+def _joined(parts: list[Int64]) -> Int64:
+    """The arrays one after the other; one alone is not copied, so that it stays mapped."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class EpochPlans:
@@ -105,10 +116,34 @@ class EpochPlans:
             seen = np.ones(places.num_places, dtype=np.int64)
             seen[self.held_out] = 0
             raise ValueError("\n".join([*faults, *batch_faults(places.num_views, seen, self._batching())]))
+        self._tars = tar_order(places.sets) if data.access == "stream" else None
+        self._planned: tuple[int, EpochPlan] | None = None  # the last, which is asked for again at the start
         self.num_steps = self.epoch(0).num_steps
 
     def epoch(self, epoch: int) -> EpochPlan:
         """The plan of one epoch."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = None  # no two at a time
+            self._planned = epoch, self._plan(epoch)
+        return self._planned[1]
+
+    def read_again(self, step: int) -> Resumed | None:
+        """What a run that begins with this step of an epoch (0 is the first) reads twice; None where nothing is."""
+        epoch, step_of_epoch = divmod(step, self.num_steps)
+        return read_again(self.epoch(epoch), self._tars, step_of_epoch) if self._tars and step_of_epoch else None
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        if self._tars:
+            return plan_stream(
+                self._tars,
+                self.places.num_views,
+                self._batching(),
+                lanes=self.data.stream_lanes,
+                buffer_places=self.data.stream_buffer_places,
+                seed=self.seed,
+                epoch=epoch,
+                visits=self._visits(epoch),
+            )
         return plan_epoch(
             self.places.place_city,
             self.places.num_views,

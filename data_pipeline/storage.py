@@ -278,6 +278,20 @@ class _NoSizeError(Exception):
     pass
 
 
+def ignored_range(error: StorageError) -> bool:
+    """Whether a read failed because the server knows no ranges."""
+    return isinstance(error.__cause__, _IgnoredRangeError)
+
+
+def open_tar(path: str) -> int:
+    """A descriptor of a tar of this machine, for reading. Raises OSError."""
+    try:
+        return open_regular(path)
+    except FileNotFoundError as error:
+        hint = "the index names it, but it is not there; `rerankvpr verify` lists all that is missing"
+        raise FileNotFoundError(f"{path}: {hint}") from error
+
+
 class _MissingBackendError(Exception):
     pass
 
@@ -296,11 +310,7 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.descriptor = -1
-        try:
-            self.descriptor = open_regular(path)
-        except FileNotFoundError as error:
-            hint = "the index names it, but it is not there; `rerankvpr verify` lists all that is missing"
-            raise FileNotFoundError(f"{path}: {hint}") from error
+        self.descriptor = open_tar(path)
 
     def read(self, start: int, length: int) -> bytes:
         return os.pread(self.descriptor, length, start)

@@ -7,6 +7,7 @@ their own, which is gone when the verb makes its group.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.flags import parse_flags
-from launch.facts import Facts, gather_facts
+from launch.facts import Facts, gather_facts, with_feeding
 from launch.findings import Checked, Finding, Network, judge_facts, judge_network
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ class DoctorCommand:
     """Folders that every node must see as one: outputs and shards."""
     scratch: tuple[Path, ...] = ()
     """Folders that each node has to itself: caches and scratch."""
+    images_per_s: float | None = None
+    """Images per second that each rank is to take, against which decoding is measured; 3000 for a rank with a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.images_per_s is not None and not 0 < self.images_per_s < math.inf:
+            raise ValueError(f"--images-per-s {self.images_per_s}: expected a number above 0")
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +59,9 @@ def main(argv: list[str]) -> int:
 
     began = time.monotonic()
     rank, world = rank_and_world_size()
-    checked = check(rendezvous_store(rank, world), rank, world, shared=command.shared, scratch=command.scratch)
+    store = rendezvous_store(rank, world)
+    demand = command.images_per_s
+    checked = check(store, rank, world, shared=command.shared, scratch=command.scratch, images_per_s=demand)
     if rank == 0:
         for finding in checked.findings:
             print(f"{finding.level:<8} {finding.what}" + (f"\n         -> {finding.remedy}" if finding.remedy else ""))
@@ -61,9 +70,19 @@ def main(argv: list[str]) -> int:
 
 
 def check(
-    store: Store, rank: int, world: int, *, shared: Iterable[Path], scratch: Iterable[Path], quick: bool = False
+    store: Store,
+    rank: int,
+    world: int,
+    *,
+    shared: Iterable[Path],
+    scratch: Iterable[Path],
+    quick: bool = False,
+    images_per_s: float | None = None,
 ) -> Checked:
-    """Examines all ranks' machines; every rank calls this and gets the same findings. `quick` measures less."""
+    """Examines all ranks' machines; every rank calls this and gets the same findings. `quick` measures less.
+
+    `images_per_s` is what each rank is to take; without it IMAGES_PER_S of one with a GPU.
+    """
     import torch.distributed as dist
 
     store = dist.PrefixStore("rerankvpr/doctor", store)
@@ -71,6 +90,8 @@ def check(
     tokens = _leave_tokens(store, rank, shared)
     try:
         facts = gather_facts(rank, shared, scratch, tokens)
+        if not quick:
+            facts = with_feeding(facts, images_per_s)
         found, all_facts = _judged_by_rank_0(store, rank, world, facts)
     finally:
         for token in tokens.values() if rank == 0 else ():

@@ -16,6 +16,10 @@ BANDWIDTH_MB_S = 50.0
 CORES_A_RANK = 2  # fewer than these, where the host has more, starve a rank's decoder
 SHM_GB = 0.5  # Docker's default is 64 MB, of which NCCL uses up to 10 for each pair of GPUs
 MEMLOCK_GB = 1.0
+MORE_DECODING = (
+    "ask for more cores (--cpus-per-task), write smaller photographs (`rerankvpr shard --max-side`), or let the GPUs "
+    "decode (data.decode nvjpeg)"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def judge_facts(facts: list[Facts]) -> list[Finding]:
     interfaces = {f"{one.host}: {one.interface}" for one in nodes.values()}
     found = [_judge_versions(facts), *_judge_folders(facts)]
     found.append(Finding("ok", f"{len(facts)} rank(s) on {len(nodes)} node(s); {', '.join(sorted(interfaces))}"))
-    return [*found, *_judge_cores(facts), *_judge_gpus(facts), *_judge_limits(facts)]
+    return [*found, *_judge_cores(facts), *_judge_feeding(facts), *_judge_gpus(facts), *_judge_limits(facts)]
 
 
 def judge_network(facts: list[Facts], network: Network) -> list[Finding]:
@@ -145,6 +149,24 @@ def _judge_cores(facts: list[Facts]) -> list[Finding]:
             found.append(Finding("warning", what, remedy))
         elif cores:
             found.append(Finding("ok", what))
+    return found
+
+
+def _judge_feeding(facts: list[Facts]) -> list[Finding]:
+    """One finding for each node that is to take images at a known rate: whether its cores decode as many."""
+    found = []
+    for node in sorted({one.node for one in facts}):
+        ranks = [one for one in facts if one.node == node and one.images_per_s]
+        if not ranks:
+            continue
+        cores, demand = len({core for one in ranks for core in one.cores}), sum(one.images_per_s for one in ranks)
+        each = sum(one.core_images_per_s for one in ranks) / len(ranks)
+        gb_s = demand * ranks[0].image_bytes / 1e9
+        what = (
+            f"{ranks[0].host}: {len(ranks)} rank(s) at {ranks[0].images_per_s:,.0f} images/s each need "
+            f"{demand / each:.0f} cores that decode {each:,.0f} images/s each, and {gb_s:.2f} GB/s; it has {cores}"
+        )
+        found.append(Finding("warning", what, MORE_DECODING) if cores * each < demand else Finding("ok", what))
     return found
 
 

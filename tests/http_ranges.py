@@ -1,4 +1,4 @@
-"""A file server with range requests that can be killed: `python -m tests.http_ranges FOLDER PORT [ignore-ranges]`.
+"""A file server with ranges that can be killed: `python -m tests.http_ranges FOLDER PORT [ignore-ranges] [latency=MS]`.
 
 It prints its port, and a line for each request that it answers.
 """
@@ -24,8 +24,10 @@ class Handler(SimpleHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     ranges = True
+    latency_s = 0.0
 
     def do_GET(self) -> None:
+        time.sleep(self.latency_s)
         path = Path(self.translate_path(self.path))
         if not path.is_file():
             self.send_error(404)
@@ -83,6 +85,7 @@ class KillableServer:
 def main() -> None:
     folder, port = sys.argv[1], int(sys.argv[2])
     Handler.ranges = "ignore-ranges" not in sys.argv
+    Handler.latency_s = sum(float(word[8:]) / 1000 for word in sys.argv if word.startswith("latency="))
     ThreadingHTTPServer(("127.0.0.1", port), lambda *args: Handler(*args, directory=folder)).serve_forever()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.facts import Facts, gather_facts, memory_errors
+from launch.facts import Facts, gather_facts, memory_errors, with_feeding
 from launch.findings import Finding, Network, judge_facts, judge_network
 from tests import forked
 from tests.ranks import ROOT
@@ -181,3 +181,34 @@ def test_tasks_of_plain_srun_are_one_group(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_the_first_host_of_a_list(nodelist: str, first: str) -> None:
     assert first_host(nodelist) == first
+
+
+def test_cores_that_decode_too_little_for_their_gpus_are_found() -> None:
+    of_node = [
+        replace(
+            FACTS,
+            rank=n,
+            cores=list(range(16)),
+            cores_of_host=16,
+            images_per_s=3000,
+            core_images_per_s=800,
+            image_bytes=3e4,
+        )
+        for n in range(8)
+    ]
+    (found,) = [one for one in judge_facts(of_node) if "images/s each need" in one.what]
+    assert found.level == "warning"
+    assert "8 rank(s) at 3,000 images/s each need 30 cores" in found.what
+    assert "0.72 GB/s; it has 16" in found.what
+    assert "data.decode nvjpeg" in found.remedy
+    (found,) = [one for one in judge_facts(of_node[:4]) if "images/s each need" in one.what]
+    assert found.level == "ok"
+    assert not [one for one in judge_facts([FACTS]) if "images/s each need" in one.what]
+
+
+def test_decoding_is_measured_where_a_rate_is_asked_for() -> None:
+    assert with_feeding(FACTS, None) == FACTS
+    facts = with_feeding(FACTS, 500.0)
+    assert facts.images_per_s == 500
+    assert facts.core_images_per_s > 10
+    assert 15_000 < facts.image_bytes < 60_000

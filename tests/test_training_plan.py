@@ -18,6 +18,7 @@ from launch.plan_command import main
 from model.network import build_model, meta_model
 from trainer.activations import block_activations
 from trainer.engine_state import keepers
+from trainer.feeding import stream_line
 from trainer.flops import forward_flops, model_flops, peak_tflops, step_flops
 from trainer.memory_plan import (
     bytes_sent,
@@ -268,3 +269,24 @@ def test_places_that_ranks_cannot_share_are_refused() -> None:
     assumed = Assumed(ranks=7, device_gb=80)
     with pytest.raises(ValueError, match="64 is not divisible by 7 ranks; nearest: 63 or 70"):
         plan(recipe(), assumed)
+
+
+def test_what_feeds_a_node_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    flags = ["--ranks", "16", "--device-gb", "80", "--tflops", "400", "--json", str(file)]
+    shards = ["--data.shards", str(tmp_path / "none"), "--data.places-per-batch", "64"]
+    assert main(["gsv_cities_vitb", *shards, *flags]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["feeding/ranks_of_node"] == 8
+    assert figures["feeding/images_s"] == pytest.approx(8 * 64 * 4 / 16 / figures["step_seconds"])
+    assert figures["feeding/cores"] == pytest.approx(figures["feeding/images_s"] / figures["feeding/core_images_s"])
+    assert 15 < figures["feeding/gb_s"] / figures["feeding/images_s"] * 1e6 < 60  # kB of an image
+    assert "feeding: 8 rank(s) of a node take" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ranks", "times"), [(1, "1.00"), (2, "1.00"), (4, "1.00"), (8, "2.00"), (16, "4.00")])
+def test_a_stream_says_how_often_tars_are_read(ranks: int, times: str) -> None:
+    config = recipe(data={"access": "stream", "composition": "mixed", "places_per_batch": 64})
+    line = stream_line(config, ranks, 1e9)
+    assert f"is read {times} times over all ranks" in line
+    assert ("make data.stream_lanes" in line) == (ranks > 4)

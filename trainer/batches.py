@@ -46,8 +46,18 @@ class Batches:
     def spread(self, steps: int) -> Iterator[PlaceBatch]:
         """This rank's share of some batches from all over the first epoch."""
         last = self.steps_per_epoch - 1
+        if self._recipe.data.access == "stream":  # where batches from all over would be nearly all tars
+            yield from self._loader.batches(self.plans.epoch(0), range(min(steps, last + 1)))
+            return
         numbers = [round(i * last / max(1, steps - 1)) for i in range(steps)]
         yield from self._loader.batches(self.plans.epoch(0), numbers)
+
+    def read_again(self, step: int) -> str:
+        """What a run that is resumed at this step reads a second time, in a line; empty where that is nothing."""
+        again = self.plans.read_again(step)
+        if not again or not again.places:
+            return ""
+        return f"streams: {again.places} places of {again.tars} tars that had been given are read again, at most"
 
     def from_step(self, step: int, watchdog: Watchdog) -> Iterator[tuple[PlaceBatch, float]]:
         """The batch of each step from `step` (0 is the first) to the last, and the seconds that it was waited for."""

@@ -186,6 +186,8 @@ class Training:
         recipe, batches = self.recipe, self.batches
         if resumed_from:
             self.context.say(f"resumed from {resumed_from}, step {self.progress.step} of {batches.total_steps}")
+            if self.rank.is_main and (again := batches.read_again(self.progress.step)):
+                self.context.say(again)
         trained, total = self.state.num_parameters()
         self.context.say(
             f"{recipe.name}: {recipe.model.backbone}, {trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters trained; "

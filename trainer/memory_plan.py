@@ -338,7 +338,8 @@ def _data_parts(recipe: Recipe, ranks: int, on_cpu: bool, shard_bytes: float) ->
     batch = images * 3 * num_pixels(data.image_size)
     ahead = data.prefetch_batches + 2 if data.decode_threads else 1
     augmented = 2 if data.augmentation == "randaugment" else 0
-    read = min(data.read_ahead_mb * 2.0**20, shard_bytes / ranks)
+    mixed = data.stream_buffer_places * 250e3 if data.access == "stream" else 0.0  # bytes of a place in GSV-Cities
+    read = min(data.read_ahead_mb * 2.0**20 + mixed / ranks, shard_bytes / ranks)
     parts = [Part("decoded batches", 0.0, ahead * batch), Part("read ahead", 0.0, read)]
     return [*parts, Part("images of the step", batch * (augmented + (0 if on_cpu else 1)))]
 

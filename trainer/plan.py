@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.schema import Recipe
-from data_pipeline.mixture import EpochPlans, read_mixture
+from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
+from trainer.feeding import RANKS_OF_A_NODE, Feeding, feeding_lines, find_feeding, stream_line
 from trainer.first_checks import images_per_rank
 from trainer.flops import model_flops, peak_tflops, step_flops
 from trainer.memory_plan import GB, MemoryPlan, Sizes, bytes_sent, parameter_sizes, plan_memory
@@ -79,11 +80,9 @@ def measured_tflops() -> float:
     return products * 2 * side**3 / (time.perf_counter() - began) / 1e12
 
 
-def count_steps(recipe: Recipe) -> tuple[int | None, int | None, float, str]:
+def count_steps(recipe: Recipe, places: PlaceMixture | None) -> tuple[int | None, int | None, float, str]:
     """Steps of an epoch and in all, bytes of the shard sets, and how they are known."""
-    try:
-        places = read_mixture(recipe.data)
-    except FileNotFoundError:
+    if places is None:
         total = recipe.trainer.max_steps or None
         return None, total, math.inf, f"no shard index at {recipe.data.shards}: the steps of an epoch are not known"
     per_epoch = EpochPlans(places, recipe.data, seed=recipe.seed).num_steps
@@ -92,6 +91,13 @@ def count_steps(recipe: Recipe) -> tuple[int | None, int | None, float, str]:
     if recipe.trainer.max_steps:
         total = min(total, recipe.trainer.max_steps)
     return per_epoch, total, num_bytes, f"from the index of {recipe.data.shards}"
+
+
+def _places(recipe: Recipe) -> PlaceMixture | None:
+    try:
+        return read_mixture(recipe.data)
+    except FileNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,14 @@ class TrainingPlan:
     sent: dict[str, float]
     flops: float  # of a rank in a step, with what is computed again
     seconds: float | None  # a step, computing alone
+    shard_bytes: float
+    feeding: Feeding | None  # None where the seconds are not known
     memory_of: Callable[[Recipe], MemoryPlan]  # of the same ranks, the engine's settings being others
+
+    @property
+    def ranks_of_node(self) -> int:
+        """Ranks of a node: this launch's, else as many as there are up to eight."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or min(self.ranks, RANKS_OF_A_NODE)
 
     def figures(self) -> dict[str, float]:
         """Flat, for --json: bytes, steps, seconds."""
@@ -132,6 +145,8 @@ class TrainingPlan:
             "step_seconds": self.seconds,
             "tflops": self.machine.tflops,
         }
+        if self.feeding:
+            out |= self.feeding.figures(self.ranks_of_node)
         return out | {name: float(value) for name, value in known.items() if value is not None}
 
 
@@ -144,7 +159,8 @@ def plan(recipe: Recipe, assumed: Assumed, sizes: Sizes | None = None) -> Traini
     images = images_per_rank(recipe, ranks)
     machine = find_machine(assumed, recipe, ranks)
     sizes = sizes or parameter_sizes(recipe)
-    per_epoch, total, shard_bytes, source = count_steps(recipe)
+    places = _places(recipe)
+    per_epoch, total, shard_bytes, source = count_steps(recipe, places)
     every = recipe.trainer.checkpoint_every_steps or per_epoch
     saves_between_steps = recipe.trainer.checkpoint_every_s != 0 or every is None or total is None or every < total
 
@@ -160,9 +176,21 @@ def plan(recipe: Recipe, assumed: Assumed, sizes: Sizes | None = None) -> Traini
 
     flops = images * step_flops(recipe)
     seconds = flops / (machine.tflops * 1e12) if machine.tflops else None
-    sent = bytes_sent(recipe, sizes, ranks)
     return TrainingPlan(
-        recipe, ranks, machine, sizes, memory_of(recipe), per_epoch, total, source, sent, flops, seconds, memory_of
+        recipe=recipe,
+        ranks=ranks,
+        machine=machine,
+        sizes=sizes,
+        memory=memory_of(recipe),
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        steps_from=source,
+        sent=bytes_sent(recipe, sizes, ranks),
+        flops=flops,
+        seconds=seconds,
+        shard_bytes=shard_bytes,
+        feeding=find_feeding(recipe, images / seconds, places) if seconds else None,
+        memory_of=memory_of,
     )
 
 
@@ -278,6 +306,8 @@ def summary_lines(planned: TrainingPlan) -> Iterator[str]:
     total = "?" if planned.total_steps is None else str(planned.total_steps)
     yield f"steps: {per_epoch} an epoch, {total} in all ({planned.steps_from})"
     sent = ", ".join(f"{name} {num_bytes / 1e6:.1f}" for name, num_bytes in planned.sent.items())
+    if planned.recipe.data.access == "stream":
+        yield stream_line(planned.recipe, planned.ranks, planned.shard_bytes)
     yield f"each rank sends {sum(planned.sent.values()) / 1e6:.1f} MB a step" + (f": {sent}" if sent else "")
     if planned.seconds is None:
         yield f"a rank computes {planned.flops / 1e12:.2f} TFLOP a step; give --tflops for an estimate of time"
@@ -296,6 +326,9 @@ def summary_lines(planned: TrainingPlan) -> Iterator[str]:
         f"({planned.machine.tflops_from}) and waits neither for data nor for other ranks; evaluation not counted"
         + (f"; {again:.0%} of it is computed again to save memory" if again > 0.005 else "")
     )
+    if planned.feeding:
+        here = planned.machine.host_bytes is not None or planned.machine.on_cpu
+        yield from feeding_lines(planned.recipe, planned.feeding, planned.ranks_of_node, is_this_machine=here)
 
 
 def check_fit(planned: TrainingPlan) -> None:

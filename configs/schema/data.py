@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.image_size import ImageSize
 from configs.schema.section import NonNegative, Positive, Section
@@ -57,6 +57,19 @@ class DataConfig(Section):
         2, description="Threads a rank decodes JPEGs with; 0 decodes in the training thread."
     )
     prefetch_batches: Positive = Field(2, description="Batches decoded ahead of the training step.")
+    access: Literal["ranges", "stream"] = Field(
+        "ranges",
+        description="ranges: each place is read alone, in any order; stream: whole tars one after the other, their "
+        "places mixed in a buffer.",
+    )
+    stream_buffer_places: Positive = Field(
+        2048, description="Streams: places that all ranks together hold to mix, of what is read; more mix better."
+    )
+    stream_lanes: Positive = Field(
+        4,
+        description="Streams: tars read beside each other, each lane giving the same part of every batch; a divisor of "
+        "P, best a multiple of the ranks.",
+    )
     read_threads: Positive = Field(
         8, description="Places a rank reads at a time, ahead of the decoder; more hide the latency of a far server."
     )
@@ -65,9 +78,40 @@ class DataConfig(Section):
         None, description="Folder that keeps what was read over a network; ranks of a machine share it."
     )
     cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="Bound of data.cache in GB (2^30 bytes).")
+    index_cache: Path | None = Field(
+        None,
+        description="Folder for the copy of a large index that the ranks of a node map together; by default in the "
+        "system's temporary folder.",
+    )
     remote_retry_s: Annotated[float, Field(ge=0)] = Field(
         120.0, description="Seconds that a failing read over a network is tried again before the run stops."
     )
     max_bad_images: NonNegative = Field(
         100, description="Unreadable images that are replaced by another view of the same place before the run stops."
     )
+
+    @model_validator(mode="after")
+    def _streams_agree(self) -> DataConfig:
+        if self.access == "ranges":
+            return self
+        if self.composition != "mixed":
+            raise ValueError(
+                f"data.access stream mixes the places of the tars that it reads; data.composition {self.composition} "
+                "needs data.access ranges, else use mixed"
+            )
+        if self.places_per_batch % self.stream_lanes:
+            lanes = max(n for n in range(1, self.stream_lanes) if self.places_per_batch % n == 0)
+            raise ValueError(
+                f"data.stream_lanes {self.stream_lanes} does not divide data.places_per_batch {self.places_per_batch}; "
+                f"use {lanes}"
+            )
+        if more := [name for name, weight in self.mix.items() if weight > 1]:
+            raise ValueError(
+                f"data.mix: weight {self.mix[more[0]]:g} of {more[0]}: data.access stream reads each tar once in an "
+                "epoch; use 1 or less, or data.access ranges"
+            )
+        if self.cache:
+            raise ValueError(
+                "data.cache keeps places that are read alone; data.access stream reads past it: leave one of them out"
+            )
+        return self
