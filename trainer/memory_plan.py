@@ -334,8 +334,7 @@ def _memory_parts(recipe: Recipe, size: int, ranks: int) -> list[Part]:
 def _data_parts(recipe: Recipe, ranks: int, on_cpu: bool, shard_bytes: float) -> list[Part]:
     """Decoded batches ahead of the step, bytes read ahead of the decoder, and the step's own images."""
     data = recipe.data
-    images = data.places_per_batch * data.images_per_place // ranks
-    batch = images * 3 * num_pixels(data.image_size)
+    batch = data.places_per_batch * data.images_per_place // ranks * 3 * num_pixels(data.image_size)
     ahead = data.prefetch_batches + 2 if data.decode_threads else 1
     augmented = 2 if data.augmentation == "randaugment" else 0
     mixed = data.stream_buffer_places * 250e3 if data.access == "stream" else 0.0  # bytes of a place in GSV-Cities
