@@ -23,14 +23,14 @@ from eval.search import search_ranks
 
 SAMPLE = 128
 AT_LEAST = 20  # fewer images than this teach nothing
+SURE, REACH = 0.5, 0.9  # quantiles, of the first candidates' cosines and of the steps down
 
 
 @dataclass(frozen=True)
 class DepthRule:
-    """Candidates are matched whose cosine is within `reach` of the first one's.
+    """Candidates are matched whose cosine is within `reach` of the first one's, all if that is below `sure`.
 
-    All of them are where the first one's cosine is below `sure`: so unsure a first stage was not among what it was
-    learned on.
+    A first stage that is less sure of a query than of half of the database's images says little by its cosines.
     """
 
     sure: float
@@ -39,7 +39,8 @@ class DepthRule:
     def depths(self, similarities_QK: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
         """Candidates to match of each query [Q], from 1 to `top_k`."""
         cosine_QT = similarities_QK[:, :top_k].astype(np.float64)
-        within_Q = (cosine_QT[:, :1] - cosine_QT <= self.reach).sum(axis=1)
+        with np.errstate(invalid="ignore"):  # what was not found has a cosine of minus infinity
+            within_Q = (cosine_QT[:, :1] - cosine_QT <= self.reach).sum(axis=1)
         return np.where(cosine_QT[:, 0] < self.sure, cosine_QT.shape[1], within_Q).astype(np.int64)
 
 
@@ -71,17 +72,17 @@ def match_own_images(
 
 
 def depth_rule(own: OwnImages | None) -> DepthRule:
-    """The rule that keeps the first candidate after matching of all the images; a rule that never speaks without them.
+    """The rule that these images teach; one that matches all candidates of every query if they are too few.
 
-    `reach` is the largest step down in cosine, from the first candidate as retrieved, to the first after matching;
-    `sure` is the AT_LEAST-th lowest cosine of a first candidate.
+    `reach` is the REACH quantile of the steps down in cosine, from the first candidate as retrieved to the first after
+    matching; `sure` the SURE quantile of the first candidates' cosines. docs/evaluation.md says how both were chosen.
     """
     if own is None or len(own.similarities_ST) < AT_LEAST:
         return DepthRule(np.inf, np.inf)
     cosine_ST = own.similarities_ST.astype(np.float64)
     first_S = own.key_ST.argmax(axis=1)
     steps_S = cosine_ST[:, 0] - np.take_along_axis(cosine_ST, first_S[:, None], axis=1)[:, 0]
-    return DepthRule(sure=float(np.sort(cosine_ST[:, 0])[AT_LEAST - 1]), reach=float(steps_S.max()))
+    return DepthRule(sure=float(np.quantile(cosine_ST[:, 0], SURE)), reach=float(np.quantile(steps_S, REACH)))
 
 
 def margin_rule(own: OwnImages | None) -> float:
