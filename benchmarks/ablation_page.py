@@ -127,6 +127,8 @@ def write_page(page: Path, out: Path) -> dict[str, float]:
             parts.append(
                 f"### How fast does the queue drift?\n\n    {command} --drift\n\n{_drift(drift, name, figures)}"
             )
+    if len(parts) == 1:
+        parts.append("No run is finished yet: `python -m benchmarks.ablation --help` says how to start them.")
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, "\n\n".join(parts) + "\n")
     return figures
