@@ -106,7 +106,7 @@ licences: $(READY)
 # The site of docs/ in build/site; a link that leads nowhere is an error.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo build/site/index.html
+	@echo 'build/site/index.html; with search: python3 -m http.server --directory build/site'
 
 # The notebooks of docs/notebooks anew, with what they print and draw; after `make demo`.
 notebooks: $(READY)

@@ -29,7 +29,7 @@ PAGES = {
     "CHANGELOG": "changelog.md",
     "README": "index.md",
 }
-COLUMNS = "96"
+COLUMNS = "80"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -94,7 +94,7 @@ def _values(kind: Any, metadata: list[Any]) -> str:
             for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
                 if (bound := getattr(inner, name, None)) is not None:
                     bounds.append(f"{sign} {bound}")
-    return ", ".join([*[" ".join([text, *bounds]) for text in said], *names])
+    return ", ".join([*[" ".join([text, *dict.fromkeys(sorted(bounds, reverse=True))]) for text in said], *names])
 
 
 def _type(kind: Any) -> str:
@@ -115,11 +115,24 @@ def _type(kind: Any) -> str:
     return str(getattr(kind, "__name__", kind))
 
 
+def recipes(_: str = "") -> str:
+    """The shipped recipes with the comments that they begin with."""
+    rows = ["| recipe | what |", "| --- | --- |"]
+    for file in sorted((ROOT / "configs").glob("*.yaml")):
+        about = re.match(r"(?:#.*\n)*", file.read_text())
+        lines = about[0].splitlines() if about else []
+        rows.append(f"| `{file.stem}` | {' '.join(line.removeprefix('#').strip() for line in lines)} |")
+    return "\n".join(rows)
+
+
 def benchmarks(_: str = "") -> str:
     """The catalogue of benchmarks: where to get each, its layouts, its size, its faults."""
     from eval.benchmarks.catalogue import CATALOGUE
 
-    rows = ["| benchmark | what, and where to get it | images, queries | layouts that are read |", "| --- " * 4 + "|"]
+    rows = [
+        "| benchmark | images, queries | what, where to get it, and the layouts that are read |",
+        "| --- " * 3 + "|",
+    ]
     for name, entry in CATALOGUE.items():
         sizes, layouts = [], []
         for key, variant in entry.variants.items():
@@ -127,10 +140,10 @@ def benchmarks(_: str = "") -> str:
             sizes.append(f"{key}: {counts}" if key else counts)
             layouts += [f"`{layout.expects}`" for layout in variant.layouts]
         sizes, layouts = list(dict.fromkeys(sizes)), list(dict.fromkeys(layouts))
-        where = ", ".join(_linked(part) for part in entry.source.split(", "))
-        fault = f" **Mind:** {entry.fault}." if entry.fault else ""
-        cells = (f"`{name}`", f"{entry.what}. {where}.{fault}", "<br>".join(sizes[:6]), "<br>".join(layouts[:6]))
-        rows.append("| " + " | ".join(cells) + " |")
+        lines = [f"{entry.what}. Get it: {_linked(entry.source)}."]
+        lines += [f"**Mind:** {entry.fault}."] if entry.fault else []
+        lines += ["Reads " + ", or ".join(layouts[:5]) + (", ..." if len(layouts) > 5 else ".")]
+        rows.append(f"| `{name}` | {'<br>'.join(sizes[:6])} | {'<br>'.join(lines)} |")
     return "\n".join(rows)
 
 
@@ -248,5 +261,6 @@ PARTS: dict[str, Callable[[str], str]] = {
     "include": include,
     "keys": keys,
     "notebook": notebook,
+    "recipes": recipes,
     "rooms": rooms,
 }

@@ -24,6 +24,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "docs" / "notebooks"
 WIDEST = 1000  # pixels of a picture that is kept
+LARGE = 100_000  # bytes from which a figure is of photographs, and kept as a JPEG
 
 mpl.use("Agg")
 
@@ -59,7 +60,7 @@ def _figures() -> Iterator[dict[str, Any]]:
         data = io.BytesIO()
         plt.figure(number).savefig(data, dpi=100, metadata={"Software": None})
         plt.close(number)
-        yield _output("image/png", data.getvalue())
+        yield _output("image/png", data.getvalue()) if data.tell() < LARGE else _picture(Image.open(data))
 
 
 def _output(kind: str, data: bytes) -> dict[str, Any]:

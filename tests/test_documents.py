@@ -85,6 +85,7 @@ def test_what_pages_ask_for_is_there(hooks: ModuleType) -> None:
     asked = {mark for page in PAGES for mark, _ in hooks.MARK.findall(page.read_text())}
     assert asked == set(hooks.PARTS)
     assert all(f"| `{name}` |" in hooks.benchmarks() for name in CATALOGUE)
+    assert all(f"| `{file.stem}` | " in hooks.recipes() for file in (ROOT / "configs").glob("*.yaml"))
     assert all(f">{room}</text>" in hooks.rooms() for room in CODE)
     assert "--out" in hooks._help_of(importlib.import_module("launch.report_command").main, "report")
     assert "A measurement for a claim" in hooks.filled("# Contributing\n\n<!-- include CONTRIBUTING.md -->\n")
@@ -137,7 +138,7 @@ def write_demo(home: Path) -> None:
     from trainer.manifest import MANIFEST
 
     town, run = home / "data" / "town", home / "runs" / "demo"
-    render_town(town, Town(places=6, views=4, held_out_places=12), processes=2)
+    render_town(town, Town(places=6, views=4, held_out_places=10), processes=2)
     write_shards(read_gsv_cities(town / "train"), home / "data" / "town_shards", ShardOptions())
     recipe = load_recipe(Path("demo"))
     checkpoint, _ = write_checkpoint(run, recipe)
@@ -172,3 +173,24 @@ def test_notebooks_run(tmp_path: Path) -> None:
     outputs = dict(re.findall(r"^(\S+)\.ipynb: (\d+) outputs$", done.stdout, re.MULTILINE))
     assert len(outputs) == 7
     assert all(int(count) >= 2 for count in outputs.values())
+
+
+def test_notebooks_show_what_they_draw(hooks: ModuleType) -> None:
+    for notebook in sorted((DOCS / "notebooks").glob("*.ipynb")):
+        page = hooks.notebook(notebook.name)
+        assert "```python\n" in page
+        assert 'src="data:image/' in page, f"{notebook.name}: `make notebooks` writes its pictures"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not done.stderr
+    keys, commands = ((tmp_path / "site" / f"{page}.html").read_text() for page in ("keys", "commands"))
+    assert "memory.decay_lambda" in keys
+    assert "--help-all" in commands
+    assert "<!-- rooms" not in (tmp_path / "site" / "how_it_works.html").read_text()

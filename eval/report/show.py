@@ -21,6 +21,7 @@ from eval.report.match_pictures import dim_others
 FACETS = ("query", "key", "value")
 SCORES, OTHER = "#39d6ff", "#9aa0a6"
 MOST_LINES = 80
+LONGEST_NAME = 28  # characters of a file's name in a title
 KEPT_PERCENT = (2, 98)  # of a component's values; what is beyond them has the colours at the ends
 
 
@@ -173,7 +174,7 @@ def draw_matches(path: Path, describer: Describer, query: GivenImage, candidates
                 axis.plot(x, y, color=colour, alpha=alpha, linewidth=0.7, marker="o", markersize=1.5)
         counted = int(match.agrees_M.sum())
         said = f"{len(match.cosine_M)} matches, {counted} of them score; cosine {match.similarity:.2f}"
-        axis.set_title(f"{names[0]} and {name}: {said}", fontsize=8)
+        axis.set_title(f"{names[0]} and {name}\n{said}", fontsize=8)
     save()
 
 
@@ -214,4 +215,10 @@ def _mark(axis: Any, one: Seen, cell: tuple[int, int]) -> None:
 
 def _name(given: GivenImage, number: int) -> str:
     """An image's file and the folder that it is in: traverses of a route have files of the same names."""
-    return "/".join(Path(given).parts[-2:]) if isinstance(given, str | Path) else f"image {number}"
+    if not isinstance(given, str | Path):
+        return f"image {number}"
+    folder, name = ("", *Path(given).parts)[-2:]
+    if len(name) > LONGEST_NAME:
+        half = LONGEST_NAME // 2
+        name = f"{name[:half]}...{name[-half:]}"
+    return f"{folder}/{name}" if folder else name
