@@ -195,7 +195,7 @@ def _canvas(path: Path, rows: int, columns: int, *, wide: float = 1.0) -> tuple[
 
 def _picture(axis: Any, one: Seen, title: str) -> None:
     axis.imshow(one.image_HW3)
-    axis.set_title(title, fontsize=8)
+    axis.set_title(title.replace("/", "/\n"), fontsize=8)
 
 
 def _heat(axis: Any, one: Seen, heat_N: torch.Tensor, title: str) -> None:
