@@ -18,6 +18,7 @@ from data_pipeline.photo_source import PhotoSource
 # A tar header holds 100 bytes of name; WebDataset ends a sample's key at the first dot.
 CITY = re.compile(r"[\w-]+")
 CITY_BYTES = 64
+NO_PLACE = -1
 
 SCHEMA = pa.schema(
     [
@@ -84,11 +85,18 @@ def build_listing(
 ) -> PlaceListing:
     """The listing of `images` (any order): sorted, places with fewer than `min_images_per_place` left out and counted.
 
+    Rows whose place is -1 belong to no place: they are left out, with a note.
     Raises ValueError where no place is left, or a city's name cannot be part of a sample's key.
     """
     if min_images_per_place < 1:
         raise ValueError(f"min_images_per_place is {min_images_per_place}; use 1 or more (GSV-Cities' own is 4)")
     images = images.select(SCHEMA.names).cast(SCHEMA)
+    lost = pc.sum(pc.equal(images["place"], NO_PLACE)).as_py()
+    if lost:
+        images = images.filter(pc.not_equal(images["place"], NO_PLACE))
+        notes = [*notes, _no_place(lost, lost + len(images))]
+        if not len(images):
+            raise ValueError(f"{source}: {notes[-1]}")
     for city in pc.unique(images["city"]).to_pylist():
         if not CITY.fullmatch(city) or len(city.encode()) > CITY_BYTES:
             raise ValueError(f"{source}: city {city!r}; expected at most {CITY_BYTES} letters, digits, '_' and '-'")
@@ -112,6 +120,13 @@ def build_listing(
         folders=tuple(folders),
         details="" if names_say_all else _digest(images),
         notes=tuple(notes),
+    )
+
+
+def _no_place(count: int, total: int) -> str:
+    return (
+        f"left out: {count} of {total} photographs that belong to no place (with --focal-m: that look at neither focal "
+        "point of their cell; a larger --heading-deg takes in more)"
     )
 
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from configs.reading import shown
 from configs.schema import DataConfig
+from data_pipeline.hard_plan import hard_faults
 from data_pipeline.index import PlaceRange, ShardIndex
 from data_pipeline.index_copy import open_index
+from data_pipeline.place_positions import position_fault
 from data_pipeline.plan import (
     Batching,
     EpochPlan,
@@ -119,6 +121,12 @@ class EpochPlans:
         self._tars = tar_order(places.sets) if data.access == "stream" else None
         self._planned: tuple[int, EpochPlan] | None = None  # the last, which is asked for again at the start
         self.num_steps = self.epoch(0).num_steps
+        num_trained = places.num_places - len(self.held_out)
+        faults = hard_faults(data, num_trained, self.num_steps, places.weights)
+        if data.hard_share and data.hard_min_m and (fault := position_fault(places.sets, "data.hard_min_m")):
+            faults.append(fault)
+        if faults:
+            raise ValueError("\n".join(faults))
 
     def epoch(self, epoch: int) -> EpochPlan:
         """The plan of one epoch."""
@@ -152,6 +160,22 @@ class EpochPlans:
             epoch=epoch,
             visits=self._visits(epoch),
         )
+
+    def of_visits(self, epoch: int, visits: Int64) -> EpochPlan:
+        """A plan of other visits to each place, int64 [n], than the epoch's, drawn as the epoch's is."""
+        return plan_epoch(
+            self.places.place_city,
+            self.places.num_views,
+            self._batching(),
+            seed=self.seed,
+            epoch=epoch,
+            visits=visits,
+        )
+
+    def visits(self, epoch: int) -> Int64:
+        """Times that an epoch sees each place, int64 [n]; repeated cities are not counted."""
+        visits = self._visits(epoch)
+        return np.ones(self.places.num_places, dtype=np.int64) if visits is None else visits
 
     @property
     def digest(self) -> str:

@@ -76,11 +76,13 @@ class Gridded:
     """Width of the sectors that headings are divided in; 360 ignores them."""
     groups: int = 5
     """Groups that cells are dealt out to (in each direction, as cities), so that places of a group do not touch."""
+    focal_m: float = 0.0
+    """EigenPlaces: metres from a cell's centre to its focal points; what looks at one is a place (own: 10; 0: off)."""
 
     def grid(self) -> Grid:
         from data_pipeline.sources.cells import Grid
 
-        return Grid(cell_m=self.cell_m, heading_deg=self.heading_deg, groups=self.groups)
+        return Grid(self.cell_m, self.heading_deg, self.groups, self.focal_m)
 
 
 @dataclass(frozen=True)

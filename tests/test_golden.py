@@ -1,8 +1,8 @@
 """Golden curves: 30 steps of a small ViT on the town, the same at any world size, ZeRO stage and way of holding it.
 
 `tests/golden/town.json` holds loss and gradient norm of each step, `aggregators.json` those of a few steps of each
-further aggregator and backbone family. A change of the mathematics shows here, and is made known by writing the files
-anew: RERANKVPR_WRITE_GOLDEN=1 python -m pytest tests/test_golden.py.
+further aggregator and backbone family, `hard_places.json` those of epochs with hard places. A change of the mathematics
+shows here, and is made known by writing the files anew: RERANKVPR_WRITE_GOLDEN=1 python -m pytest tests/test_golden.py.
 """
 
 import json
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parent / "golden" / "town.json"
 GOLDEN_HEADS = GOLDEN.with_name("aggregators.json")
+GOLDEN_HARD = GOLDEN.with_name("hard_places.json")
 PILLOW = int(PIL.__version__.partition(".")[0])
 STEPS = 30
 
@@ -116,6 +117,23 @@ def check_aggregators_are_golden() -> None:
         assert len(found) == len(golden[name]) == 7
         for step, (values, expected) in enumerate(zip(found, golden[name], strict=True)):
             assert values == pytest.approx(expected, rel=2e-3), f"{name} at {world} ranks, step {step}"
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+
+
+def check_hard_places_are_golden() -> None:
+    """Batches chosen by the network's own descriptors: the choice is the same at each world size and layout too."""
+    world, folder = dist.get_world_size(), town_of_24()
+    layout = {1: {"zero_stage": 1}, 2: {"zero_stage": 3, "offload": "all"}, 4: {"zero_stage": 2, "encode_chunks": 2}}
+    hard = {"places_per_batch": 4, "hard_share": 0.5, "hard_min_m": 150.0}
+    found = curve(folder, "hard", data=hard, trainer={"max_steps": 14}, engine=layout[world])
+    if os.environ.get("RERANKVPR_WRITE_GOLDEN") and world == 1 and dist.get_rank() == 0:
+        GOLDEN_HARD.write_text(json.dumps(found, indent=1) + "\n")
+    golden = json.loads(GOLDEN_HARD.read_text()) if PILLOW >= 13 else found
+    assert len(found) == len(golden) == 14
+    for step, (values, expected) in enumerate(zip(found, golden, strict=True)):
+        assert values == pytest.approx(expected, rel=2e-3), f"{world} ranks, step {step}"
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -13,8 +13,11 @@ from configs.schema import DataConfig, Recipe
 from data_pipeline.augment import Drawn, image_seeds, randaugment_of
 from data_pipeline.loader import Draw, PlaceBatch, PlaceLoader, build_reader
 from data_pipeline.mixture import EpochPlans, read_mixture
+from data_pipeline.plan import EpochPlan
 from trainer.process_group import Rank
 from trainer.watchdog import Watchdog
+
+Composing = Callable[[int, int], tuple[EpochPlan, int]]  # of an epoch and a step of it: the plan and where it ends
 
 
 class Batches:
@@ -47,10 +50,10 @@ class Batches:
         """This rank's share of some batches from all over the first epoch."""
         last = self.steps_per_epoch - 1
         if self._recipe.data.access == "stream":  # where batches from all over would be nearly all tars
-            yield from self._loader.batches(self.plans.epoch(0), range(min(steps, last + 1)))
+            yield from self.of_plan(self.plans.epoch(0), range(min(steps, last + 1)))
             return
         numbers = [round(i * last / max(1, steps - 1)) for i in range(steps)]
-        yield from self._loader.batches(self.plans.epoch(0), numbers)
+        yield from self.of_plan(self.plans.epoch(0), numbers)
 
     def read_again(self, step: int) -> str:
         """What a run that is resumed at this step reads a second time, in a line; empty where that is nothing."""
@@ -59,13 +62,23 @@ class Batches:
             return ""
         return f"streams: {again.places} places of {again.tars} tars that had been given are read again, at most"
 
-    def from_step(self, step: int, watchdog: Watchdog) -> Iterator[tuple[PlaceBatch, float]]:
-        """The batch of each step from `step` (0 is the first) to the last, and the seconds that it was waited for."""
+    def of_plan(self, plan: EpochPlan, steps: Iterable[int]) -> Iterator[PlaceBatch]:
+        """This rank's share of some steps of any plan, as they are read, without augmentation."""
+        yield from self._loader.batches(plan, steps)
+
+    def from_step(
+        self, step: int, watchdog: Watchdog, composed: Composing | None = None
+    ) -> Iterator[tuple[PlaceBatch, float]]:
+        """The batch of each step from `step` (0 is the first) to the last, and the seconds that it was waited for.
+
+        `composed` is asked for an epoch's plan at `step`, and again at the step at which that plan ends.
+        """
         while step < self.total_steps:
             epoch, start = divmod(step, self.steps_per_epoch)
-            stop = min(self.steps_per_epoch, start + self.total_steps - step)
             draw = self._draw_of(epoch)
-            batches = iter(self._loader.batches(self.plans.epoch(epoch), range(start, stop), draw))
+            plan, end = composed(epoch, start) if composed else (self.plans.epoch(epoch), self.steps_per_epoch)
+            stop = min(end, start + self.total_steps - step)
+            batches = iter(self._loader.batches(plan, range(start, stop), draw))
             while True:
                 watchdog.enter("data", step)
                 asked = time.perf_counter()

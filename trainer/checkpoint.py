@@ -17,10 +17,11 @@ from configs.load import recipe_text
 from configs.ranks import from_rank_0
 from configs.reading import reading
 from configs.schema import Recipe
+from data_pipeline.hard_plan import Composed
 from trainer import recorded_plugins
 from trainer.checkpoint_folder import find_checkpoint, newest_valid
 from trainer.engine_state import StoredTensors, put_state, read_numbers, take_state
-from trainer.manifest import CheckpointError, is_listed, part_files
+from trainer.manifest import HARD_PLACES, CheckpointError, is_listed, part_files
 from trainer.recipe_changes import recipe_changes
 from trainer.state import Progress, TrainingState
 
@@ -45,12 +46,28 @@ def checkpoint_contents(state: TrainingState, recipe: Recipe) -> Contents:
     if rank == 0:
         if drift:
             contents["drift.safetensors"] = _buffers(drift)
+        if state.composed:
+            contents[HARD_PLACES] = _composed_tensors(state.composed)
         contents["optimizer.json"] = engine.numbers
         contents["state.json"] = json.dumps(asdict(state.progress), indent=1)
         contents["recipe.yaml"] = recipe_text(recipe)
         if recipe.plugins:
             contents[recorded_plugins.FILE] = recorded_plugins.plugins_text(recipe)
     return contents
+
+
+def _composed_tensors(composed: Composed) -> dict[str, torch.Tensor]:
+    return {
+        "epoch": torch.tensor(composed.epoch),
+        "places_SP": torch.from_numpy(composed.places_SP),
+        "is_hard_S": torch.from_numpy(composed.is_hard_S),
+    }
+
+
+def _composed(file: Path) -> Composed:
+    with reading(file, "the composed steps of an epoch", CheckpointError):
+        stored = load_file(file)
+        return Composed(int(stored["epoch"]), stored["places_SP"].numpy(), stored["is_hard_S"].numpy())
 
 
 def _buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -101,6 +118,8 @@ def load_checkpoint(checkpoint: Path, state: TrainingState, recipe: Recipe, data
     queue.load_shards(load_file(file) for file in part_files(checkpoint, "queue"))
     if drift and is_listed(checkpoint, "drift.safetensors"):
         drift.load_state_dict(load_file(checkpoint / "drift.safetensors"))
+    if is_listed(checkpoint, HARD_PLACES):
+        state.composed = _composed(checkpoint / HARD_PLACES)
     random = checkpoint / f"random-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
     if is_listed(checkpoint, random.name):  # at another world size nothing is the same to go on with
         states = load_file(random)

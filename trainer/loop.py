@@ -23,6 +23,7 @@ from trainer.checkpoint_folder import find_checkpoint
 from trainer.context import main_rank_says, open_context
 from trainer.first_checks import images_per_rank
 from trainer.fit_projection import fit_projection
+from trainer.hard_places import HardPlaces
 from trainer.held_out import held_out_benchmark
 from trainer.metrics import StepMetrics
 from trainer.process_group import Rank
@@ -93,6 +94,7 @@ class Training:
         self.skipped = SkippedSteps(self.context)
         self.profile = StepProfile(self.context)
         self.metrics = StepMetrics(recipe, images_per_rank=num_images)
+        self.hard_places = HardPlaces(self.context, self.state, self.batches)
         self.saving = Saving(self.context, self.state, self.batches)
         self.validation = Validation(self.context, self.state, self.batches, benchmarks, self.stop_signal)
         self._say_what_is_trained(checkpoint)
@@ -108,7 +110,8 @@ class Training:
         self._validate_if_due()  # a run that was killed in a validation resumes with it
         self._part_of_start_done("evaluation")
         with progress_bar(self.context.console, "training", self.batches.total_steps, active=self.rank.is_main) as bar:
-            for batch, waited_s in self.batches.from_step(self.progress.step, self.context.watchdog):
+            batches = self.batches.from_step(self.progress.step, self.context.watchdog, self.hard_places)
+            for batch, waited_s in batches:
                 if self.validation.brings_no_more():
                     break
                 self._part_of_start_done("batch")
@@ -166,7 +169,7 @@ class Training:
         if step % self.recipe.trainer.log_every_steps == 0:
             epoch = (step - 1) // self.batches.steps_per_epoch
             metrics = self.metrics.of(outcome, self.progress, epoch=epoch, lr=lr, seconds=seconds, waited_s=waited_s)
-            self.context.tracker.metrics(metrics | self.start_metrics, step)
+            self.context.tracker.metrics(metrics | self.start_metrics | self.hard_places.figures(), step)
             self.start_metrics = {}
         queue = f"queue {len(self.state.queue)}" if outcome.queue_used else "queue off"
         bar(step, note=f"loss {outcome.loss:.3f}  {outcome.num_images / seconds:.0f} images/s  {queue}")

@@ -13,7 +13,8 @@ MANIFEST = "manifest.json"
 FORMAT = 3
 NEEDED = ("state.json", "recipe.yaml", "optimizer.json")
 PARTED = ("model", "optimizer", "random", "queue")  # a file for each rank, or each shard of the queue; see `_parts`
-OPTIONAL = ("drift.safetensors", "plugins.json")
+HARD_PLACES = "hard_places.safetensors"  # the steps of the epoch that are composed so far
+OPTIONAL = ("drift.safetensors", "plugins.json", HARD_PLACES)
 
 _PART = re.compile(r"(?P<kind>[a-z]+)-(?P<rank>\d{5})-of-(?P<world>\d{5})(?:\.(?P<piece>\d{3,}))?\.safetensors")
 

@@ -22,6 +22,8 @@ FIXED = (
     "data.stream_buffer_places",
     "data.stream_lanes",
     "data.repeat",
+    "data.hard_share",
+    "data.hard_every_steps",
     "data.held_out",
     "data.image_size",
     "model.backbone",

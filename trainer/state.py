@@ -10,6 +10,7 @@ import torch
 
 from configs.image_size import height_width
 from configs.schema import Recipe
+from data_pipeline.hard_plan import Composed
 from memory.drift import DriftProbe
 from memory.queue import MemoryQueue
 from model.network import PlaceModel, build_model
@@ -45,6 +46,7 @@ class TrainingState:
     queue: MemoryQueue
     drift: DriftProbe | None
     progress: Progress
+    composed: Composed | None = None  # hard places: the steps of this epoch that are composed so far
 
     @property
     def model(self) -> PlaceModel:

@@ -24,7 +24,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-SECTIONS = ("start", "data", "forward", "loss", "step", "save", "evaluation", "end")  # in the order of a step
+# In the order of a step.
+SECTIONS = ("start", "compose", "data", "forward", "loss", "step", "save", "evaluation", "end")
+LONG_SECTIONS = ("compose", "evaluation")  # that the first limit holds for
 STALLED_STATUS = 74  # EX_IOERR of sysexits.h: something outside the program gave no answer
 OTHERS_WAIT_S = 3.0
 PATIENCE_S = 10.0  # with the store
@@ -91,7 +93,7 @@ class Watchdog:
         remedy: str = "--resume continues from the last checkpoint",
     ) -> None:
         """`limit_s` is how long a section may last without a sign of progress (0: for ever); `first_limit_s`, if more,
-        holds for evaluations and until a second step. Stack traces go to `folder`. `asked_to_stop` names the signal
+        holds for LONG_SECTIONS and until a second step. Stack traces go to `folder`. `asked_to_stop` names the signal
         that asked for it, if one has, and is called in a thread. `setting` is what `limit_s` is called where it is set,
         `remedy` what to do after the end, for its line. Every rank must call this."""
         self._asked_to_stop, self._setting, self._remedy = asked_to_stop, setting, remedy
@@ -145,7 +147,7 @@ class Watchdog:
         return {rank: Position(**json.loads(text)) for rank, text in enumerate(texts)}
 
     def _limit_s(self) -> float:
-        return self.limit_s if self._warm and self._where[1] != "evaluation" else self.first_limit_s
+        return self.limit_s if self._warm and self._where[1] not in LONG_SECTIONS else self.first_limit_s
 
     def _watch(self) -> None:
         while not self._ended.wait(self.beat_s):

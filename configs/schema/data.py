@@ -29,6 +29,24 @@ class DataConfig(Section):
     repeat: dict[str, Positive] = Field(
         default_factory=dict, description="Times that each place of a city is seen in an epoch, where not once."
     )
+    hard_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="Share of the steps whose places are alike, chosen by descriptors of the network as it is; 0 is "
+        "off.",
+    )
+    hard_every_steps: NonNegative = Field(
+        0, description="Steps of an epoch after which hard places are chosen anew; 0 chooses once per epoch."
+    )
+    hard_min_m: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Least distance in metres between places of a hard step (needs coordinates); 0 is any."
+    )
+    hard_pool: Annotated[float, Field(ge=1)] = Field(
+        1.5,
+        description="Places encoded for each place of a hard step, at most all: more are more alike, and cost more.",
+    )
+    hard_cliques: Positive = Field(
+        1, description="Groups of alike places that make a hard step; 1: all P places are alike."
+    )
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
         description="Share of the places that training never sees and that benchmark held_out is made of (at most "

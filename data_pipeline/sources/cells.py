@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.positions import MAP, Positions
+from data_pipeline.sources.viewpoints import NEITHER, SIDES, looked_at
 from data_pipeline.utm import utm_from_degrees
 
 _FROM_MERIDIAN = 9.0  # degrees of longitude: a zone's own 3 and its neighbours'; metres are then 0.5 % too long at most
@@ -21,11 +22,15 @@ class Grid:
 
     With `groups` n, two places of a group are n - 1 cells apart or look another way, and every other sector is of
     another group: CosPlace's own are 10 m, 30 degrees and 5. With 1 all places are of one group.
+
+    With `focal_m` above 0 places are EigenPlaces': what of a cell looks at a focal point as far away, within half of
+    `heading_deg`; lateral and frontal places are of different groups. Its own are 15 m, 3 and 10 m.
     """
 
     cell_m: float = 10.0
     heading_deg: float = 30.0
     groups: int = 5
+    focal_m: float = 0.0
 
     def __post_init__(self) -> None:
         if self.cell_m <= 0 or not 0 < self.heading_deg <= 360 or self.groups < 1:
@@ -33,6 +38,8 @@ class Grid:
                 f"a grid of cells of {self.cell_m} m, sectors of {self.heading_deg} degrees and {self.groups} groups; "
                 "expected more than 0 m, more than 0 to 360 degrees, 1 group or more"
             )
+        if self.focal_m < 0:
+            raise ValueError(f"focal points {self.focal_m:g} m away; expected 0, which is off, or more")
 
 
 def place_of_images(
@@ -41,18 +48,34 @@ def place_of_images(
     """Each image's group, as a suffix for its city's name ("" if there is but one group), and its place's number there.
 
     `east` and `north` are metres [n], `heading` degrees [n]; images without one (NaN) make a sector of their own.
-    Numbers are dense from 0, by cell from west to east, then south to north, then sector.
+    Numbers are dense from 0, by cell from west to east, then south to north, then sector. With focal points the last
+    part of a suffix is the side, one of SIDES, and images that look at neither have place NEITHER.
     """
     cell_e = np.floor(east / grid.cell_m).astype(np.int64)
     cell_n = np.floor(north / grid.cell_m).astype(np.int64)
-    known = np.nan_to_num(heading, nan=0.0) % 360.0
-    sector = np.where(np.isnan(heading), -1, np.floor(known / grid.heading_deg)).astype(np.int64)
-    places, place = np.unique(np.stack([cell_e, cell_n, sector], axis=1), axis=0, return_inverse=True)
+    if not grid.focal_m:
+        known = np.nan_to_num(heading, nan=0.0) % 360.0
+        sector = np.where(np.isnan(heading), -1, np.floor(known / grid.heading_deg)).astype(np.int64)
+        return _numbered(np.stack([cell_e, cell_n, sector], axis=1), grid)
+    _, cell = np.unique(np.stack([cell_e, cell_n], axis=1), axis=0, return_inverse=True)
+    side = looked_at(east, north, heading, cell.reshape(-1), focal_m=grid.focal_m, view_deg=grid.heading_deg)
+    suffixes, place = np.full(len(side), "", dtype=object), np.full(len(side), NEITHER)
+    at = np.flatnonzero(side != NEITHER)
+    suffixes[at], place[at] = _numbered(np.stack([cell_e, cell_n, side], axis=1)[at], grid)
+    return suffixes.tolist(), place
+
+
+def _numbered(spots: NDArray[np.int64], grid: Grid) -> tuple[list[str], NDArray[np.int64]]:
+    """The group of each image, as a suffix, and the number of its place in the group; a spot is cell and sector [n, 3].
+
+    With focal points it is cell and side.
+    """
+    places, place = np.unique(spots, axis=0, return_inverse=True)
     place = place.reshape(-1)
-    if grid.groups == 1:
-        return [""] * len(east), place
+    if grid.groups == 1 and not grid.focal_m:
+        return [""] * len(spots), place
     group = np.stack([places[:, 0] % grid.groups, places[:, 1] % grid.groups, places[:, 2] % 2], axis=1)
-    suffix = ["-".join(["", *map(str, row)]) for row in group.tolist()]
+    suffix = [_suffix(row, grid) for row in group.tolist()]
     number = np.zeros(len(places), dtype=np.int64)
     _, group_of = np.unique(group, axis=0, return_inverse=True)
     group_of = group_of.reshape(-1)
@@ -60,6 +83,11 @@ def place_of_images(
     first = np.flatnonzero(np.diff(group_of[order], prepend=-1))
     number[order] = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
     return [suffix[p] for p in place.tolist()], number[place]
+
+
+def _suffix(group: list[int], grid: Grid) -> str:
+    turn = SIDES[group[2]] if grid.focal_m else group[2]
+    return "-".join(["", *map(str, group[:2] if grid.groups > 1 else ()), str(turn)])
 
 
 def plane(positions: Positions) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
@@ -97,8 +125,10 @@ def cell_sizes(
     """For the usual sizes of cells and the grid's own: the places that would have at least `least` images."""
     sizes = []
     for cell_m in sorted({*SUGGESTED_M, grid.cell_m}):
-        _, place = place_of_images(east, north, heading, Grid(cell_m, grid.heading_deg, groups=1))
-        counts = np.bincount(place)
+        suffix, place = place_of_images(east, north, heading, replace(grid, cell_m=cell_m, groups=1))
+        _, group = np.unique(suffix, return_inverse=True)
+        known = place != NEITHER
+        _, counts = np.unique(np.stack([group.reshape(-1)[known], place[known]]), axis=1, return_counts=True)
         counts = counts[counts >= least]
         sizes.append(CellSize(cell_m, len(counts), int(counts.sum()), float(np.median(counts)) if len(counts) else 0.0))
     return sizes

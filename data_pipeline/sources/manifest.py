@@ -87,6 +87,8 @@ def list_table(table: RowTable, root: Path | PhotoSource, grid: Grid, min_images
     else:
         columns["city"] = pa.array([plain_city(table.path.stem)] * len(table), pa.string())
     if "place" in table.columns:
+        if grid.focal_m:
+            raise ValueError(f"{table.path}: --focal-m makes places of positions, but the table has a column place")
         columns["place"] = numbers_of_places(columns["city"], _no_gaps(table.columns["place"], "place", table))
         _check_between(columns["place"], "place", table)
         images = pa.table(columns)
