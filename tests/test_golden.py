@@ -124,7 +124,7 @@ def check_aggregators_are_golden() -> None:
 
 def check_hard_places_are_golden() -> None:
     """Batches chosen by the network's own descriptors: the choice is the same at each world size and layout too."""
-    world, folder = dist.get_world_size(), town_of_24()
+    world, folder = dist.get_world_size(), folder_beside_a_town()
     layout = {1: {"zero_stage": 1}, 2: {"zero_stage": 3, "offload": "all"}, 4: {"zero_stage": 2, "encode_chunks": 2}}
     hard = {"places_per_batch": 4, "hard_share": 0.5, "hard_min_m": 150.0}
     found = curve(folder, "hard", data=hard, trainer={"max_steps": 14}, engine=layout[world])
