@@ -216,6 +216,10 @@ def test_other_epochs_have_other_candidates() -> None:
         ({"places_per_batch": 11}, "10 places are fewer than data.places_per_batch 11"),
         ({"places_per_batch": 2, "hard_share": 0.01}, "0.01 of 5 steps is none; use at least 0.2"),
         ({"places_per_batch": 2, "hard_cliques": 2}, "data.hard_cliques 2 need 2 places each"),
+        (
+            {"places_per_batch": 2, "composition": "mixed", "access": "stream", "stream_lanes": 1},
+            "data.access stream whole tars; use data.access r",
+        ),
         ({"places_per_batch": 2, "repeat": {"Oslo": 2}}, "each place at most once per epoch"),
     ],
 )
