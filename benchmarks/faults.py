@@ -3,8 +3,9 @@
 `python -m benchmarks.faults` trains a small ViT on the rendered town with two ranks, once per scenario, and sends
 SIGKILL every `--every` seconds. While the agent lives, it starts the ranks again from its warm fork server; with the
 agent killed too, the same command is run again at once, which imports everything anew. Effective training time is what
-the steps that were kept would have taken without failures (their number times the median seconds of a step), as a share
-of all time, the first start included; the rest is restarts and steps done twice.
+the steps that were kept take in a training that nobody kills and that saves nothing (their number times its mean
+seconds from step to step, measured first), as a share of all time, the first start included; the rest is restarts,
+checkpoints and steps done twice.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from data_pipeline.town.render import Town, render_town
 from trainer.checkpoint_folder import newest_valid
 
 RANKS = 2
+WARM_UP = 20  # steps before those that are timed
+NO_SAVES = ("--trainer.checkpoint-every-s", "0", "--trainer.mean-time-between-failures-s", "0")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Options:
     """How long to train in each scenario."""
     every: float = 60
     """Seconds from one failure to the next."""
+    unbroken: float = 60
+    """Seconds of training that nobody kills, for the time of a step."""
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
     """Of all, one, agent, cold."""
     json: Path | None = None
@@ -74,7 +79,7 @@ class Outcome:
     seconds: float
     kept: int
     done: int
-    step_s: float
+    unbroken_step_s: float
     outages_s: list[float] = field(default_factory=list)  # from each kill to the end of the first step after it
     parts: list[dict[str, float]] = field(
         default_factory=list
@@ -89,8 +94,8 @@ class Outcome:
             "seconds": self.seconds,
             "steps_kept": float(self.kept),
             "steps_done": float(self.done),
-            "step_s": self.step_s,
-            "effective_training_time": self.kept * self.step_s / self.seconds,
+            "unbroken_step_s": self.unbroken_step_s,
+            "effective_training_time": self.kept * self.unbroken_step_s / self.seconds,
             "steps_lost": 1 - self.kept / max(1, self.done),
             "restart_s": outage,
             "restart_agent_s": outage - parts.pop("restart_s", outage),
@@ -136,10 +141,10 @@ def prepare(folder: Path, every: float) -> Path:
     return path
 
 
-def start(recipe: Path, output: Path, start_method: str) -> subprocess.Popen[bytes]:
+def start(recipe: Path, output: Path, start_method: str, *flags: str) -> subprocess.Popen[bytes]:
     """The training, from its newest checkpoint."""
     command = [sys.executable, "-m", "rerankvpr", "launch", "--nproc-per-node", str(RANKS), "--max-restarts", "10000"]
-    command += ["--start-method", start_method, "--", "train", str(recipe), "--output", str(output), "--resume"]
+    command += ["--start-method", start_method, "--", "train", str(recipe), "--output", str(output), "--resume", *flags]
     with output.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
 
@@ -180,7 +185,20 @@ def written(output: Path, start: int) -> bytes:
         return file.read()
 
 
-def run(recipe: Path, output: Path, scenario: Scenario, options: Options) -> Outcome:
+def unbroken_step_s(recipe: Path, output: Path, seconds: float) -> float:
+    """Mean seconds from one step to the next in `seconds` of a training that is not killed and saves nothing."""
+    process = start(recipe, output, "forkserver", *NO_SAVES)
+    while len(step_lines(output)) <= WARM_UP:
+        if process.poll() is not None:
+            sys.exit(f"the training ended by itself:\n{output.with_suffix('.log').read_text()[-3000:]}")
+        time.sleep(0.5)
+    time.sleep(seconds)
+    lines = step_lines(output)[WARM_UP:]
+    kill(process, "agent")
+    return (lines[-1]["time_ms"] - lines[0]["time_ms"]) / 1000 / (len(lines) - 1)
+
+
+def run(recipe: Path, output: Path, scenario: Scenario, step_s: float, options: Options) -> Outcome:
     """One training under one scenario; kills come at multiples of `every` after the first start."""
     began = time.monotonic()
     process = start(recipe, output, scenario.start_method)
@@ -211,7 +229,7 @@ def run(recipe: Path, output: Path, scenario: Scenario, options: Options) -> Out
         seconds,
         kept=int(found.name.removeprefix("step-")) if found else 0,
         done=len(steps),
-        step_s=statistics.median(line["train/step_s"] for line in steps),
+        unbroken_step_s=step_s,
         outages_s=outages_s,
         parts=[
             {name.removeprefix("train/"): value for name, value in line.items() if name.startswith("train/restart_")}
@@ -229,9 +247,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = prepare(folder, options.every)
+        step_s = unbroken_step_s(recipe, folder / "unbroken", options.unbroken)
         results = {}
         for key in options.scenarios:
-            results[key] = run(recipe, folder / key, SCENARIOS[key], options).figures()
+            results[key] = run(recipe, folder / key, SCENARIOS[key], step_s, options).figures()
     rows = [
         (figure, *(f"{one[figure]:.3f}" if figure in one else "" for one in results.values()))
         for figure in _names(list(results.values()))

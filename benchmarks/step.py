@@ -32,7 +32,7 @@ from data_pipeline.mixture import EpochPlans, read_mixture
 from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
 from model.network import build_model
-from trainer.checkpoint import checkpoint_contents
+from trainer.checkpoint import checkpoint_contents, recipe_files
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.engine import build_engine, clip_and_update, set_learning_rate
 from trainer.process_group import start_process_group, stop_process_group
@@ -152,7 +152,9 @@ def on_a_rank(options: Options) -> None:
         dist.all_reduce(votes)
         writer.settle(*votes.tolist())
         if step == saved_after:
-            writer.begin(step, checkpoint_contents(TrainingState(engine, queue, None, Progress(step)), recipe))
+            writer.begin(
+                step, checkpoint_contents(TrainingState(engine, queue, None, Progress(step)), recipe_files(recipe))
+            )
         totals.append(clock.now() - began)
     writer.finish()
     figures = {part: statistics.median(clock.seconds[part][2:saved_after]) for part in PARTS}

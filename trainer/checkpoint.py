@@ -5,6 +5,7 @@ position in the epoch plan and the recipe. Writing is `checkpoint_writer`'s; see
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,8 +29,19 @@ from trainer.state import Progress, TrainingState
 Contents = dict[str, dict[str, torch.Tensor] | str]  # what one rank writes: tensors or text by file name
 
 
-def checkpoint_contents(state: TrainingState, recipe: Recipe) -> Contents:
-    """A copy in CPU memory of what this rank writes. Every rank must call this; training may continue at once."""
+def recipe_files(recipe: Recipe) -> dict[str, str]:
+    """The files of a checkpoint that are the same at every step, as text."""
+    files = {"recipe.yaml": recipe_text(recipe)}
+    if recipe.plugins:
+        files[recorded_plugins.FILE] = recorded_plugins.plugins_text(recipe)
+    return files
+
+
+def checkpoint_contents(state: TrainingState, texts: Mapping[str, str]) -> Contents:
+    """A copy in CPU memory of what this rank writes. Every rank must call this; training may continue at once.
+
+    `texts` are those of `recipe_files`.
+    """
     engine, queue, drift = take_state(state.engine), state.queue, state.drift
     rank, world = dist.get_rank(), dist.get_world_size()
     part = f"{rank:05d}-of-{world:05d}.safetensors"
@@ -50,9 +62,7 @@ def checkpoint_contents(state: TrainingState, recipe: Recipe) -> Contents:
             contents[HARD_PLACES] = _composed_tensors(state.composed)
         contents["optimizer.json"] = engine.numbers
         contents["state.json"] = json.dumps(asdict(state.progress), indent=1)
-        contents["recipe.yaml"] = recipe_text(recipe)
-        if recipe.plugins:
-            contents[recorded_plugins.FILE] = recorded_plugins.plugins_text(recipe)
+        contents.update(texts)
     return contents
 
 

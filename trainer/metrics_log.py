@@ -48,10 +48,14 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Returns once all lines that the disk takes have reached it."""
-        with self._lock, contextlib.suppress(OSError):
-            self._write_held()
-            if self._file is not None:
-                os.fsync(self._file)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+            with self._lock:
+                self._write_held()
+                if self._file is None:
+                    return
+                file = os.dup(self._file)  # lines may be appended while the disk is waited for
+                opened.callback(os.close, file)
+            os.fsync(file)
 
     def close(self) -> int:
         """Ends the log; the number of lines that the disk never took."""

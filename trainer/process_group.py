@@ -8,11 +8,15 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from configs.reading import reason
 from trainer.devices import rank_device
 from trainer.lifeline import end_with_parent
 from trainer.ports import free_port
 from trainer.slurm_step import environment_of_step
+
+CONNECT_S = 60
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,47 @@ def start_process_group(timeout_s: int, *, tf32: bool = False) -> Rank:
     """Joins the group that torchrun or srun describes in the environment, or starts a group of one.
 
     NCCL on CUDA, one device a local rank; gloo otherwise. A rank that is silent for `timeout_s` ends the job. Without
-    `tf32` products of float32, convolutions included, are float32's on a GPU too. Raises ValueError where the rank
-    cannot have the device that it was promised (see `rank_device`).
+    `tf32` products of float32, convolutions included, are float32's on a GPU too. Raises ValueError if the rank
+    cannot have the device that it was promised (see `rank_device`), ConnectionError as `connect_by_gloo` does.
     """
     end_with_parent()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # torch's own are False and True
     _, world_size = rank_and_world_size()
     device = rank_device()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
-        device_id=bound_device(device, world_size),
-    )
+    if device.type == "cuda":
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl", timeout=timeout, device_id=bound_device(device, world_size))
+    else:
+        connect_by_gloo(timeout_s)
     dist.barrier()  # a rank that finds a mistake and ends should find the others in the group, not on their way
     return Rank(dist.get_rank(), dist.get_world_size(), device)
+
+
+def connect_by_gloo(timeout_s: int) -> None:
+    """Starts a gloo group as the environment describes it, once all ranks have arrived, within `timeout_s`.
+
+    Gloo has been seen to wait for a connection for ever that both sides believed the other to make; so each connection
+    has `CONNECT_S`, and whoever starts the ranks starts them again. Raises ConnectionError.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    store = dist.PrefixStore("ranks", store)
+    if store.add("arrived", 1) == world_size:
+        store.set("all", "arrived")
+    store.wait(["all"])
+    connect_s = min(timeout_s, CONNECT_S)
+    try:
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=connect_s)
+        )
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"rank {rank}: a connection to another rank took longer than {connect_s} s ({reason(error)}); start again, "
+            "`rerankvpr launch` does so by itself"
+        ) from error
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch before 2.15
+    set_timeout(timeout)
 
 
 def bound_device(device: torch.device, world_size: int) -> torch.device | None:

@@ -9,7 +9,7 @@ import torch
 
 from configs.ranks import from_rank_0
 from trainer.batches import Batches
-from trainer.checkpoint import checkpoint_contents
+from trainer.checkpoint import checkpoint_contents, recipe_files
 from trainer.checkpoint_folder import best_recall, drop_lost_best, point, step_name
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.context import Context
@@ -34,7 +34,13 @@ class Saving:
         self.every = trainer.checkpoint_every_steps or batches.steps_per_epoch
         self.clock = SaveClock(trainer.checkpoint_every_s, trainer.mean_time_between_failures_s)
         self._held_s = 0.0
-        self.writer = CheckpointWriter(self.folder, keep_last=self.recipe.trainer.keep_last, say=self.say)
+        self.writer = CheckpointWriter(
+            self.folder,
+            keep_last=self.recipe.trainer.keep_last,
+            say=self.say,
+            before_valid=self.tracker.flush,  # a killed run resumes from here, and its curves with it
+        )
+        self._texts = recipe_files(self.recipe)
 
     def save(self) -> None:
         """Starts to write a checkpoint of the present step, which is valid some steps later.
@@ -48,10 +54,9 @@ class Saving:
             self.say(f"[yellow]step {progress.step}: the network holds numbers that are not finite; not saved")
             return
         self.watchdog.enter("save", progress.step)
-        self.tracker.flush()  # a killed run resumes from here, and its curves with it
         progress.training, progress.mlflow_run_id = self.tracker.training, self.tracker.run_id
         progress.num_threads = torch.get_num_threads()
-        self.writer.begin(progress.step, checkpoint_contents(self.state, self.recipe))
+        self.writer.begin(progress.step, checkpoint_contents(self.state, self._texts))
         self._held_s = time.monotonic() - began
 
     def is_due_by_time(self) -> bool:
@@ -61,10 +66,12 @@ class Saving:
     def settle(self, written: float, failed: float) -> None:
         """Makes what is being written valid or void once the sums of all ranks' votes say that it is done."""
         began = time.monotonic()
-        if not self.writer.settle(written, failed):
+        valid = self.writer.settle(written, failed)
+        self._held_s += time.monotonic() - began
+        if not valid:
             return
         first = self.clock.held_s is None
-        self.clock.saved(self._held_s + time.monotonic() - began)
+        self.clock.saved(self._held_s)
         if first and self.clock.every_s == "auto":
             self.say(
                 f"a checkpoint holds the training for {self.clock.held_s:.2f} s and is valid after "
