@@ -25,6 +25,7 @@ from configs.registry import BACKBONES
 from configs.schema import ModelConfig, RerankConfig
 from data_pipeline.images import normalise
 from eval.local_features import compact, grid_of, read_local
+from eval.pairs import Candidates
 from eval.rerank import score_candidates
 from eval.search import search_blocks
 from model.network import build_model
@@ -109,9 +110,8 @@ def reranking(options: Options, device: torch.device) -> tuple[float, float]:
         numbers_Q = np.arange(options.queries)
         own = queries.patches(numbers_Q[:1], device).codes_BMC[0].float()
         others = database.patches(candidates_QT[0], device).codes_BMC.flatten(0, 1).float().T.contiguous()
-        ours = median_s(
-            lambda: score_candidates(queries, numbers_Q, database, candidates_QT, config, device), options.repeats
-        )
+        pairs = Candidates(queries, numbers_Q, database, candidates_QT)
+        ours = median_s(lambda: score_candidates(pairs, config, device), options.repeats)
         return ours / options.queries, median_s(lambda: own @ others, options.repeats)
 
 

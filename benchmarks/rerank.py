@@ -30,7 +30,7 @@ from eval.feature_cache import FeatureCache
 from eval.features import Patches, StoredFeatures, shard_bounds, shard_path, write_shard
 from eval.local_features import encode, pca_basis, read_local, salient
 from eval.matching import match_scores
-from eval.pairs import plan_batches
+from eval.pairs import Candidates, plan_batches
 from eval.recall import recall_at
 from eval.rerank import rerank, score_candidates
 from eval.search import search_ranks
@@ -148,8 +148,10 @@ def _measure(model: PlaceModel, options: Options) -> Iterator[tuple[int, dict[st
             others = database.patches(candidates_QT[0, : plan.candidates], device)
             products_CX = others.codes_BMC.flatten(0, 1).T
 
-            def stored(candidates_QT: np.ndarray = candidates_QT) -> object:
-                return score_candidates(queries, numbers, database, candidates_QT, rerank_config, device)
+            pairs = Candidates(queries, numbers, database, candidates_QT)
+
+            def stored(pairs: Candidates = pairs) -> object:
+                return score_candidates(pairs, rerank_config, device)
 
             def matching(own: Patches = own, others: Patches = others) -> object:
                 return match_scores(own, others, rerank_config)

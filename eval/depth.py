@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from configs.ranks import on_all_ranks
 from configs.schema import RerankConfig
 from eval.features import StoredFeatures
+from eval.pairs import Candidates
 from eval.rerank import fuse, margins, patch_mass, score_candidates
 from eval.search import search_ranks
 
@@ -66,7 +67,7 @@ def match_own_images(
     others = [(ids != i) & (np.cumsum(ids != i) < k) for i, ids in zip(sample_S, ids_SK, strict=True)]
     ids_ST = np.stack([ids[keep] for ids, keep in zip(ids_SK, others, strict=True)])
     similarities_ST = np.stack([cos[keep] for cos, keep in zip(similarities_SK, others, strict=True)])
-    scores_ST = score_candidates(database, sample_S, database, ids_ST, config, device)
+    scores_ST = score_candidates(Candidates(database, sample_S, database, ids_ST), config, device)
     key_ST = fuse(scores_ST, similarities_ST, patch_mass(database, config)[sample_S], config.global_weight)
     return OwnImages(similarities_ST, key_ST)
 

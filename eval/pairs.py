@@ -27,6 +27,16 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Q queries with T images of a database each; `query_ids_Q` and `ids_QT` are their rows among stored features."""
+
+    queries: StoredFeatures
+    query_ids_Q: NDArray[np.int64]
+    database: StoredFeatures
+    ids_QT: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class PairBlock:
     """B queries with T candidates each: which rows and columns of the candidates they are, and their patches.
 
@@ -62,10 +72,7 @@ def plan_batches(
 
 
 def pair_blocks(
-    queries: StoredFeatures,
-    query_ids_Q: NDArray[np.int64],
-    database: StoredFeatures,
-    candidates_QT: NDArray[np.int64],
+    pairs: Candidates,
     memory_mb: int,
     device: torch.device,
     on_progress: OnProgress = untold,
@@ -77,14 +84,14 @@ def pair_blocks(
 
     `on_progress` gets the queries up to the last one of each block.
     """
-    count, depth = candidates_QT.shape
-    plan = plan_batches(queries, database, depth, memory_mb, device)
+    count, depth = pairs.ids_QT.shape
+    plan = plan_batches(pairs.queries, pairs.database, depth, memory_mb, device)
     blocks = [slice(first, min(count, first + plan.queries)) for first in range(0, count, plan.queries)]
     rank, world = share or (dist.get_rank(), dist.get_world_size())
     for rows in blocks[rank::world]:
-        own = queries.patches(query_ids_Q[rows], device)
+        own = pairs.queries.patches(pairs.query_ids_Q[rows], device)
         for start in range(0, depth, plan.candidates):
             columns = slice(start, start + plan.candidates)
-            others = database.patches(candidates_QT[rows, columns].ravel(), device)
+            others = pairs.database.patches(pairs.ids_QT[rows, columns].ravel(), device)
             yield PairBlock(rows, columns, own, others)
         on_progress(rows.stop, count)

@@ -15,7 +15,7 @@ from configs.ranks import on_all_ranks
 from configs.schema import RerankConfig
 from eval.features import StoredFeatures
 from eval.matching import match_scores
-from eval.pairs import pair_blocks
+from eval.pairs import Candidates, pair_blocks
 
 
 def fuse(
@@ -44,13 +44,7 @@ def reorder(key_QT: NDArray[np.float64], predictions_QK: NDArray[np.int64]) -> N
 
 @torch.inference_mode()
 def score_candidates(
-    queries: StoredFeatures,
-    query_ids_Q: NDArray[np.int64],
-    database: StoredFeatures,
-    candidates_QT: NDArray[np.int64],
-    config: RerankConfig,
-    device: torch.device,
-    on_progress: OnProgress = untold,
+    pairs: Candidates, config: RerankConfig, device: torch.device, on_progress: OnProgress = untold
 ) -> NDArray[np.float32]:
     """Match scores [Q, T] of queries with their candidates, equal on every rank.
 
@@ -58,39 +52,25 @@ def score_candidates(
     """
     share = dist.get_rank(), dist.get_world_size()
     with on_all_ranks():
-        scores_QT = _scores(queries, query_ids_Q, database, candidates_QT, config, device, on_progress, share)
+        scores_QT = _scores(pairs, config, device, on_progress, share)
     dist.all_reduce(scores_QT)
     return scores_QT.cpu().numpy()
 
 
 @torch.inference_mode()
 def score_here(
-    queries: StoredFeatures,
-    query_ids_Q: NDArray[np.int64],
-    database: StoredFeatures,
-    candidates_QT: NDArray[np.int64],
-    config: RerankConfig,
-    device: torch.device,
-    on_progress: OnProgress = untold,
+    pairs: Candidates, config: RerankConfig, device: torch.device, on_progress: OnProgress = untold
 ) -> NDArray[np.float32]:
     """The same by this process alone; needs no process group."""
-    return _scores(queries, query_ids_Q, database, candidates_QT, config, device, on_progress, (0, 1)).cpu().numpy()
+    return _scores(pairs, config, device, on_progress, (0, 1)).cpu().numpy()
 
 
 def _scores(
-    queries: StoredFeatures,
-    query_ids_Q: NDArray[np.int64],
-    database: StoredFeatures,
-    candidates_QT: NDArray[np.int64],
-    config: RerankConfig,
-    device: torch.device,
-    on_progress: OnProgress,
-    share: tuple[int, int],
+    pairs: Candidates, config: RerankConfig, device: torch.device, on_progress: OnProgress, share: tuple[int, int]
 ) -> torch.Tensor:
     """Scores [Q, T] of the pairs that are this rank's by its `share` (rank, world size); 0 for the others."""
-    scores_QT = torch.zeros(candidates_QT.shape, device=device)
-    blocks = pair_blocks(queries, query_ids_Q, database, candidates_QT, config.memory_mb, device, on_progress, share)
-    for block in blocks:
+    scores_QT = torch.zeros(pairs.ids_QT.shape, device=device)
+    for block in pair_blocks(pairs, config.memory_mb, device, on_progress, share):
         scores_QT[block.rows, block.columns] = match_scores(block.queries, block.candidates, config)
     return scores_QT
 
@@ -154,7 +134,9 @@ def rerank(
         candidates = predictions_QK[rows, :width]
         left_out = (candidates < 0) | (np.arange(width) >= depth_Q[rows, None])  # -1 stands for nothing found
         scores = score(
-            *(queries, rows, database, np.maximum(candidates, 0), config, device),
+            Candidates(queries, rows, database, np.maximum(candidates, 0)),
+            config,
+            device,
             PartOf(on_progress, count, before=matched),
         )
         mass = patch_mass(queries, config)[rows]

@@ -16,7 +16,7 @@ from configs.schema import RerankConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.features import StoredFeatures
 from eval.matching import mutual_matches, score_matches, similarities
-from eval.pairs import pair_blocks
+from eval.pairs import Candidates, pair_blocks
 from eval.recall import recall_at
 from eval.rerank import fuse, reorder
 
@@ -74,9 +74,9 @@ def sweep_thresholds(
     swept = tuple(s for s in saliency if stored is None or s >= stored)
     scores_SMQT = torch.zeros(len(swept), len(match), *candidates_QT.shape, device=device)
     patches_SQ = torch.zeros(len(swept), len(candidates_QT), dtype=torch.float64, device=device)
-    numbers, memory_mb = np.arange(len(candidates_QT)), max(1, config.memory_mb // 2)
+    pairs = Candidates(queries, np.arange(len(candidates_QT)), database, candidates_QT)
     with on_all_ranks():
-        for block in pair_blocks(queries, numbers, database, candidates_QT, memory_mb, device, on_progress):
+        for block in pair_blocks(pairs, max(1, config.memory_mb // 2), device, on_progress):
             own, others = block.queries, block.candidates
             sim_BNTM = similarities(own.codes_BMC, others.codes_BMC.unflatten(0, (len(own.count_B), -1)))
             salient_BTM = others.saliency_BM.unflatten(0, (len(own.count_B), -1))

@@ -18,7 +18,7 @@ from configs.schema import RerankConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.features import StoredFeatures
 from eval.matching import agreeing, match_scores, mutual_matches, pair_bytes, similarities
-from eval.pairs import plan_batches
+from eval.pairs import Candidates, plan_batches
 from eval.rerank import fuse, margins, patch_counts, patch_mass, reorder, rerank, score_candidates
 from eval.sweep import sweep_thresholds
 from tests.ranks import on_ranks
@@ -239,7 +239,7 @@ def check_sweep_gives_the_scores_of_single_runs() -> None:
             sweep = sweep_thresholds(stored_q, stored_d, ids_QT, config, CPU, **thresholds)
             for m, thresh in enumerate(sweep.match):
                 single = config.model_copy(update={"nn_match_thresh": thresh})
-                expected = score_candidates(stored_q, np.arange(7), stored_d, ids_QT, single, CPU)
+                expected = score_candidates(Candidates(stored_q, np.arange(7), stored_d, ids_QT), single, CPU)
                 for s in range(2):  # all patches here have saliency 1
                     np.testing.assert_array_equal(sweep.scores_SMQT[s, m], expected)
         benchmark = Benchmark("x", "x", [], [], np.arange(8), np.arange(7) % 9)

@@ -18,10 +18,11 @@ import rerankvpr
 from configs.schema import Recipe
 from eval.extract import extract
 from eval.given_images import pixels_of
+from eval.pairs import Candidates
 from eval.pixels import as_trained, load_image
 from eval.rerank import score_candidates
 from tests.checkpoints import write_checkpoint
-from tests.photos import jpeg
+from tests.photos import write_jpegs
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe.model_validate(
@@ -44,11 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Nine JPEGs of odd sizes, some of them grey or progressive."""
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(3)
-    paths = [folder / f"{i}.jpg" for i in range(9)]
-    for path in paths:
-        path.write_bytes(jpeg(rng))
-    return paths
+    return write_jpegs(tmp_path_factory.mktemp("photos"), 9, seed=3)
 
 
 @pytest.mark.parametrize("resize", ["square", "aspect"])
@@ -64,7 +61,9 @@ def test_descriptors_and_scores_are_those_of_eval(
     assert [len(image.codes_NC) for image in local] == [int(n) for shard in stored.shards for n in shard["count"]]
     assert np.array_equal(np.stack([image.descriptor_D for image in local]), stored.descriptors())
     candidates_QT = np.array([[1, 2, 0], [3, 8, 1]])
-    scores = score_candidates(stored, np.array([0, 5]), stored, candidates_QT, config.rerank, torch.device("cpu"))
+    scores = score_candidates(
+        Candidates(stored, np.array([0, 5]), stored, candidates_QT), config.rerank, torch.device("cpu")
+    )
     ours = [[m.match(local[a], local[b]).score for b in row] for a, row in zip((0, 5), candidates_QT, strict=True)]
     assert np.array_equal(np.array(ours, np.float32), scores)
     assert scores[0, 0] > 1

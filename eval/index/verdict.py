@@ -27,6 +27,7 @@ from configs.schema import RerankConfig
 from data_pipeline.positions import Positions, within_radius
 from eval.features import StoredFeatures
 from eval.index.estimate import taken
+from eval.pairs import Candidates
 from eval.rerank import Score, fuse, patch_counts, patch_mass, score_candidates
 from eval.train_index import spread
 
@@ -104,7 +105,7 @@ def _confidences(
 ) -> NDArray[np.float64]:
     if not config.enabled:
         return np.array([confidence(np.zeros(0), row, 0) for row in cosines_ST])
-    scores_ST = score(features, rows_S, features, ids_ST, config, device)
+    scores_ST = score(Candidates(features, rows_S, features, ids_ST), config, device)
     patches_S = patch_counts(features)[rows_S]
     keys_ST = fuse(scores_ST, cosines_ST, patch_mass(features, config)[rows_S], config.global_weight)
     order_ST = np.argsort(-keys_ST, axis=1, kind="stable")
