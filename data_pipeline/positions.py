@@ -15,16 +15,15 @@ from numpy.typing import NDArray
 from configs.reading import shown
 from data_pipeline.table_cells import hint
 from data_pipeline.utm import FALSE_NORTH_M, MEAN_RADIUS_M, Floats, degrees_from_utm, on_ellipsoid, utm_from_degrees
+from data_pipeline.zones import is_south, zone_digits, zone_letter
 
 MAP = 0  # a zone's number for metres of a map that names no zone; each number below is a map of its own
 FARTHEST_M = 1e10  # from a map's origin
 NAME = "@UTM_east@UTM_north@zone@letter@lat@lon@...@.jpg"
 
-_BANDS = "CDEFGHJKLMNPQRSTUVWX"  # of latitude, 8 degrees each from 80 south
-_LETTERS = _BANDS + _BANDS.lower()
-_BAND_S_NORTH_M = (3.4e6, 4.6e6)  # northings of band S, 32 to 40 degrees north, with a margin
 _HEADING = 9
 _ALL_POSITIVE, _FEW = 0.5, 5
+_OF_UTM = "expected 0 to 1,000,000 and 0 to 10,000,000 m"
 _DEGREE_DIGITS = 4  # decimals that metres of a name do not have
 
 
@@ -78,24 +77,57 @@ def from_metres(
     where: str | Path,
     *,
     zone: int = MAP,
+    zones: Sequence[str] | None = None,
     lines: Sequence[int] | None = None,
     missing_ok: bool = False,
 ) -> Positions:
     """Positions from metres [N] of one map: of a UTM zone in the northern hemisphere, or of a map without a name.
 
-    Maps of other numbers (0, -1, -2, ...) are infinitely far apart. Raises ValueError as `from_lat_lon` does.
+    Maps of other numbers (0, -1, -2, ...) are infinitely far apart. `zones` says the UTM zone of each row instead, as
+    33, 33N, 33S or 33T; without a letter it is of the north. Raises ValueError as `from_lat_lon` does.
     """
     east, north = np.asarray(east, np.float64), np.asarray(north, np.float64)
     missing = np.isnan(east) & np.isnan(north)
     within = (np.abs(east) <= FARTHEST_M) & (np.abs(north) <= FARTHEST_M)
+    lines = range(2, len(east) + 2) if lines is None else lines
     _refuse(
         ~(within | missing) if missing_ok else ~within,
         where,
-        range(2, len(east) + 2) if lines is None else lines,
+        lines,
         lambda row: f"east, north are {east[row]:g}, {north[row]:g}; expected metres",
     )
-    zones = np.full(len(east), zone, np.int64)
-    return Positions(east, north, zones, *_degrees_of(east, north, zones), True, tuple(_odd_metres(east, north)))
+    numbers, notes = np.full(len(east), zone, np.int64), _odd_metres(east, north)
+    if zones is not None:
+        numbers, north, odd = _in_zones(east, north, zones, where, lines)
+        notes += odd
+    return Positions(east, north, numbers, *_degrees_of(east, north, numbers), True, tuple(notes))
+
+
+def _in_zones(
+    east: Floats, north: Floats, zones: Sequence[str], where: str | Path, lines: Sequence[int]
+) -> tuple[NDArray[np.int64], Floats, list[str]]:
+    """The zone of each row that has a position, northings from the equator, and notes."""
+    known = np.isfinite(east)
+    digits = [zone_digits(text) for text in zones]
+    letters = [zone_letter(text) for text in zones]
+    valid = [d.isdecimal() and len(d) < 3 and 1 <= int(d) <= 60 for d in digits]
+    _refuse(
+        known & ~np.array(valid, bool),
+        where,
+        lines,
+        lambda row: f"zone is {shown(zones[row])!r}; expected a UTM zone, 1 to 60, with N or S for the hemisphere",
+    )
+    _refuse(
+        known & ~_is_utm(east, north),
+        where,
+        lines,
+        lambda row: f"east, north are {east[row]:.10g}, {north[row]:.10g}; {_OF_UTM}",
+    )
+    number = np.array([int(d) if ok else MAP for d, ok in zip(digits, valid, strict=True)], np.int64)
+    south = np.array([is_south(letter, n) for letter, n in zip(letters, north.tolist(), strict=True)], bool)
+    bare = int((known & np.array([not letter for letter in letters], bool)).sum())
+    notes = [f"{bare} zones have no letter and are taken to be of the northern hemisphere"] if bare else []
+    return np.where(known, number, MAP), np.where(south, north - FALSE_NORTH_M, north), notes
 
 
 def from_utm_names(names: Sequence[str | Path]) -> Positions:
@@ -122,15 +154,16 @@ def from_utm_names(names: Sequence[str | Path]) -> Positions:
             f"expected metres, {NAME} (a table with the columns lat and lon takes degrees)"
         )
     of_utm = zone > 0
-    outside = of_utm & ~((east >= 0) & (east <= 1e6) & (north >= 0) & (north <= FALSE_NORTH_M))
+    outside = of_utm & ~_is_utm(east, north)
     if outside.any():
         bad = int(np.argmax(outside))
         swapped = " (swapped?)" if east[bad] > 1e6 >= north[bad] >= 0 else ""
         raise ValueError(
-            f"{names[bad]}: easting {east[bad]:.10g}, northing {north[bad]:.10g} are of no UTM zone{swapped}; expected "
-            "0 to 1,000,000 and 0 to 10,000,000 m"
+            f"{names[bad]}: easting {east[bad]:.10g}, northing {north[bad]:.10g} are of no UTM zone{swapped}; {_OF_UTM}"
         )
-    south = of_utm & np.array([_is_south(f, n) for f, n in zip(fields, north.tolist(), strict=True)], dtype=bool)
+    south = of_utm & np.array(
+        [is_south(_letter(f), n) for f, n in zip(fields, north.tolist(), strict=True)], dtype=bool
+    )
     north = np.where(south, north - FALSE_NORTH_M, north)
     lat, lon = _degrees_of(east, north, zone)
     notes += [*_odd_metres(east, north), *_other_degrees(fields, names, lat, lon)]
@@ -226,6 +259,10 @@ def _what_degrees(lat: Floats, lon: Floats, row: int) -> str:
     return told
 
 
+def _is_utm(east: Floats, north: Floats) -> NDArray[np.bool_]:
+    return (east >= 0) & (east <= 1e6) & (north >= 0) & (north <= FALSE_NORTH_M)
+
+
 def _odd_degrees(lat: Floats, lon: Floats, lines: Sequence[int]) -> list[str]:
     notes = []
     known = np.isfinite(lat)
@@ -266,7 +303,7 @@ def _named(fields: list[str], number: int, name: str | Path) -> float:
 def _zone(fields: list[str], name: str | Path) -> int:
     """The number of a name's UTM zone; without a letter beside it, in a name of the whole convention alone."""
     text = fields[3].strip() if len(fields) > 4 else ""
-    digits = text.rstrip(_LETTERS)
+    digits = zone_digits(text)
     if not digits.isdecimal() or not (_letter(fields) or len(fields) > _HEADING):
         return MAP
     if not 1 <= int(digits) <= 60:
@@ -275,16 +312,7 @@ def _zone(fields: list[str], name: str | Path) -> int:
 
 
 def _letter(fields: list[str]) -> str:
-    zone, letter = (fields[number].strip().upper() if len(fields) > number else "" for number in (3, 4))
-    near = (zone[-1:] if zone[:-1].isdecimal() else "", letter)
-    return next((text for text in near if len(text) == 1 and text in _BANDS), "")
-
-
-def _is_south(fields: list[str], north: float) -> bool:
-    letter = _letter(fields)
-    if letter == "S":
-        return not _BAND_S_NORTH_M[0] <= north <= _BAND_S_NORTH_M[1]
-    return bool(letter) and letter < "N"
+    return zone_letter(*(fields[number] if len(fields) > number else "" for number in (3, 4)))
 
 
 def _look_like_degrees(fields: list[list[str]], east: Floats, north: Floats) -> bool:

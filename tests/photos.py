@@ -48,6 +48,24 @@ def write_noise_benchmark(folder: Path) -> None:
             (images / f"@{500000 + 100 * i}@4000000@33@T@@@{i}@@@@@@@@.jpg").write_bytes(jpeg(rng))
 
 
+def write_jpegs(folder: Path, count: int, seed: int) -> list[Path]:
+    """JPEGs of odd sizes, some of them grey or progressive: `0.jpg` and so on."""
+    rng = np.random.default_rng(seed)
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for path in paths:
+        path.write_bytes(jpeg(rng))
+    return paths
+
+
+def write_blurred_noise(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
+    """PNGs of `size` (width, height) with patches of colour: `0.png` and so on."""
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(size).save(path)
+    return paths
+
+
 def write_gsv_cities(
     folder: Path, cities: Mapping[str, Mapping[int, int]] = THREE_CITIES, seed: int = 0
 ) -> dict[tuple[str, int], list[Path]]:

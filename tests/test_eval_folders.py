@@ -12,6 +12,7 @@ from eval.benchmarks.benchmark import Benchmark
 from eval.benchmarks.load import Labels, load_benchmarks
 from eval.benchmarks.places import metres_to
 from tests.benchmark_folders import load, photo, photos, positives, rows, vpr_rows, write_utm
+from tests.phones import at, photograph
 
 
 def load_found(spec: str, root: Path, labels: Labels = "found") -> Benchmark:
@@ -59,9 +60,34 @@ def test_folders_without_ground_truth_are_predicted_and_refused_where_recall_is_
     benchmark = load_found("folder:x", tmp_path)
     assert (benchmark.num_labelled, len(benchmark.queries), benchmark.num_without_positive) == (0, 1, 0)
     assert benchmark.notes[0] == "queries/: left out: .txt 1, hidden 1"
-    assert "no ground truth was found ({database,queries}, names without positions)" in benchmark.notes[1]
+    assert (
+        "no ground truth was found ({database,queries}, names without positions, no GPS in EXIF)" in benchmark.notes[1]
+    )
     with pytest.raises(ValueError, match=r"benchmark x has no ground truth .*rerankvpr eval"):
         load("folder:x", tmp_path)
+
+
+def test_gps_in_exif_is_ground_truth_where_names_hold_no_positions(tmp_path: Path) -> None:
+    for part, places in (("database", (0, 1, 2)), ("queries", (1, 7))):
+        (tmp_path / "x" / part).mkdir(parents=True)
+        for number, place in enumerate(places):
+            photograph(tmp_path / "x" / part / f"{number}.jpg", at(48.0 + place * 1e-3, 9.5))
+    photograph(tmp_path / "x/queries/2.jpg")
+    photograph(tmp_path / "x/database/3.jpg", at(0.0, 0.0))
+    benchmark = load("folder:x", tmp_path)
+    assert benchmark.layout == "{database,queries}, names without positions, GPS in EXIF"
+    assert positives(benchmark) == [[1], [], []]
+    assert benchmark.protocol == "25 m radius, 2 of 3 queries"
+    assert "1 database images: GPS 0, 0: a receiver without a fix" in benchmark.notes
+    assert positives(load("folder:x:120", tmp_path))[0] == [0, 1, 2]
+    lines = [
+        f"x/{part}/{n}.jpg,{role}" for part, role in (("database", "database"), ("queries", "query")) for n in (0, 1)
+    ]
+    (tmp_path / "m.csv").write_text("\n".join(["path,role", *lines]))
+    table = load("manifest:m.csv", tmp_path)
+    assert "GPS in EXIF" in table.layout
+    assert positives(table) == [[1], []]
+    assert load_found("folder:x", tmp_path, labels="unused").num_labelled == 0
 
 
 def test_queries_without_a_position_are_predicted_and_not_counted(tmp_path: Path) -> None:

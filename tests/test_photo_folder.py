@@ -25,27 +25,9 @@ from data_pipeline.sources.photo_folder import read_photo_folder
 from data_pipeline.town.phone import Walk, photograph_town
 from data_pipeline.verify import verify_shards
 from launch.cli import main
+from tests.phones import at, photograph
 
 WALK = Walk(places=6, views=5, error_m=1.0, webp=3, without_gps=2, copies=1)
-
-
-def photograph(path: Path, gps: dict[int, Any] | None = None, *, shade: int = 0, taken: str = "") -> Path:
-    """A grey photograph with these GPS tags."""
-    exif = Image.Exif()
-    exif[0x0110] = "test phone"  # Pillow writes no EXIF to a PNG that has GPS alone
-    if gps is not None:
-        exif.get_ifd(0x8825).update(gps)
-    if taken:
-        exif.get_ifd(0x8769)[0x9003] = taken
-    Image.new("RGB", (12, 9), (40 * shade % 256, 9 * shade % 256, 7)).save(path, exif=exif)
-    return path
-
-
-def at(lat: float, lon: float, heading: float | None = None) -> dict[int, Any]:
-    """GPS tags of a position, in decimal degrees."""
-    tags: dict[int, Any] = {1: "N" if lat >= 0 else "S", 2: (abs(lat), 0.0, 0.0)}
-    tags |= {3: "E" if lon >= 0 else "W", 4: (abs(lon), 0.0, 0.0)}
-    return tags if heading is None else tags | {17: heading}
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])

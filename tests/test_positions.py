@@ -160,6 +160,21 @@ def test_names_without_a_zone_are_of_the_only_one_or_of_a_map() -> None:
         from_utm_names([*names[:1], "@500000@5000000@33@T@.jpg", "b@500010@5000000@@@.jpg"])
 
 
+def test_metres_of_a_table_are_of_the_zones_it_names() -> None:
+    east, north = np.array([5e5, 5e5, 5e5, 5e5, np.nan]), np.array([5e6, 6.3e6, 6.3e6, 4e6, np.nan])
+    found = from_metres(east, north, "t", zones=["32", "56S", "56 H", "33S", ""], missing_ok=True)
+    assert found.zone.tolist() == [32, 56, 56, 33, 0]
+    assert found.notes == ("1 zones have no letter and are taken to be of the northern hemisphere",)
+    assert found.lat[1] == found.lat[2] == pytest.approx(-33.4, abs=0.1)
+    assert found.lat[3] == pytest.approx(36.1, abs=0.1)  # band S, 32 to 40 degrees north
+    assert metres_between(found, found)[0] == 0
+    for zone in ("61N", "", "north", "0N", "-3N"):
+        with pytest.raises(ValueError, match=r"t row 3: zone is .*expected a UTM zone, 1 to 60"):
+            from_metres(east[:2], north[:2], "t", zones=["32N", zone])
+    with pytest.raises(ValueError, match=r"t row 2: east, north are 2000000, 1; expected 0 to 1,000,000"):
+        from_metres(np.array([2e6]), np.array([1.0]), "t", zones=["32N"])
+
+
 def test_maps_of_their_own_never_meet() -> None:
     zero = np.zeros(1)
     cph, sf = from_metres(zero, zero, "a", zone=0), from_metres(zero, zero, "b", zone=-1)

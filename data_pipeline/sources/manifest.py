@@ -36,7 +36,8 @@ def read_manifest(
     Paths are relative to `root`, or else to the table's folder; without a `root` they may be URLs, which `bucket`
     reads. Places are numbers, or names that are numbered in
     sorted order within their city; without a city, it is the table's name. A table without places has lat and lon, or
-    east and north in metres, from which `grid` makes places; rows without a position are then left out and counted.
+    east and north in metres (with their UTM zone in zone), from which `grid` makes places; rows without a position are
+    then left out and counted.
     Raises FileNotFoundError, or ValueError for a table that cannot be used, naming column and row.
     """
     if not path.is_file():
@@ -76,7 +77,8 @@ def list_table(table: RowTable, root: Path | PhotoSource, grid: Grid, min_images
     }
     positions = _metres(table) if in_metres and "place" not in table.columns else _positions(table)
     for name in ("lat", "lon"):
-        columns[name] = pa.array(table.numbers(name), from_pandas=True) if both else pa.nulls(len(table), pa.float64())
+        degrees = table.numbers(name) if both else getattr(positions, name)
+        columns[name] = pa.array(degrees, pa.float64(), from_pandas=True)
     for name in ("year", "month"):
         columns[name] = _whole(table, name)
         _check_between(columns[name], name, table)
@@ -137,7 +139,8 @@ def _positions(table: RowTable) -> Positions:
 
 def _metres(table: RowTable) -> Positions:
     east, north = table.numbers("east"), table.numbers("north")
-    return from_metres(east, north, table.path, lines=table.lines.tolist(), missing_ok=True)
+    zones = [text or "" for text in table.text("zone").to_pylist()] if "zone" in table.columns else None
+    return from_metres(east, north, table.path, zones=zones, lines=table.lines.tolist(), missing_ok=True)
 
 
 def _plain_paths(table: RowTable, root: Path | PhotoSource) -> tuple[pa.Array, list[str]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from configs.reading import reason
 from eval.benchmarks.benchmark import RADIUS_M, Benchmark, Whereabouts, without_labels
+from eval.benchmarks.camera import by_camera
 from eval.benchmarks.layouts import vpr_bench
 from eval.benchmarks.photographs import images_in
 from eval.benchmarks.places import by_radius, of_utm_names, spread
@@ -80,14 +81,16 @@ def two_folders(
 ) -> Benchmark:
     """The photographs of two folders and their sub-folders; positives lie within `radius_m` metres.
 
-    Positions are those of names like @UTM_east@UTM_north@...; queries that are named otherwise have no ground truth.
+    Positions are those of names like @UTM_east@UTM_north@..., or if no file has such a name, of GPS in EXIF; a query
+    without a position has no ground truth.
     """
     found = [images_in(folder, deep=True) for folder in (database, queries)]
     notes = [note for part in found for note in part.notes]
     images = (found[0].paths, found[1].paths)
     placed = [np.array([path.name.startswith("@") for path in paths]) for paths in images]
     if not any(part.any() for part in placed):
-        return replace(without_labels(name, *images, notes), layout="names without positions")
+        benchmark, source = by_camera(name, *images, radius_m, notes, labels=labels)
+        return replace(benchmark, layout=f"names without positions, {source}")
     layout = "@UTM_east@UTM_north@ in names"
     try:
         at, odd = _positions(images, placed)

@@ -23,6 +23,7 @@ from eval.benchmarks.benchmark import (
     make_benchmark,
     without_labels,
 )
+from eval.benchmarks.camera import by_camera
 from eval.benchmarks.ground_truth import check_name
 from eval.benchmarks.photographs import existing
 from eval.benchmarks.places import by_radius, taken
@@ -36,10 +37,11 @@ _NO_PLACE = frozenset(("", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "None", "NU
 
 def manifest(name: str, file: Path, radius_m: float | None = None, *, labels: bool = True) -> Benchmark:
     """A CSV or Parquet table with the columns `path`, `role` (database or query), and `place`, `lat` and `lon`, or
-    `east` and `north` (metres).
+    `east` and `north` (metres; `zone`, such as 33N, says their UTM zone).
 
     Rows without ground truth are allowed: such a query is predicted and not counted, such a database image is nobody's
-    positive. Without those columns, or `labels`, there is no recall at all. Paths are relative to the working folder
+    positive. Without those columns the GPS in the photographs' EXIF counts; without that, or `labels`, there is no
+    recall at all. Paths are relative to the working folder
     if all images are there, otherwise to the table's own. Raises ValueError naming row and column.
     """
     table = _read(file)
@@ -58,8 +60,6 @@ def manifest(name: str, file: Path, radius_m: float | None = None, *, labels: bo
         if not len(of[role]):
             raise BenchmarkError(f"manifest {file} has no row of role {role}")
     at = _positions(table, keys, file) if labels and keys not in ([], ["place"]) else None
-    if labels and at is None and radius_m is not None:
-        raise BenchmarkError(f"manifest {file} has no positions; a radius of {radius_m:g} m means nothing to it")
     paths, base = _paths(table["path"], file)
     database, queries = ([paths[row] for row in of[role]] for role in ROLES)
     if at is not None:
@@ -69,7 +69,10 @@ def manifest(name: str, file: Path, radius_m: float | None = None, *, labels: bo
         places = ["" if place in _NO_PLACE else place for place in table["place"]]
         benchmark = _same_place(name, database, queries, *([places[row] for row in of[role]] for role in ROLES))
     else:
-        benchmark = without_labels(name, database, queries)
+        benchmark, source = by_camera(name, database, queries, radius_m or RADIUS_M, labels=labels)
+        base = f"{base}, {source}" if labels else base
+    if labels and benchmark.at is None and radius_m is not None:
+        raise BenchmarkError(f"manifest {file} has no positions; a radius of {radius_m:g} m means nothing to it")
     return replace(benchmark, layout=f"{file.name}, {base}")
 
 
@@ -96,8 +99,9 @@ def _same_place(
 def _positions(table: dict[str, list[str]], keys: list[str], file: Path) -> Positions:
     where = f"manifest {file},"
     first, second = (column_of_numbers(table[key], key, where) for key in keys)
-    read = from_lat_lon if keys == ["lat", "lon"] else from_metres
-    return read(first, second, where, missing_ok=True)
+    if keys == ["lat", "lon"]:
+        return from_lat_lon(first, second, where, missing_ok=True)
+    return from_metres(first, second, where, zones=table.get("zone"), missing_ok=True)
 
 
 def _role(file: Path, row: int, role: str) -> str:

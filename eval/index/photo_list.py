@@ -16,7 +16,7 @@ from data_pipeline.positions import Positions, from_lat_lon, from_metres, from_u
 from eval.features import digest, files_digest
 from eval.index.images import unknown_positions
 
-_COLUMNS = "path and, where it is known, lat and lon, or east and north (metres)"
+_COLUMNS = "path and, where it is known, lat and lon, or east and north (metres) and zone"
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,14 @@ def of_table(file: Path) -> PhotoList:
         raise FileNotFoundError(
             f"{file} names {len(missing)} of {len(names)} photographs that are not there: {missing[0]}"
         )
-    positions = None
-    for pair, read in ((("lat", "lon"), from_lat_lon), (("east", "north"), from_metres)):
-        if set(pair) <= columns.keys():
-            first, second = (table.numbers(columns[name]) for name in pair)
-            positions = read(first, second, file, lines=table.lines.tolist(), missing_ok=True)
-            break
+    positions, lines = None, table.lines.tolist()
+    if {"lat", "lon"} <= columns.keys():
+        lat, lon = (table.numbers(columns[name]) for name in ("lat", "lon"))
+        positions = from_lat_lon(lat, lon, file, lines=lines, missing_ok=True)
+    elif {"east", "north"} <= columns.keys():
+        east, north = (table.numbers(columns[name]) for name in ("east", "north"))
+        zones = [text or "" for text in table.text(columns["zone"]).to_pylist()] if "zone" in columns else None
+        positions = from_metres(east, north, file, zones=zones, lines=lines, missing_ok=True)
     return of_files(file.parent, names, positions)
 
 
