@@ -1,9 +1,10 @@
 """An index against bare FAISS: build time, memory, bytes, speed, recall; growth; larger ones on paper.
 
 `python -m benchmarks.index [--rows 100000 1000000 10000000] [--descriptors IDX] [--json FILE]`. Descriptors are drawn
-from a mixture of Gaussians on the sphere whose centres and spreads are fitted on real descriptors (`--descriptors`, an
-index; without it on clusters of clusters, which is said). Each size and kind runs in a process of its own, whose peak
-memory is its own. `ours` is what an index does: trained on a sample, filled in blocks, searched block by block, the
+from a mixture of Gaussians on the sphere whose centres, spreads and common covariance are fitted on real descriptors
+(`--descriptors`, an index; without it on clusters of clusters, which is said), written to a file and read from there as
+an index reads its own. Each size and kind runs in a process of its own, whose peak memory is its own, mapped pages of
+that file included. `ours` is what an index does: trained on a sample, filled in blocks, searched block by block, the
 first candidates scored by their descriptors. `bare` is one FAISS index of the same factory string, trained on the same
 sample, searched once, without that scoring. Recall is held against exact search by this project.
 """
@@ -57,6 +58,8 @@ class Options:
     """Search settings; FAISS's OperatingPoints keep those that no other beats."""
     json: Path | None = None
     """File for the figures."""
+    folder: Path | None = None
+    """Folder for the descriptors, as large as they are; one for temporary files without it."""
     part: str = ""
     """For this program's own processes: what one of them measures."""
 
@@ -70,10 +73,12 @@ def main() -> None:
     figures: dict[str, float] = {}
     rows: list[list[str]] = []
     for count in options.rows:
-        for kind in ("exact", "bare", "ours"):
-            found = _in_process(options, kind, count)
-            figures |= {f"{kind}_{count}_{name}": value for name, value in found.items()}
-            rows += _lines(kind, count, options, found)
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            _draw(options, count, Path(folder))
+            for kind in ("exact", "bare", "ours"):
+                found = _in_process(options, kind, count, Path(folder))
+                figures |= {f"{kind}_{count}_{name}": value for name, value in found.items()}
+                rows += _lines(kind, count, options, found)
     columns = ["index", "build, s", "peak MB", "bytes/image", "queries/s", "R@1", "R@10"]
     fitted = (
         f"fitted on {options.descriptors}" if options.descriptors else "of drawn clusters of clusters, no real ones"
@@ -99,10 +104,19 @@ def _lines(kind: str, count: int, options: Options, found: dict[str, float]) -> 
     return lines
 
 
-def _in_process(options: Options, kind: str, count: int) -> dict[str, float]:
+def _draw(options: Options, count: int, folder: Path) -> None:
+    mixture = Mixture.of(options)
+    np.save(folder / "queries.npy", mixture.draw(-1, options.queries))
+    shape = (count, options.size)
+    rows_ND = np.lib.format.open_memmap(folder / "rows.npy", mode="w+", dtype=np.float32, shape=shape)
+    for first, block_ND in mixture.blocks(count):
+        rows_ND[first : first + len(block_ND)] = block_ND
+    rows_ND.flush()
+
+
+def _in_process(options: Options, kind: str, count: int, folder: Path) -> dict[str, float]:
     flags = ["--rows", str(count), "--size", str(options.size), "--queries", str(options.queries)]
-    flags += ["--clusters", str(options.clusters), "--nprobe", *map(str, options.nprobe), "--part", kind]
-    flags += ["--descriptors", str(options.descriptors)] if options.descriptors else []
+    flags += ["--folder", str(folder), "--nprobe", *map(str, options.nprobe), "--part", kind]
     flags += ["--factory", options.factory] if options.factory else []
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.index", *flags], capture_output=True, text=True, check=False
@@ -115,12 +129,13 @@ def _in_process(options: Options, kind: str, count: int) -> dict[str, float]:
 def _measure(options: Options) -> dict[str, float]:
     """One kind at one size, in this process."""
     count, kind = options.rows[0], options.part
-    mixture = Mixture.of(options)
-    queries_QD = mixture.draw(-1, options.queries)
+    assert options.folder
+    stored = Stored(np.load(options.folder / "rows.npy", mmap_mode="r"))
+    queries_QD = np.load(options.folder / "queries.npy")
     _, truth_Q10 = search_blocks(queries_QD[:1], [(0, queries_QD)], 10)  # loads what FAISS loads at its first call
     if kind == "exact":
         memory, start = _peak_mb(), time.perf_counter()
-        _, truth_Q10 = search_blocks(queries_QD, mixture.blocks(count), 10)
+        _, truth_Q10 = search_blocks(queries_QD, stored.blocks(), 10)
         seconds = time.perf_counter() - start
         return {
             "build_s": 0.0,
@@ -130,19 +145,19 @@ def _measure(options: Options) -> dict[str, float]:
             "r1": 100.0,
             "r10": 100.0,
         }
-    _, truth_Q10 = search_blocks(queries_QD, mixture.blocks(count), 10)
+    _, truth_Q10 = search_blocks(queries_QD, stored.blocks(), 10)
     factory = options.factory or f"IVF{2 ** round(math.log2(4 * count**0.5))},PQ32"
     memory, start = _peak_mb(), time.perf_counter()
     trained = train_index(
-        factory, "", mixture.sample(count, sample_size(factory, options.size, count, "--factory")), "--factory"
+        factory, "", stored.sample(sample_size(factory, options.size, count, "--factory")), "--factory"
     )
     if kind == "bare":
         bare = faiss.clone_index(trained.index)
-        for _, rows_ND in mixture.blocks(count):
+        for _, rows_ND in stored.blocks():
             bare.add(rows_ND)
         blocks = [(0, bare)]
     else:
-        blocks = [(first, trained.filled(rows_ND)) for first, rows_ND in mixture.blocks(count)]
+        blocks = [(first, trained.filled(rows_ND)) for first, rows_ND in stored.blocks()]
     found = {"build_s": time.perf_counter() - start, "peak_mb": _peak_mb() - memory}
     found["bytes_per_image"] = sum(_stored_bytes(index) for _, index in blocks) / count
     points = faiss.OperatingPoints()
@@ -150,7 +165,7 @@ def _measure(options: Options) -> dict[str, float]:
         for _, index in blocks:
             set_params(index, f"nprobe={nprobe}", factory)
         began = time.perf_counter()
-        ids_Q10 = _ours(blocks, mixture, queries_QD) if kind == "ours" else blocks[0][1].search(queries_QD, 10)[1]
+        ids_Q10 = _ours(blocks, stored, queries_QD) if kind == "ours" else blocks[0][1].search(queries_QD, 10)[1]
         seconds = time.perf_counter() - began
         first = float((ids_Q10[:, :1] == truth_Q10[:, :1]).mean())
         share = float(np.mean([np.isin(t, i).mean() for t, i in zip(truth_Q10, ids_Q10, strict=True)]))
@@ -163,13 +178,11 @@ def _measure(options: Options) -> dict[str, float]:
     return found
 
 
-def _ours(
-    blocks: list[tuple[int, faiss.Index]], mixture: Mixture, queries_QD: NDArray[np.float32]
-) -> NDArray[np.int64]:
+def _ours(blocks: list[tuple[int, faiss.Index]], stored: Stored, queries_QD: NDArray[np.float32]) -> NDArray[np.int64]:
     scores = np.full((len(queries_QD), 10), -np.inf)
     ids = np.full((len(queries_QD), 10), -1, dtype=np.int64)
     for first, index in blocks:
-        rows_ND = mixture.block(first, index.ntotal)  # drawn again: on disk they would be mapped
+        rows_ND = stored.rows_ND[first : first + index.ntotal]
 
         def rows_of(at: NDArray[np.int64], rows_ND: NDArray[np.float32] = rows_ND) -> NDArray[np.float32]:
             return rows_ND[at]
@@ -180,11 +193,33 @@ def _ours(
     return ids
 
 
-class Mixture:
-    """Unit descriptors around centres, in blocks that are the same each time they are drawn."""
+class Stored:
+    """Descriptors in a mapped file."""
 
-    def __init__(self, centres_CD: NDArray[np.float32], spread_C: NDArray[np.float32], share_C: NDArray[np.float64]):
-        self.centres_CD, self.spread_C, self.share_C = centres_CD, spread_C, share_C
+    def __init__(self, rows_ND: NDArray[np.float32]) -> None:
+        self.rows_ND = rows_ND
+
+    def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """All rows, a block at a time."""
+        for first in range(0, len(self.rows_ND), PER_BLOCK):
+            yield first, np.asarray(self.rows_ND[first : first + PER_BLOCK])
+
+    def sample(self, wanted: int) -> NDArray[np.float32]:
+        """Rows evenly spread over all."""
+        return np.asarray(self.rows_ND[spread(len(self.rows_ND), wanted)])
+
+
+class Mixture:
+    """Unit descriptors around centres, with one covariance scaled for each, in blocks that are drawn one by one."""
+
+    def __init__(
+        self,
+        centres_CD: NDArray[np.float32],
+        spread_C: NDArray[np.float32],
+        share_C: NDArray[np.float64],
+        shape_DD: NDArray[np.float32],
+    ) -> None:
+        self.centres_CD, self.spread_C, self.share_C, self.shape_DD = centres_CD, spread_C, share_C, shape_DD
 
     @classmethod
     def of(cls, options: Options) -> Mixture:
@@ -210,34 +245,27 @@ class Mixture:
         share_C = np.bincount(nearest, minlength=clusters).astype(np.float64)
         away_N = np.linalg.norm(real_ND - centres_CD[nearest], axis=1)
         spread_C = np.array([away_N[nearest == c].mean() if share_C[c] else 0.0 for c in range(clusters)])
-        per_number = (spread_C / options.size**0.5).astype(np.float32)
-        return cls(centres_CD, per_number, share_C / share_C.sum())
+        away_ND = real_ND - centres_CD[nearest]
+        variance_D, axes_DD = np.linalg.eigh(away_ND.T.astype(np.float64) @ away_ND)
+        variance_D = np.maximum(variance_D, 0)
+        shape_DD = (axes_DD * np.sqrt(variance_D / variance_D.sum())).T.astype(np.float32)  # a row's length is 1 or so
+        return cls(centres_CD, spread_C.astype(np.float32), share_C / share_C.sum(), shape_DD)
 
     def draw(self, seed: int, count: int) -> NDArray[np.float32]:
         """`count` descriptors."""
         rng = np.random.default_rng(seed + 1)
         of = rng.choice(len(self.share_C), count, p=self.share_C)
         rows_ND = rng.standard_normal((count, self.centres_CD.shape[1]), dtype=np.float32)
+        rows_ND = rows_ND @ self.shape_DD
         rows_ND *= self.spread_C[of, None]
         rows_ND += self.centres_CD[of]
         rows_ND /= np.linalg.norm(rows_ND, axis=1, keepdims=True)
         return rows_ND
 
-    def block(self, first: int, count: int) -> NDArray[np.float32]:
-        """Rows from `first`, a multiple of PER_BLOCK."""
-        return self.draw(first // PER_BLOCK, count)
-
     def blocks(self, count: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """All rows, a block at a time."""
+        """`count` rows, a block at a time."""
         for first in range(0, count, PER_BLOCK):
-            yield first, self.block(first, min(PER_BLOCK, count - first))
-
-    def sample(self, count: int, wanted: int) -> NDArray[np.float32]:
-        """Rows evenly spread over all."""
-        chosen = spread(count, wanted)
-        return np.concatenate(
-            [rows[chosen[(chosen >= a) & (chosen < a + len(rows))] - a] for a, rows in self.blocks(count)]
-        )
+            yield first, self.draw(first // PER_BLOCK, min(PER_BLOCK, count - first))
 
 
 def _stored_bytes(index: faiss.Index) -> int:
