@@ -29,6 +29,8 @@ def reading(file: str | Path, expected: str, kind: type[ValueError] = ValueError
     asks for more memory than there is (a header of 10^12 rows) is damaged too. Keep the block short: one reader,
     nothing of ours that could be wrong.
     """
+    if _is_special(file):
+        raise kind(f"{file}: a pipe, socket or device; expected a regular file")
     try:
         yield
     except Exception as error:
@@ -38,6 +40,15 @@ def reading(file: str | Path, expected: str, kind: type[ValueError] = ValueError
             raise
         too_large = ", or too large for this machine's memory" if is_out_of_memory(error) else ""
         raise kind(f"{file}: not {expected}{too_large} ({reason(error)})") from error
+
+
+def _is_special(file: str | Path) -> bool:
+    """Whether this is a file that may hold its reader for ever."""
+    try:
+        mode = os.stat(file).st_mode  # noqa: PTH116 - may be a name that is no path
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def open_regular(path: str | Path) -> int:

@@ -2,7 +2,8 @@
 
 Each reader (tests/fuzz_readers.py) is given N mutations of valid files, in a process of its own with bounded memory. A
 mutation must end in a value, in a value with a counted skip, or in an error of one line that names the file, within
-`LIMIT_S`; anything else (another kind of error, a crash, memory, time) is a failure, and the file is kept.
+`LIMIT_S`; anything else (another kind of error, a crash, memory, time) is a failure, and the file is kept. Each file is
+also once a pipe that nobody writes.
 """
 
 from __future__ import annotations
@@ -218,14 +219,18 @@ def fuzz(name: str, reader: Reader, mutations: int, seed: int, folder: Path) -> 
     _limit_memory()
     signal.signal(signal.SIGALRM, _too_long)
     began = time.monotonic()
-    for number in range(max(1, round(mutations * reader.share))):
-        file = rng.choice(files)
-        file.write_bytes(mutate(rng, contents[file], others))
+    pipes = list(files)  # each file once as a pipe that nobody writes, then mutations
+    for number in range(len(pipes) + max(1, round(mutations * reader.share))):
+        pipe = number < len(pipes)
+        file = pipes[number] if pipe else rng.choice(files)
+        file.unlink()
+        os.mkfifo(file) if pipe else file.write_bytes(mutate(rng, contents[file], others))
         (folder / "last.txt").write_text(f"{number} {file}")
         started = time.monotonic()
         failure = ""
         try:
-            reader.after(file)
+            if not pipe:
+                reader.after(file)
             signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
             try:
                 skipped = reader.read(valid, file)
@@ -242,10 +247,12 @@ def fuzz(name: str, reader: Reader, mutations: int, seed: int, folder: Path) -> 
         outcome.counts["mutations"] += 1
         if failure:
             kept = folder / f"failure-{number}-{file.name}"
-            shutil.copy(file, kept)
+            if not pipe:
+                shutil.copy(file, kept)
             outcome.failures.append(f"{kept}: {failure}")
             if len(outcome.failures) >= 20:
                 break
+        file.unlink()
         file.write_bytes(contents[file])
         reader.after(file)
     outcome.seconds = time.monotonic() - began
