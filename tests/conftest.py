@@ -15,7 +15,7 @@ from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from eval.benchmarks import catalogue
 from eval.benchmarks.catalogue import CATALOGUE
-from tests.photos import SMALL_SHARD, write_gsv_cities
+from tests.photos import SMALL_SHARD, write_gsv_cities, write_noise_benchmark
 from tests.ranks import end_groups
 from tests.sharing import Sharing, add_options
 
@@ -47,6 +47,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("train")
     make_workplace(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def noise_benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a benchmark of noise, to be read only; see `write_noise_benchmark`."""
+    folder = tmp_path_factory.mktemp("noise")
+    write_noise_benchmark(folder)
     return folder
 
 

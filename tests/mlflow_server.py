@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -11,8 +12,13 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+
+from configs.schema import Recipe
 from trainer.ports import free_port
+from trainer.tracking import Tracker
 
 PATIENCE_S = 900.0  # for what a slow machine does at last; a process that has ended is noticed at once
 
@@ -66,3 +72,17 @@ def wait_until(done: Callable[[], object], limit_s: float = 30) -> None:
     while not done():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
+
+
+def recipe_for(uri: str, folder: Path, **keys: Any) -> Recipe:
+    """A recipe whose experiment is the test's folder."""
+    section = {"uri": uri, "experiment": folder.parent.name, "system_metrics_every_s": 0, **keys}
+    return Recipe.model_validate({"name": folder.name, "output": str(folder), "tracking": section})
+
+
+def track(
+    recipe: Recipe, said: io.StringIO | None = None, *, training: str | None = None, run_id: str | None = None
+) -> Tracker:
+    console = Console(file=said or io.StringIO(), width=1000)
+    facts = {"world_size": "1"}
+    return Tracker(recipe, recipe.output, console, training=training, run_id=run_id, active=True, facts=facts)

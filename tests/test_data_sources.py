@@ -190,6 +190,14 @@ def test_a_manifest_is_sharded(tmp_path: Path, kind: str, named: bool) -> None:
         ("path,place,month\na.jpg,1,13\n", "mine.csv row 2: month is 13; expected 1 to 12"),
         ("path,place\n", "mine.csv: no rows; expected a row an image"),
         ("path,place\na.jpg\n", "not a readable table"),
+        ("path;lat;lon\na.jpg;48,1;9\n", "mine.csv row 2: lat is '48,1'; a decimal comma; write 48.1"),
+        ("path,lat,lon\na.jpg,48,9\n\nb.jpg,9,148\nc.jpg,148,9\n", "mine.csv row 5: lat, lon are 148, 9"),
+        ("path,lat,lon\na.jpg,inf,9\n", "mine.csv row 2: lat is 'inf'; expected a finite number"),
+        ("path,lat,lon\na.jpg,480035974,90804331\n", "degrees times 10^7"),
+        ("path,lat,lon\na.jpg,,\n", "no row has a position"),
+        ("path,place,northdeg\na.jpg,1,north\n", "mine.csv row 2: northdeg is 'north'; expected a finite number"),
+        ("path,place,year\na.jpg,1,2024.5\n", "mine.csv row 2: year is 2024.5; expected a whole number"),
+        ("path,Path ,place\na.jpg,b.jpg,1\n", "the column path is there twice"),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -214,26 +222,6 @@ def test_a_table_with_positions_and_no_places_makes_cells(tmp_path: Path) -> Non
     rows = [f"{n}.JPG,{500000 + n // 6 * 100},5300000" for n in range(12)]
     (tmp_path / "metres.csv").write_text("\n".join(["path,east,north", *rows]))
     assert read_manifest(tmp_path / "metres.csv").num_places == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("path;lat;lon\na.jpg;48,1;9\n", "mine.csv row 2: lat is '48,1'; a decimal comma; write 48.1"),
-        ("path,lat,lon\na.jpg,48,9\n\nb.jpg,9,148\nc.jpg,148,9\n", "mine.csv row 5: lat, lon are 148, 9"),
-        ("path,lat,lon\na.jpg,inf,9\n", "mine.csv row 2: lat is 'inf'; expected a finite number"),
-        ("path,lat,lon\na.jpg,480035974,90804331\n", "degrees times 10^7"),
-        ("path,lat,lon\na.jpg,,\n", "no row has a position"),
-        ("path,place,northdeg\na.jpg,1,north\n", "mine.csv row 2: northdeg is 'north'; expected a finite number"),
-        ("path,place,year\na.jpg,1,2024.5\n", "mine.csv row 2: year is 2024.5; expected a whole number"),
-        ("path,Path ,place\na.jpg,b.jpg,1\n", "the column path is there twice"),
-    ],
-)
-def test_a_table_with_odd_positions_is_refused(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "mine.csv").write_text(text)
-    with pytest.raises(ValueError, match=re.escape(words)) as error:
-        read_manifest(tmp_path / "mine.csv", min_images_per_place=1)
-    assert "\n" not in str(error.value)
 
 
 CASES = Path(os.environ.get("RERANKVPR_TEST_CASES", ""))

@@ -30,6 +30,7 @@ from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
 from model.network import build_model
 from tests import forked
+from tests.photos import write_blurred_noise
 from tests.town_shards import town_of_24
 from trainer.process_group import Rank, start_process_group
 
@@ -164,11 +165,7 @@ def test_search_equals_a_matrix_product(rank: Rank) -> None:
 
 def test_features_and_matches_are_those_of_the_cpu(rank: Rank, tmp_path: Path) -> None:
     """Descriptors within 1e-4 of the CPU's; the same order after re-ranking."""
-    rng = np.random.default_rng(0)
-    paths = []
-    for i in range(6):
-        paths.append(tmp_path / f"{i}.png")
-        Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((120, 90)).save(paths[-1])
+    paths = write_blurred_noise(tmp_path, 6, (120, 90))
     config = EvalConfig(image_size=56, batch_size=4, rerank=RerankConfig(saliency_thresh=None, top_k=4))
     model = build_model(ModelConfig(backbone="tiny14", weights="random", finetune_last_n_blocks=0)).eval()
     outcomes = []

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 
 from configs.registry import AGGREGATORS, LOSSES, MINERS
 from configs.schema import EvalConfig, LossConfig, MemoryConfig, ModelConfig, RerankConfig
@@ -22,6 +21,7 @@ from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
 from model.network import build_model
 from tests.networks import AGGREGATORS as SMALL
+from tests.photos import write_blurred_noise
 from tests.pretend_device import HERE, Device, moved
 from tests.pretend_step import Steps, pretend_training_device, recipe_of, steps_elsewhere, steps_on_cpu
 from tests.ranks import on_ranks
@@ -156,11 +156,7 @@ def test_augmentation_waits_for_nothing_and_is_that_of_the_cpu() -> None:
 
 def test_features_and_matches_are_those_of_the_cpu(single_process: None, tmp_path: Path) -> None:
     """Extraction, matching with geometry and the merge of ranks, beside the CPU: descriptors within 1e-5."""
-    rng = np.random.default_rng(0)
-    paths = []
-    for i in range(4):
-        paths.append(tmp_path / f"{i}.png")
-        Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((60, 45)).save(paths[-1])
+    paths = write_blurred_noise(tmp_path, 4, (60, 45))
     config = EvalConfig(image_size=56, batch_size=4, rerank=RerankConfig(saliency_thresh=None, top_k=3))
     model = build_model(ModelConfig(backbone="tiny14", weights="random", finetune_last_n_blocks=0)).eval()
     order = np.array([[(i + j) % 4 for j in range(4)] for i in range(4)])

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import ModelConfig, Recipe
 from eval.benchmarks.load import load_benchmarks
-from eval.describer import Describer
 from eval.evaluate import FirstStage, evaluate
 from eval.index.build import add_to_index, build_index
 from eval.index.index import Index
@@ -19,26 +17,14 @@ from eval.index.manifest import IndexFault
 from eval.index.photo_list import list_source
 from eval.index.verify import verify_index
 from eval.report.locations import as_json
-from eval.weights_file import describer_of
-from model.network import build_model
-from tests.photos import write_noise_benchmark
-
-TINY = ModelConfig(backbone="tiny14", weights="random", finetune_last_n_blocks=0)
-SETTINGS = {"image_size": 56, "batch_size": 2, "rerank": {"top_k": 4}}
+from tests.indexes import tiny
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
 
-def tiny(**settings: object) -> Describer:
-    return describer_of(build_model(TINY), Recipe(model=TINY), "tiny", **{**SETTINGS, **settings})
-
-
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A benchmark of noise: `images/test/database` and `queries`."""
-    folder = tmp_path_factory.mktemp("noise")
-    write_noise_benchmark(folder)
-    return folder / "images" / "test"
+def photos(noise_benchmark: Path) -> Path:
+    return noise_benchmark / "images" / "test"
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +140,7 @@ def test_what_an_index_is_not_is_one_line(built: Path, tmp_path: Path, change: d
 
 def test_other_weights_settings_and_photographs_are_refused(photos: Path, built: Path, tmp_path: Path) -> None:
     listed = list_source(str(photos / "database"))
-    other = describer_of(build_model(TINY, seed=1), Recipe(model=TINY), "other", **SETTINGS)
+    other = tiny(seed=1)
     for attempt, words in (
         (lambda: Index.open(built, network=other), "was made with other weights"),
         (lambda: add_to_index(other.model, listed, built), "was made with other weights"),

@@ -21,15 +21,12 @@ import pytest
 from PIL import Image
 
 import rerankvpr
-from configs.schema import ModelConfig, Recipe
 from eval.index.build import build_index
 from eval.index.index import Index
 from eval.index.photo_list import list_source
 from eval.report.locations import as_json
-from eval.weights_file import describer_of
 from launch.serve_command import main as serve
-from model.network import build_model
-from tests.photos import write_noise_benchmark
+from tests.indexes import tiny
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from starlette.testclient import TestClient
@@ -38,23 +35,18 @@ from launch.serve_app import create_app
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = Path("/usr/bin/chromium")
-TINY = ModelConfig(backbone="tiny14", weights="random", finetune_last_n_blocks=0)
-SETTINGS = {"image_size": 56, "batch_size": 2, "rerank": {"top_k": 4, "nn_match_thresh": 0.3}}
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A benchmark of noise: `database` and `queries`."""
-    folder = tmp_path_factory.mktemp("noise")
-    write_noise_benchmark(folder)
-    return folder / "images" / "test"
+def photos(noise_benchmark: Path) -> Path:
+    return noise_benchmark / "images" / "test"
 
 
 @pytest.fixture(scope="module")
 def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory, single_process: None) -> Path:
     """An index of the database."""
     out = tmp_path_factory.mktemp("index") / "noise.index"
-    network = describer_of(build_model(TINY), Recipe(model=TINY), "tiny", **SETTINGS)
+    network = tiny(rerank={"top_k": 4, "nn_match_thresh": 0.3})
     build_index(network, list_source(str(photos / "database")), out)
     return out
 

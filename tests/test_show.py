@@ -14,7 +14,7 @@ from eval.describer import Describer
 from eval.report.show import patch_colours, see
 from launch.show_command import main
 from tests.checkpoints import write_checkpoint
-from tests.photos import jpeg
+from tests.photos import write_jpegs
 from trainer.pretrained import load
 
 RECIPE = Recipe.model_validate(
@@ -40,9 +40,8 @@ def describer(run: Path) -> Describer:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for number in range(3):
-        (folder / f"{number}.jpg").write_bytes(jpeg(rng))
+    folder = tmp_path_factory.mktemp("photos")
+    write_jpegs(folder, 3, seed=0)
     (folder / "notes.txt").write_text("not a photograph")
     return folder
 

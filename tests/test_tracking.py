@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,28 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from mlflow import MlflowClient
 from rich.console import Console
 
 import rerankvpr
 from configs.load import recipe_text
 from configs.schema import Recipe
-from configs.secrets import without_secrets
 from data_pipeline.images import normalise
 from launch.sync_command import main as sync
 from tests import forked
 from tests.checkpoints import write_checkpoint
-from tests.mlflow_server import Server, wait_until
+from tests.mlflow_server import Server, recipe_for, track, wait_until
 from trainer import tracking
 from trainer.metrics_log import read_records
 from trainer.mlflow_sender import Sender, read_state
-from trainer.provenance import provenance
 from trainer.tracking import Tracker
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCKED_S = 0.1
 
 
@@ -57,20 +50,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.1)
     monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-
-
-def recipe_for(uri: str, folder: Path, **keys: Any) -> Recipe:
-    """A recipe whose experiment is the test's folder."""
-    section = {"uri": uri, "experiment": folder.parent.name, "system_metrics_every_s": 0, **keys}
-    return Recipe.model_validate({"name": folder.name, "output": str(folder), "tracking": section})
-
-
-def track(
-    recipe: Recipe, said: io.StringIO | None = None, *, training: str | None = None, run_id: str | None = None
-) -> Tracker:
-    console = Console(file=said or io.StringIO(), width=1000)
-    facts = {"world_size": "1"}
-    return Tracker(recipe, recipe.output, console, training=training, run_id=run_id, active=True, facts=facts)
 
 
 def steps_of(client: MlflowClient, run_id: str | None, name: str = "train/loss") -> list[int]:
@@ -411,44 +390,3 @@ def test_a_model_that_cannot_be_read_is_told_and_not_counted(
     assert run.info.status == "FINISHED"
     (logged,) = client.search_logged_models([run.info.experiment_id])
     assert logged.status == "FAILED"
-
-
-# What is told
-
-
-def test_no_library_reports_home() -> None:
-    """Outside of tests and CI, where MLflow is silent by itself."""
-    look = "import rerankvpr as r; r.prepare_libraries(); import mlflow.telemetry as t; print(t.get_telemetry_client())"
-    env = {key: value for key, value in os.environ.items() if key not in ("CI", "PYTEST_CURRENT_TEST")}
-    env.pop("MLFLOW_DISABLE_TELEMETRY", None)
-    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "None"
-
-
-def test_no_secret_is_kept() -> None:
-    assert without_secrets("postgresql://ann:p@ss@host:5432/db?sslmode=x") == "postgresql://host:5432/db"
-    assert without_secrets("https://host/set?token=abc and s3://bucket/a@b") == "https://host/set and s3://bucket/a@b"
-    assert without_secrets("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
-    recipe = Recipe.model_validate(
-        {
-            "data": {"shards": "https://ann:pw1@host/set", "mix": {"https://h/b?key=pw3": 0.5}},
-            "tracking": {"uri": "https://bob:pw2@host"},
-        }
-    )
-    text = recipe_text(recipe)
-    assert "pw1" not in text
-    assert "pw2" not in text
-    data = yaml.safe_load(text)["data"]
-    assert (data["shards"], data["mix"]) == ("https://host/set", {"https://h/b": 0.5})
-    assert Recipe.model_validate(yaml.safe_load(recipe_text(Recipe()))) == Recipe()
-
-
-def test_provenance_names_commit_versions_and_devices() -> None:
-    facts = provenance(world_size=4, device=torch.device("cpu"), data_digest="abc")
-    assert facts["version.torch"] == torch.__version__.partition("+")[0]
-    assert (facts["world_size"], facts["data.digest"], facts["hosts"]) == ("4", "abc", "1")
-    assert all(isinstance(value, str) for value in facts.values())
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    if head.returncode == 0 and (ROOT / ".git").exists():
-        assert facts["git.commit"] == head.stdout.strip()
-        assert facts["git.dirty"] in ("true", "false")
