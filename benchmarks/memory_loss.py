@@ -2,7 +2,8 @@
 
 Peers in the same run: pytorch-metric-learning's CrossBatchMemory(MultiSimilarityLoss, MultiSimilarityMiner), and the
 three bare matrix products that a plain implementation cannot do without: similarities, gradient of the anchors,
-gradient of the references. Each is measured in a process of its own.
+gradient of the references. Each is measured in a process of its own, and so is the loss with memory.min_negative_m
+over places in a square of 50 km.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import tyro
 from benchmarks.report import figures_of, print_table, write_json
 from configs.schema import LossConfig, MemoryConfig
 from memory.global_loss import GlobalLoss
+from memory.near_places import NearPlaces
 from memory.queue import MemoryQueue
 
 HEADLINE = "1024x65536x768"
+PLACES = 62_000
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Options:
     """The library is left out where the pair lists alone would pass this."""
     tile_mb: int = 256
     """memory.tile_mb."""
-    part: Literal["all", "ours", "library", "products"] = "all"
+    part: Literal["all", "ours", "near", "library", "products"] = "all"
     """One part alone, for the first size: prints its figures as JSON."""
     json: Path | None = None
     """File for the figures."""
@@ -52,8 +55,8 @@ def inputs(size: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.T
     b, m, d = (int(n) for n in size.split("x"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
-    ids_B = torch.randperm(62_000, generator=generator)[: b // 4].repeat_interleave(4)
-    ids_M = torch.randint(0, 62_000, (m,), generator=generator)
+    ids_B = torch.randperm(PLACES, generator=generator)[: b // 4].repeat_interleave(4)
+    ids_M = torch.randint(0, PLACES, (m,), generator=generator)
     queue_MD = F.normalize(torch.randn(m, d, generator=generator), dim=1)
     local_BD = F.normalize(torch.randn(b, d, generator=generator) + 0.5 * queue_MD[:b], dim=1)
     return local_BD.to(device).requires_grad_(), ids_B.to(device), queue_MD.to(device), ids_M.to(device)
@@ -89,7 +92,12 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) << 10
 
 
-def ours(size: str, options: Options) -> dict[str, float]:
+def near(size: str, options: Options) -> dict[str, float]:
+    """`ours`, in which places nearer than 25 m are no negatives."""
+    return ours(size, options, min_negative_m=25)
+
+
+def ours(size: str, options: Options, min_negative_m: float = 0) -> dict[str, float]:
     """This project's loss with its defaults: gradient to both sides of a pair in the batch, decay 0.1."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     local_BD, ids_B, queue_MD, ids_M = inputs(size)
@@ -98,7 +106,10 @@ def ours(size: str, options: Options) -> dict[str, float]:
     queue.descriptors_mD, queue.place_ids_M = queue_MD, ids_M
     queue.steps_M = torch.arange(len(ids_M), device=ids_M.device) // len(ids_B)
     queue.num_enqueued += len(ids_M)
-    loss = GlobalLoss(LossConfig(), MemoryConfig(size=len(ids_M), tile_mb=options.tile_mb))
+    config = MemoryConfig(size=len(ids_M), tile_mb=options.tile_mb, min_negative_m=min_negative_m)
+    points_n3 = 50_000 * torch.rand(PLACES, 3, generator=torch.Generator().manual_seed(1))
+    places = NearPlaces(points_n3, min_negative_m).to(local_BD.device) if min_negative_m else None
+    loss = GlobalLoss(LossConfig(), config, near=places)
     step = int(queue.steps_M[-1]) + 1
     figures = measure(
         lambda: torch.autograd.grad(loss(local_BD, ids_B, queue, step=step).loss, local_BD), options.repeats
@@ -144,7 +155,7 @@ def main() -> None:
     """Prints the table; a process started for one part prints its figures."""
     options = tyro.cli(Options)
     if options.part != "all":
-        parts = {"ours": ours, "library": library, "products": products}
+        parts = {"ours": ours, "near": near, "library": library, "products": products}
         print(json.dumps(parts[options.part](options.sizes[0], options)))
         return
     rows: list[list[str]] = []
@@ -152,12 +163,14 @@ def main() -> None:
     for size in options.sizes:
         b, m, _ = (int(n) for n in size.split("x"))
         own, bare = apart("ours", size, options), apart("products", size, options)
+        apart_too = apart("near", size, options)
         fits = b * m * 16 * 4 <= options.library_gb * 2**30  # pairs of two int64, sorted values and their indices
         peer = apart("library", size, options) if fits else None
         over_bare = own["s"] / bare["s"]
         figures |= {f"{size}/seconds": own["s"], f"{size}/extra_bytes": own["bytes"], f"{size}/over_bare": over_bare}
+        figures[f"{size}/min_negative_m_ratio"] = apart_too["s"] / own["s"]
         row = [size, f"{own['s']:.3f} ± {own['spread'] / 2:.3f}", f"{bare['s']:.3f}", f"{over_bare:.2f}"]
-        row += [f"{own['bytes'] / 2**20:,.0f}"]
+        row += [f"{own['bytes'] / 2**20:,.0f}", f"{apart_too['s'] / own['s']:.2f}"]
         if peer:
             speedup, memory = peer["s"] / own["s"], own["bytes"] / peer["bytes"]
             figures |= {f"{size}/speedup": speedup, f"{size}/memory_ratio": memory}
@@ -167,7 +180,7 @@ def main() -> None:
         rows.append(row)
         if size == HEADLINE and peer:
             figures |= {"speedup": speedup, "memory_ratio": memory, "over_bare": over_bare}
-    columns = ["B x M x D", "s", "3 products, s", "over bare", "extra MiB"]
+    columns = ["B x M x D", "s", "3 products, s", "over bare", "extra MiB", "with min_negative_m, times"]
     columns += ["library, s", "library, MiB", "times faster", "share of its memory"]
     print_table("loss + queue, forward and backward", columns, rows)
     write_json(options.json, figures)

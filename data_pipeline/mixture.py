@@ -25,6 +25,7 @@ from data_pipeline.plan import (
 )
 from data_pipeline.storage import RangeReader
 from data_pipeline.stream_plan import Resumed, plan_stream, read_again, tar_order
+from data_pipeline.sub_batches import SetPlaces, plan_sets
 
 
 class PlaceMixture:
@@ -85,12 +86,12 @@ class PlaceMixture:
 
 
 def read_mixture(data: DataConfig, reader: RangeReader | None = None) -> PlaceMixture:
-    """The shard sets that a recipe names: data.shards with weight 1, then those of data.mix in their order."""
+    """The shard sets that a recipe names: those of data.sets, or data.shards (weight 1), then data.mix."""
     if data.shards in data.mix:
         raise ValueError(f"data.mix names {data.shards}, which data.shards names already; use data.repeat")
-    locations = {data.shards: 1.0, **data.mix}
+    locations = list(data.locations.values())
     sets = [open_index(location, reader, folder=data.index_cache) for location in locations]
-    return PlaceMixture(sets, list(locations.values()))
+    return PlaceMixture(sets, [data.mix.get(location, 1.0) for location in locations])
 
 
 def _joined(parts: list[Int64]) -> Int64:
@@ -152,6 +153,10 @@ class EpochPlans:
                 epoch=epoch,
                 visits=self._visits(epoch),
             )
+        data = self.data
+        if data.composition == "sets":
+            parts = list(data.places_of_sets.values())
+            return plan_sets(self._sets(), parts, data.images_per_place, data.sub_batch, seed=self.seed, epoch=epoch)
         return plan_epoch(
             self.places.place_city,
             self.places.num_views,
@@ -183,6 +188,24 @@ class EpochPlans:
         if not len(self.held_out):
             return self.places.digest
         return hashlib.sha256(f"{self.places.digest} {self.held_out.tolist()}".encode()).hexdigest()[:16]
+
+    def steps_of_rounds(self) -> dict[str, int]:
+        """Steps in which all places of each of data.sets are seen, but for the last that make no batch."""
+        parts = self.data.places_of_sets
+        return {one.name: one.steps_of_round(parts[one.name]) for one in self._sets()} if parts else {}
+
+    def _sets(self) -> list[SetPlaces]:
+        """The places of each of data.sets."""
+        trained = np.ones(self.places.num_places, dtype=np.bool_)
+        trained[self.held_out] = False
+        sets = []
+        for number, name in enumerate(self.data.sets):
+            first, last = self.places.first_place[number : number + 2].tolist()
+            part = slice(first, last)
+            sets.append(
+                SetPlaces(name, first, self.places.place_city[part], self.places.num_views[part], trained[part])
+            )
+        return sets
 
     def _visits(self, epoch: int) -> Int64 | None:
         visits = self.places.visits(seed=self.seed, epoch=epoch)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from configs.secrets import without_secrets
 from data_pipeline.index import ShardIndex
 from data_pipeline.utm import Floats, on_ellipsoid
 
@@ -30,13 +31,46 @@ def place_points(sets: Sequence[ShardIndex]) -> Floats:
     return np.concatenate(parts)
 
 
-def position_fault(sets: Sequence[ShardIndex], setting: str) -> str:
-    """A line naming `setting`, which needs positions, and the first place that has none; empty if all have one."""
-    missing = np.flatnonzero(np.isnan(place_points(sets)[:, 0]))
+def position_fault(sets: Sequence[ShardIndex], setting: str, points_n3: Floats | None = None) -> str:
+    """A line naming `setting`, which needs positions, and the first place that has none; empty if all have one.
+
+    `points_n3` are the sets' `place_points`, if they are known.
+    """
+    points_n3 = place_points(sets) if points_n3 is None else points_n3
+    missing = np.flatnonzero(np.isnan(points_n3[:, 0]))
     if not len(missing):
         return ""
-    first, number = int(missing[0]), sum(index.num_places for index in sets)
+    first_place = np.cumsum([0, *(index.num_places for index in sets)])
+    number = int(np.searchsorted(first_place, missing[0], side="right")) - 1
+    where = without_secrets(sets[number].location, is_address=True)
     return (
-        f"{setting} needs coordinates, and {len(missing)} of {number} places have none (first: place {first}); set it "
-        "to 0, or shard with lat and lon"
+        f"{setting} needs coordinates, and {len(missing)} of {len(points_n3)} places have none (first: place "
+        f"{missing[0] - first_place[number]} of {where}); set it to 0, or shard with lat and lon"
     )
+
+
+def points_for(sets: Sequence[ShardIndex], setting: str, metres: float) -> Floats:
+    """`place_points` for a setting that tells places apart by `metres`.
+
+    Raises ValueError if a place has no position, and if all places are so near that none would be told apart.
+    """
+    points_n3 = place_points(sets)
+    if fault := position_fault(sets, setting, points_n3):
+        raise ValueError(fault)
+    diagonal = float(np.linalg.norm(np.ptp(points_n3, axis=0)))
+    if diagonal < metres:
+        raise ValueError(
+            f"{setting} {metres:g}: all {len(points_n3)} places are within {diagonal:.0f} m of each other, so that no "
+            "pair of them would be left; use a smaller distance"
+        )
+    return points_n3
+
+
+def share_with_neighbours(points_n3: Floats, metres: float) -> float:
+    """Share of the places that have another one nearer than `metres`."""
+    from scipy.spatial import cKDTree  # type: ignore[import-untyped]  # takes a while to import
+
+    if len(points_n3) < 2:
+        return 0.0
+    nearest_n2, _ = cKDTree(points_n3).query(points_n3, k=2)
+    return float((nearest_n2[:, 1] < metres).mean())

@@ -100,22 +100,30 @@ def batch_faults(num_views: Int64, visits: Int64 | None, batching: Batching) -> 
 
 
 def plan_epoch(
-    place_city: Int64, num_views: Int64, batching: Batching, *, seed: int, epoch: int, visits: Int64 | None = None
+    place_city: Int64,
+    num_views: Int64,
+    batching: Batching,
+    *,
+    seed: int,
+    epoch: int,
+    visits: Int64 | None = None,
+    of_set: int | None = None,
 ) -> EpochPlan:
     """The plan of one epoch over places 0..n-1, given each place's city number and number of views (int64 [n]).
 
     Composition "mixed" draws a batch from all cities; "city" fills batches from one city each, and only what is left
     over of the cities is mixed. Each place comes once per epoch (`visits` times, int64 [n], if given; times
     `repeat[city]` for the cities named there), K of its views without replacement; the last incomplete batch is
-    dropped, another one each epoch. Nothing about ranks, workers or resume enters, and only raw 64-bit draws do, whose
-    stream numpy guarantees over versions. Holds 8 bytes for each place, while it is made 16; views are drawn when they
-    are asked for.
+    dropped, another one each epoch. `of_set` tells plans of one seed and epoch apart. Nothing about ranks, workers or
+    resume enters, and only raw 64-bit draws do, whose stream numpy guarantees over versions. Holds 8 bytes for each
+    place, while it is made 16; views are drawn when they are asked for.
     Raises ValueError where there are fewer places than a batch takes or a place has fewer than K views.
     """
     places_per_batch = batching.places_per_batch
     if faults := batch_faults(num_views, visits, batching):
         raise ValueError("\n".join(faults))
-    bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+    key = () if of_set is None else (of_set,)
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch], spawn_key=key))
     if batching.composition == "mixed":
         stream = _rounds(range(len(num_views)), visits, places_per_batch, bits)
     else:

@@ -5,7 +5,7 @@ What it computes, written densely for the Multi-Similarity loss (N images of the
     references_RD = cat([batch_ND, queue_MD])                           R = N + M
     s_NR          = batch_ND @ references_RD.T                          cosines
     positive_NR   = same place, but no image with itself                and what the miner keeps
-    negative_NR   = another place                                       and what the miner keeps
+    negative_NR   = another place, at least min_negative_m away         and what the miner keeps
     w_R           = cat([ones(N), exp(-decay_lambda * age_M)])          age in optimizer steps
     L_N           = log(1 + sum_R positive_NR * exp(-alpha * (s_NR - base))) / alpha
                   + log(1 + sum_R negative_NR * w_R * exp(beta * (s_NR - base))) / beta
@@ -29,8 +29,12 @@ import torch.distributed as dist
 from configs.host_copies import to_device
 from configs.schema import LossConfig, MemoryConfig
 from memory.gather import all_gather, check_equal_batches, check_one_id_each
+from memory.near_places import NearPlaces
 from memory.pairing import GlobalBatch
+from memory.per_set import loss_per_set
+from memory.place_sets import PlaceSets
 from memory.queue import MemoryQueue
+from memory.set_queues import SetQueues
 from memory.strategies import choose_strategy
 
 
@@ -50,23 +54,30 @@ class GlobalLoss:
 
     The engine behind it may average gradients over ranks (`engine_reduces` "mean", as DeepSpeed and DDP do) or add them
     up ("sum"). A loss and miner of configs/registry.py are computed in tiles; any other of pytorch-metric-learning that
-    takes a reference set is computed by the library, and `note` says what that means. Raises ValueError for a name,
-    argument or combination that does not exist.
+    takes a reference set is computed by the library, and `note` says what that means. `near` is for
+    memory.min_negative_m: where the places are. With `sets` the loss is the weighted sum of one for each set's images.
+    Raises ValueError for a name, argument or combination that does not exist.
     """
 
     def __init__(
-        self, loss: LossConfig, memory: MemoryConfig, *, engine_reduces: Literal["mean", "sum"] = "mean"
+        self,
+        loss: LossConfig,
+        memory: MemoryConfig,
+        *,
+        engine_reduces: Literal["mean", "sum"] = "mean",
+        near: NearPlaces | None = None,
+        sets: PlaceSets | None = None,
     ) -> None:
         scale = float(dist.get_world_size()) if engine_reduces == "mean" else 1.0
-        self.strategy = choose_strategy(loss, memory, scale)
-        self.note = self.strategy.note
+        self.strategy = choose_strategy(loss, memory, scale, near)
+        self.sets, self.note = sets, self.strategy.note
         self._checked_size = 0  # N for which ranks have compared their batches
 
     def __call__(
         self,
         local_BD: torch.Tensor,
         place_ids_B: torch.Tensor,
-        queue: MemoryQueue,
+        queue: MemoryQueue | SetQueues,
         *,
         step: int,
         drift_curve_a2: torch.Tensor | None = None,
@@ -88,8 +99,13 @@ class GlobalLoss:
         local_BD = local_BD.to(torch.promote_types(local_BD.dtype, torch.float32))
         batch = GlobalBatch(local_BD, ids_B, ids_N, place_ids_N)
         curve_a2 = drift_curve_a2 if drift_curve_a2 is not None else local_BD.new_zeros(0, 2)
-        found = self.strategy(batch, queue, step=step, curve_a2=curve_a2)
-        return GlobalLossOutput(found.loss, found.batch_ND.detach(), batch.ids_N, found.stats, place_ids_N)
+        batch_ND = self.strategy.gather(local_BD, queue.placement)
+        if self.sets:
+            found = loss_per_set(self.strategy, self.sets, batch, batch_ND, queue, step=step, curve_a2=curve_a2)
+        else:
+            assert isinstance(queue, MemoryQueue)
+            found = self.strategy.loss_of(batch, batch_ND, queue, step=step, curve_a2=curve_a2)
+        return GlobalLossOutput(found.loss, batch_ND.detach(), batch.ids_N, found.stats, place_ids_N)
 
     def _place_ids(
         self, local_BD: torch.Tensor, place_ids_B: torch.Tensor, place_ids_N: torch.Tensor | None

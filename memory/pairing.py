@@ -35,6 +35,7 @@ class Memory(NamedTuple):
     descriptors_mD: torch.Tensor
     age_m: torch.Tensor  # optimizer steps, floating point
     log_weight_m: torch.Tensor
+    place_ids_m: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Pairing:
     ranks: ReferenceRanks
     live: bool  # batch references carry gradient
     counts: list[int] | None  # references of each anchor's place, itself too; None if the host does not know
+
+    def column_ids(self) -> torch.Tensor:
+        """The place of each of this rank's columns [C + m]."""
+        batch_ids_C = self.reference_ids_G[self.batch_start : self.batch_start + len(self.batch_CD)]
+        return torch.cat([batch_ids_C, self.memory.place_ids_m])
 
     @classmethod
     def replicated(

@@ -147,21 +147,32 @@ class MemoryQueue(nn.Module):
         `states` are the state dicts of the ranks that saved (of rank 0 alone when they were replicas), one at a time.
         Raises ValueError if they are of another size or not all there.
         """
-        found, expected = set(), 1
+        given, expected = set[int](), 1
         for state in states:
-            size, descriptor_size = len(state["place_ids_M"]), state["descriptors_mD"].shape[1]
-            if (size, descriptor_size) != (self.size, self.descriptors_mD.shape[1]):
-                raise ValueError(
-                    f"the saved queue holds {size} descriptors of {descriptor_size}, this one {self.size} of "
-                    f"{self.descriptors_mD.shape[1]}; memory.size and the model must be those of the checkpoint"
-                )
-            shard, expected = (int(value) for value in state["shard"])
-            found.add(shard)
-            slots = torch.arange(shard, size, expected)
-            mine = slots % self.num_shards == self.rank
-            rows = (slots[mine] // self.num_shards).to(self.descriptors_mD.device)
-            self.descriptors_mD[rows] = state["descriptors_mD"][mine].to(self.descriptors_mD)
-            for name in ("place_ids_M", "steps_M", "num_enqueued"):
-                getattr(self, name).copy_(state[name])
-        if found != set(range(expected)):
-            raise ValueError(f"the saved queue has {expected} shards, of which {sorted(found)} were given")
+            shard, expected = self.load_shard(state)
+            given.add(shard)
+        check_shards(given, expected)
+
+    @torch.no_grad()
+    def load_shard(self, state: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+        """Takes over what one rank saved; its number, and how many there are. Raises ValueError for another size."""
+        size, descriptor_size = len(state["place_ids_M"]), state["descriptors_mD"].shape[1]
+        if (size, descriptor_size) != (self.size, self.descriptors_mD.shape[1]):
+            raise ValueError(
+                f"the saved queue holds {size} descriptors of {descriptor_size}, this one {self.size} of "
+                f"{self.descriptors_mD.shape[1]}; memory.size and the model must be those of the checkpoint"
+            )
+        shard, expected = (int(value) for value in state["shard"])
+        slots = torch.arange(shard, size, expected)
+        mine = slots % self.num_shards == self.rank
+        rows = (slots[mine] // self.num_shards).to(self.descriptors_mD.device)
+        self.descriptors_mD[rows] = state["descriptors_mD"][mine].to(self.descriptors_mD)
+        for name in ("place_ids_M", "steps_M", "num_enqueued"):
+            getattr(self, name).copy_(state[name])
+        return shard, expected
+
+
+def check_shards(given: set[int], expected: int) -> None:
+    """Raises ValueError unless all `expected` shards of a saved queue were given."""
+    if given != set(range(expected)):
+        raise ValueError(f"the saved queue has {expected} shards, of which {sorted(given)} were given")

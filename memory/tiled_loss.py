@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from memory.losses import Loss
 from memory.miners import AllPairs, Miner
+from memory.near_places import NearPlaces
 from memory.pairing import Pairing
 from memory.tiles import Mined, Tile
 
@@ -32,19 +33,25 @@ class _Sums:
 
 
 class _Placed(NamedTuple):
-    """A tile, the anchors it holds, and which of its positives lie in which of this rank's columns."""
+    """A tile, its anchors, which of its positives lie in which of this rank's columns, and what was left out."""
 
     rows: slice
     tile: Tile
     columns_AP: torch.Tensor
     own_AP: torch.Tensor
+    near_A: torch.Tensor | None  # references of this rank that are no negatives, being too near
 
 
 class TiledLoss:
-    """Loss and gradient of all anchors of a `Pairing`, within `tile_bytes` of memory beside the result's."""
+    """Loss and gradient of all anchors of a `Pairing`, within `tile_bytes` of memory beside the result's.
 
-    def __init__(self, loss: Loss, miner: Miner, *, tile_bytes: int, gradient_scale: float) -> None:
-        self.loss, self.miner = loss, miner
+    References of another place that `near` has near to the anchor's are neither positives nor negatives.
+    """
+
+    def __init__(
+        self, loss: Loss, miner: Miner, *, tile_bytes: int, gradient_scale: float, near: NearPlaces | None = None
+    ) -> None:
+        self.loss, self.miner, self.near = loss, miner, near
         self.tile_bytes, self.gradient_scale = tile_bytes, gradient_scale
 
     def __call__(self, pairing: Pairing) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -89,10 +96,14 @@ class TiledLoss:
         log_weight_R = torch.cat(
             [anchors_AD.new_zeros(num_batch), memory.log_weight_m.to(anchors_AD), anchors_AD.new_zeros(1)]
         )
-        row_bytes = anchors_AD.element_size() * (self.loss.arrays * (pairing.widest + 1) + 8 * max(counts))
+        size = anchors_AD.element_size()
+        column_bytes = max(self.loss.arrays * size, size + 9 if self.near else 0)  # float64 and bool of what is near
+        row_bytes = column_bytes * (pairing.widest + 1) + 8 * size * max(counts)
         num_tiles = math.ceil(len(anchors_AD) / max(1, self.tile_bytes // row_bytes))
         num_rows = math.ceil(len(anchors_AD) / num_tiles)
         buffer_AR = anchors_AD.new_empty(num_rows, num_columns + 1)  # one for all tiles: fresh memory costs time
+        near_4R = self.near.columns(pairing.column_ids()) if self.near else None
+        apart_AR = buffer_AR.new_empty(buffer_AR.shape, dtype=torch.float64) if self.near else None
         for start in range(0, len(anchors_AD), num_rows):
             rows = slice(start, start + num_rows)
             similarity_AR = buffer_AR[: len(anchors_AD[rows])].detach()
@@ -108,6 +119,12 @@ class TiledLoss:
             columns_AP = columns_AP.masked_fill(columns_AP < 0, num_columns)
             positive_AP = ranks.sum(similarity_AR.gather(1, columns_AP).masked_fill(~own_AP, 0))
             similarity_AR.scatter_(1, columns_AP, -torch.inf)
+            near_A = None
+            if self.near and near_4R is not None and apart_AR is not None:
+                near_AR = self.near.rows(pairing.anchor_ids_A[rows], near_4R, apart_AR[: len(similarity_AR)])
+                near_AR.scatter_(1, columns_AP, False)  # what is of the anchor's own place
+                similarity_AR.masked_fill_(near_AR, -torch.inf)
+                near_A = near_AR.sum(dim=1)
             tile = Tile(
                 positive_AP.requires_grad_(),
                 is_positive_AP,
@@ -117,7 +134,7 @@ class TiledLoss:
                 ranks,
                 meets_itself=not pairing.live,
             )
-            yield _Placed(rows, tile, columns_AP, own_AP)
+            yield _Placed(rows, tile, columns_AP, own_AP, near_A)
 
     def _anchor_weights(self, anchors_AD: torch.Tensor, batch_CD: torch.Tensor, pairing: Pairing) -> torch.Tensor:
         """Each anchor's number of mined pairs over the greatest, for a loss that asks for it; else ones [A].
@@ -156,7 +173,7 @@ class TiledLoss:
         tile, num_batch = placed.tile, len(batch_CD)
         with torch.no_grad():
             mined = self.miner(tile)
-            _add_stats(sums.stats, tile, mined, num_batch, pairing.memory.age_m)
+            _add_stats(sums.stats, placed, mined, num_batch, pairing.memory.age_m)
         with torch.set_grad_enabled(with_grad):
             terms = self.loss(tile, mined)
         values_T2 = torch.stack([torch.stack([_as_double(x, anchors_AD.device) for x in term]) for term in terms])
@@ -221,13 +238,19 @@ def _as_double(x: torch.Tensor | int, device: torch.device) -> torch.Tensor:
     return torch.full((), x, dtype=torch.float64, device=device)
 
 
-def _add_stats(stats: dict[str, torch.Tensor], tile: Tile, mined: Mined, num_batch: int, age_m: torch.Tensor) -> None:
+def _add_stats(
+    stats: dict[str, torch.Tensor], placed: _Placed, mined: Mined, num_batch: int, age_m: torch.Tensor
+) -> None:
     """Adds up, over the anchors of a tile, what is known once its pairs are mined."""
+    tile = placed.tile
     figures_R3 = tile.negative_AR.new_zeros(tile.negative_AR.shape[1], 3)
     figures_R3[:, 0] = 1
     figures_R3[num_batch:-1, 1] = 1
     figures_R3[num_batch:-1, 2] = age_m.to(figures_R3)
-    negatives_A3 = tile.ranks.sum(mined.negative_AR @ figures_R3).double()
+    counts_A3 = mined.negative_AR @ figures_R3
+    if placed.near_A is not None:
+        counts_A3 = torch.cat([counts_A3, placed.near_A[:, None].to(counts_A3)], dim=1)
+    negatives_A3 = tile.ranks.sum(counts_A3).double()
     positives_A = mined.positive_AP.double().sum(1)
     hardest_negative_A, hardest_positive_A = tile.hardest_negative_A.double(), tile.hardest_positive_A.double()
     sums = {
@@ -242,13 +265,15 @@ def _add_stats(stats: dict[str, torch.Tensor], tile: Tile, mined: Mined, num_bat
         "with_positive": hardest_positive_A.isfinite().double(),
         "hardest_positive": hardest_positive_A.nan_to_num(0, 0, 0),
     }
+    if placed.near_A is not None:
+        sums["near"] = negatives_A3[:, 3]
     for name, values_A in sums.items():
         stats[name] = stats.get(name, 0) + values_A.sum()
 
 
 def _figures(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Figures of mining over the global batch."""
-    return {
+    figures = {
         "mined_positives": sums["positives"] / sums["anchors"],
         "mined_negatives": sums["negatives"] / sums["anchors"],
         "trivial_anchors": sums["trivial"] / sums["anchors"],
@@ -257,3 +282,4 @@ def _figures(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "hardest_negative": sums["hardest_negative"] / sums["with_negative"].clamp(min=1),
         "hardest_positive": sums["hardest_positive"] / sums["with_positive"].clamp(min=1),
     }
+    return figures | {"near_negatives": sums["near"] / sums["anchors"]} if "near" in sums else figures

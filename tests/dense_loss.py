@@ -15,13 +15,15 @@ class Batch:
     ids_R: torch.Tensor
     weight_R: torch.Tensor
     live: bool
+    near_NR: torch.Tensor | None = None  # pairs whose places are too near to be negatives
 
     def pairs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Similarities, positives and negatives [N, R]; the first N references are the anchors' own copies."""
         same = self.ids_N[:, None] == self.ids_R
         own = torch.zeros_like(same)
         own[:, : len(self.ids_N)] = torch.eye(len(self.ids_N), dtype=torch.bool)
-        return self.anchors_ND @ self.references_RD.T, same & ~own, ~same
+        apart = ~same if self.near_NR is None else ~same & ~self.near_NR
+        return self.anchors_ND @ self.references_RD.T, same & ~own, apart
 
 
 def distance(similarity: torch.Tensor) -> torch.Tensor:

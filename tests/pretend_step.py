@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
@@ -18,6 +20,8 @@ from configs.schema import Recipe
 from data_pipeline import images, warp
 from data_pipeline.loader import PlaceBatch
 from memory.global_loss import GlobalLoss
+from memory.near_places import NearPlaces
+from memory.place_sets import PlaceSets
 from model.network import PlaceModel, build_model
 from tests.pretend_device import HERE, Device, moved, pretend_device
 from trainer.batches import draw_augmentation
@@ -79,7 +83,7 @@ def batch_of(recipe: Recipe, number: int, *, rank: int = 0, world_size: int = 1,
     """The batch of a step as the loader hands it over: some places return after three steps."""
     data = recipe.data
     share = data.places_per_batch // world_size
-    places = number % 3 * data.places_per_batch + torch.arange(data.places_per_batch)
+    places = _places_of(recipe, number)
     ids_N = places.repeat_interleave(data.images_per_place)
     own = slice(rank * share * data.images_per_place, (rank + 1) * share * data.images_per_place)
     ids_B, views_B = ids_N[own].clone(), torch.arange(data.images_per_place).repeat(share)
@@ -90,20 +94,48 @@ def batch_of(recipe: Recipe, number: int, *, rank: int = 0, world_size: int = 1,
     return PlaceBatch(pixels_B3HW.pin_memory() if pin else pixels_B3HW, ids_B, views_B, ids_N, drawn)
 
 
+def _parts(recipe: Recipe) -> list[int]:
+    return list(recipe.data.places_of_sets.values()) or [recipe.data.places_per_batch]
+
+
+def _first_places(recipe: Recipe) -> list[int]:
+    """The first place of each set, and the number of all: three steps' worth of each."""
+    return np.cumsum([0, *(3 * places for places in _parts(recipe))]).tolist()
+
+
+def _places_of(recipe: Recipe, number: int) -> torch.Tensor:
+    """The places of a step, in the plan's blocks."""
+    parts = [
+        first + number % 3 * places + torch.arange(places)
+        for first, places in zip(_first_places(recipe), _parts(recipe), strict=False)
+    ]
+    blocks = math.gcd(*_parts(recipe))
+    return torch.cat([part.view(blocks, -1) for part in parts], dim=1).flatten()
+
+
 class Steps:
     """A training's steps without what surrounds them."""
 
     def __init__(self, recipe: Recipe, model: PlaceModel, rank: Rank) -> None:
         """`model` is the recipe's, where it shall be."""
         self.recipe, self.rank = recipe, rank
+        sets, near = None, None
+        if names := list(recipe.data.places_of_sets):
+            sets = PlaceSets(names, _first_places(recipe), [1.0] * len(names))
+        if metres := recipe.memory.min_negative_m:
+            points = torch.rand(_first_places(recipe)[-1], 3, generator=torch.Generator().manual_seed(0))
+            near = NearPlaces(1000 * points, metres).to(rank.device)
         built, trainer.state.build_model = trainer.state.build_model, lambda *_, **__: model  # type: ignore[assignment]
         try:
-            self.state: TrainingState = build_state(recipe, rank, images_per_rank=PLACES * VIEWS // rank.world_size)
+            self.state: TrainingState = build_state(
+                recipe, rank, images_per_rank=PLACES * VIEWS // rank.world_size, sets=sets
+            )
         finally:
             trainer.state.build_model = built
         watchdog = SimpleNamespace(enter=lambda *_: None)
         context: Any = SimpleNamespace(recipe=recipe, watchdog=watchdog)
-        self.step = TrainingStep(context, GlobalLoss(recipe.loss, recipe.memory), self.state, steps_per_epoch=100)
+        loss = GlobalLoss(recipe.loss, recipe.memory, near=near, sets=sets)
+        self.step = TrainingStep(context, loss, self.state, steps_per_epoch=100)
 
     def next(self) -> StepOutcome:
         """The next step of the training, with three votes."""

@@ -38,6 +38,12 @@ BUDGET = {  # of a step after the first, by engine.zero_stage
 }
 
 
+OF_TWO_SETS = {
+    **{"composition": "sets", "shards": "data/shards"},
+    **{"sets": {"a": "x", "b": "y"}, "set_places": {"a": 4, "b": 2}},
+}
+
+
 def waits_of_a_step(steps: Steps, device: Device, count: int = 3) -> tuple[Counter[str], list[tuple[float, float]]]:
     """Waits of the last step by line, and loss and gradient norm of each."""
     found = []
@@ -74,6 +80,9 @@ def check_no_setting_adds_a_wait() -> None:
         {"memory": {"in_batch": "detached"}, "engine": {"encode_chunks": 3}},
         {"memory": {"decay": "measured", "drift_every": 5, "drift_images": 4}},
         {"memory": {"size": 0}, "data": {"augmentation": "none"}, "loss": {"name": "ContrastiveLoss"}},
+        {"memory": {"min_negative_m": 500}},
+        {"data": OF_TWO_SETS, "memory": {"placement": "sharded", "min_negative_m": 500}},
+        {"data": OF_TWO_SETS, "memory": {"queue_over": "all"}},
         {"engine": {"activation_checkpointing": True}},
         {"loss": {"guided_weight": 0.5}, "model": {"finetune_last_n_blocks": 2}, "engine": {"encode_chunks": 2}},
     ]

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from pytorch_metric_learning import losses, miners
 
 from configs.schema import LossConfig, MemoryConfig
+from data_pipeline.utm import on_ellipsoid
 from memory.global_loss import GlobalLoss
+from memory.near_places import NearPlaces
 from memory.queue import MemoryQueue
 from memory.strategies import InTiles
 from tests.dense_loss import Batch, dense_loss
@@ -41,6 +43,7 @@ class Case:
     places: int = PLACES
     seed: int = 1
     dtype: torch.dtype = torch.float64
+    min_negative_m: float = 0
 
     def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Seeded inputs [N, IN]; images of a place are alike, some places have one image alone."""
@@ -56,8 +59,23 @@ class Case:
 
     def memory(self) -> MemoryConfig:
         return MemoryConfig(
-            size=self.size, placement=self.placement, in_batch=self.in_batch, decay_lambda=self.decay_lambda
+            size=self.size,
+            placement=self.placement,
+            in_batch=self.in_batch,
+            decay_lambda=self.decay_lambda,
+            min_negative_m=self.min_negative_m,
         )
+
+    def points(self) -> torch.Tensor:
+        """Where the places are [n, 3], metres from the Earth's centre: in two squares of 150 m, far from each other.
+
+        In steps of 1/8 m, as `NearPlaces` keeps them.
+        """
+        generator = torch.Generator().manual_seed(self.seed + 100)
+        metres = 150 * torch.rand(self.places, 2, generator=generator, dtype=torch.float64)
+        lat = 38.7 + metres[:, 0] / 111_000
+        lon = torch.where(torch.arange(self.places) % 3 > 0, -9.1, 151.2) + metres[:, 1] / 87_000
+        return (torch.from_numpy(on_ellipsoid(lat.numpy(), lon.numpy())) * 8).round() / 8
 
     def config(self) -> LossConfig:
         return LossConfig(name=self.loss, miner=self.miner, args=MS if self.loss == "MultiSimilarityLoss" else {})
@@ -72,7 +90,9 @@ def compare(case: Case, rtol: float, atol: float) -> str:
     rank, world = dist.get_rank(), dist.get_world_size()
     weight = projection(case.dtype).requires_grad_()
     queue = MemoryQueue(case.size, OUT, placement=case.placement).to(case.dtype)
-    global_loss = GlobalLoss(case.config(), case.memory(), engine_reduces=case.engine_reduces)
+    points = case.points()
+    near = NearPlaces(points, case.min_negative_m) if case.min_negative_m else None
+    global_loss = GlobalLoss(case.config(), case.memory(), engine_reduces=case.engine_reduces, near=near)
     assert isinstance(global_loss.strategy, InTiles)
     global_loss.strategy.tiled.tile_bytes = case.tile_bytes
     stored: list[tuple[torch.Tensor, int, int]] = []
@@ -90,14 +110,21 @@ def compare(case: Case, rtol: float, atol: float) -> str:
         live = case.in_batch == "live"
         memory = torch.stack([d for d, _, _ in stored]).double() if stored else descriptors[:0].detach()
         age = torch.tensor([step - s for _, _, s in stored], dtype=torch.float64)
+        ids_R = torch.cat([ids, torch.tensor([i for _, i, _ in stored], dtype=torch.int64)])
+        apart_NR = (points[ids][:, None] - points[ids_R]).norm(dim=2)
         batch = Batch(
             descriptors,
             ids,
             torch.cat([descriptors if live else descriptors.detach(), memory]),
-            torch.cat([ids, torch.tensor([i for _, i, _ in stored], dtype=torch.int64)]),
+            ids_R,
             torch.cat([torch.ones(len(x), dtype=torch.float64), torch.exp(-case.decay_lambda * age)]),
             live,
+            apart_NR < case.min_negative_m if near else None,
         )
+        if near:
+            left_out = ((apart_NR < case.min_negative_m) & (ids[:, None] != ids_R)).sum(1).double().mean()
+            if not torch.equal(out.stats["near_negatives"], left_out):
+                return f"{case}\nstep {step}: {out.stats['near_negatives']} pairs an anchor left out, not {left_out}"
         expected = dense_loss(case.loss, case.miner, batch)
         expected_embedding_grad, expected_gradient = torch.autograd.grad(expected, [descriptors, other])
         for what, value, right in (
@@ -130,6 +157,16 @@ def check_every_combination_equals_one_process() -> None:
         LOSSES, MINERS, ("replicated", "sharded"), ("live", "detached")
     ):
         assert_same(Case(loss, miner, placement, in_batch))
+
+
+def check_near_places_are_no_negatives() -> None:
+    """Every loss and miner; pairs left out are counted, and about a quarter of the others are."""
+    for loss, miner, placement, in_batch in itertools.product(
+        LOSSES, MINERS, ("replicated", "sharded"), ("live", "detached")
+    ):
+        assert_same(Case(loss, miner, placement, in_batch, min_negative_m=60, steps=5))
+    assert_same(Case(min_negative_m=1e5, places=4, size=0, steps=3))  # nothing but far squares is left
+    assert_same(Case(min_negative_m=60, dtype=torch.float32, steps=5), rtol=1e-5, atol=1e-5)
 
 
 def check_no_queue_and_a_batch_larger_than_the_queue() -> None:
@@ -166,6 +203,7 @@ def check_any_sizes_labels_and_seeds() -> None:
             tile_bytes=st.sampled_from([1, 2000, 1 << 20]),
             places=st.integers(1, 12),
             seed=st.integers(0, 1 << 16),
+            min_negative_m=st.sampled_from([0, 0, 20, 90]),
         )
     )
     def run(case: Case) -> None:

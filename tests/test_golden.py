@@ -44,6 +44,7 @@ def curve(folder: Path, name: str, **changes: dict[str, Any]) -> list[list[float
         "model": {"backbone": "tiny14", "weights": "random", "aggregator": "gem", "finetune_last_n_blocks": 3},
         "memory": {"size": 100, "start_epoch": 1.5},
         "optim": {"lr": 1e-3, "warmup_steps": 5, "weight_decay": 0.05},
+        "loss": {},
         "engine": {},
         "trainer": {"epochs": 99, "max_steps": STEPS, "validate_every_epochs": 0},
         "tracking": {"enabled": False},

@@ -105,9 +105,9 @@ def check_resumable(checkpoint: Path, recipe: Recipe, dataset: str | None) -> No
     trained_on = _stored_progress(checkpoint).dataset
     if dataset is not None and trained_on != dataset:
         raise CheckpointError(
-            f"{checkpoint} was trained on shards with digest {trained_on}, data.shards, data.mix and data.held_out now "
-            f"have {dataset}: the order of data would be another; resume with the same, or export the network and "
-            "start from it with model.weights"
+            f"{checkpoint} was trained on shards with digest {trained_on}, data.shards, data.mix, data.sets and "
+            f"data.held_out now have {dataset}: the order of data would be another; resume with the same, "
+            "or export the network and start from it with model.weights"
         )
     recipe_changes(recipe, checkpoint)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from configs.schema import Recipe
 from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
+from data_pipeline.place_positions import points_for
 from data_pipeline.storage import StorageError, is_remote
 from eval.benchmarks.load import load_benchmarks
 from trainer.checkpoint_folder import find_checkpoint, newest_valid
@@ -54,6 +55,12 @@ def images_per_rank(recipe: Recipe, world_size: int) -> int:
             f"data.places_per_batch {places} is not divisible by {world_size} ranks; nearest: {low} or "
             f"{low + world_size}"
         )
+    if (places // recipe.data.places_per_block) % world_size:
+        of_sets = ", ".join(f"{name} {number}" for name, number in recipe.data.places_of_sets.items())
+        raise ValueError(
+            f"data.sets: a batch takes {of_sets} places, which {world_size} ranks cannot share evenly; each must be a "
+            f"multiple of {world_size}"
+        )
     images = places // world_size * recipe.data.images_per_place
     if chunks > images:
         raise ValueError(
@@ -77,6 +84,8 @@ def check_data(
     if places:
         mixture = places
         plans = faults.of(lambda: EpochPlans(mixture, recipe.data, seed=recipe.seed))
+        if metres := recipe.memory.min_negative_m:
+            faults.of(lambda: points_for(mixture.sets, "memory.min_negative_m", metres))
     for spec in recipe.eval.benchmarks:
         faults.of(partial(load_benchmarks, [spec], recipe.eval.data_root))
     faults.of(lambda: _check_output(recipe, resume=resume, checkpoint=checkpoint))
@@ -96,7 +105,7 @@ def check_start(recipe: Recipe, world_size: int, *, resume: bool) -> None:
 
     Nothing is asked of servers. Raises FileNotFoundError where only files are missing.
     """
-    if any(is_remote(location) for location in (recipe.data.shards, *recipe.data.mix)):
+    if any(is_remote(location) for location in recipe.data.locations.values()):
         return
     faults = Faults()
     check_data(recipe, world_size, faults, resume=resume)

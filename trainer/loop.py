@@ -17,7 +17,6 @@ from data_pipeline.folder_lock import held_by_rank_0
 from eval.benchmarks.load import load_benchmarks
 from eval.report.tables import write_results
 from eval.result import Result
-from memory.global_loss import GlobalLoss
 from trainer.batches import Batches
 from trainer.checkpoint_folder import find_checkpoint
 from trainer.context import main_rank_says, open_context
@@ -26,6 +25,7 @@ from trainer.fit_projection import fit_projection
 from trainer.hard_places import HardPlaces
 from trainer.held_out import held_out_benchmark
 from trainer.metrics import StepMetrics
+from trainer.place_loss import build_loss, place_sets
 from trainer.process_group import Rank
 from trainer.profile import StepProfile
 from trainer.progress import progress_bar
@@ -64,19 +64,20 @@ class Training:
         num_images = images_per_rank(recipe, rank.world_size)
         checkpoint = checkpoint_to_resume(recipe, resume, say)
         start_time.part_done("checkpoint")
-        loss = GlobalLoss(recipe.loss, recipe.memory)
-        if loss.note:
-            say(f"[yellow]{loss.note}")
         if checkpoint is None and (note := note_export(Path(recipe.model.weights))):
             say(f"[yellow]{escape(note)}")
         benchmarks = load_benchmarks(recipe.eval.benchmarks, recipe.eval.data_root)
         self.recipe, self.rank = recipe, rank
         self.batches = Batches(recipe, rank)
+        sets = place_sets(recipe, self.batches.places)
+        loss = build_loss(recipe, self.batches.places, sets, rank.device)
+        if loss.note:
+            say(f"[yellow]{loss.note}")
         if len(held_out := self.batches.plans.held_out):
             places, reader = self.batches.places, self.batches.reader
             benchmarks = [held_out_benchmark(recipe, places, held_out, reader, rank), *benchmarks]
         start_time.part_done("index")
-        self.state = build_state(recipe, rank, images_per_rank=num_images)
+        self.state = build_state(recipe, rank, images_per_rank=num_images, sets=sets)
         start_time.part_done("model")
         changes = restore(self.state, recipe, rank, checkpoint, dataset=self.batches.dataset, say=say)
         if checkpoint is None and (fitted := fit_projection(self.state, self.batches, recipe)):

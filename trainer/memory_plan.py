@@ -317,13 +317,13 @@ def _memory_parts(recipe: Recipe, size: int, ranks: int) -> list[Part]:
     memory, data = recipe.memory, recipe.data
     batch = data.places_per_batch * data.images_per_place
     shards = ranks if memory.placement == "sharded" else 1
-    queue = memory.size * FP32 * size / shards + memory.size * 16
-    loss = recipe.loss.name
-    arrays = LOSSES.build(loss, recipe.loss.args).arrays if is_for_tiles(LOSSES, loss) else 4
+    name = recipe.loss.name
+    arrays = LOSSES.build(name, recipe.loss.args).arrays if is_for_tiles(LOSSES, name) else 4
     anchors, columns = batch if shards > 1 else batch // ranks, (batch + memory.size) / shards
-    tile = min(memory.tile_mb << 20, anchors * columns * FP32 * arrays)
+    column = max(FP32 * arrays, 13 if memory.min_negative_m else 0)  # or similarity, float64 distance and answer
+    tile = min(memory.tile_mb << 20, anchors * columns * column)
     parts = [
-        Part("queue", queue),
+        Part("queue", memory.size * FP32 * size / shards + memory.size * 16),
         Part("loss", tile + 4 * batch * size * FP32 + 24 * (batch + memory.size), phases=("loss",)),
     ]
     if memory.size and memory.drift_every:

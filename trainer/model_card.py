@@ -104,7 +104,7 @@ def _body(recipe: Recipe, figures: Figures, name: str, numbers: int, usage: str,
     )
     yield f"Images: RGB, {pixel_rule(as_trained(recipe.eval, data))}, ImageNet's mean and deviation.\n"
     yield f"## Use\n\n```python\n{usage}\n```\n"
-    sets = ", ".join([data.shards, *data.mix])
+    sets = ", ".join(data.locations.values())
     yield "## Training\n"
     if figures.dataset:
         yield (

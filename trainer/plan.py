@@ -19,6 +19,7 @@ from trainer.feeding import RANKS_OF_A_NODE, Feeding, feeding_lines, find_feedin
 from trainer.first_checks import images_per_rank
 from trainer.flops import model_flops, peak_tflops, step_flops
 from trainer.memory_plan import GB, MemoryPlan, Sizes, bytes_sent, parameter_sizes, plan_memory
+from trainer.places_plan import place_lines
 
 SUSTAINED = 0.4  # share of a GPU's peak that a training is taken to reach where --tflops is not given
 MEASURE_S = 0.5
@@ -80,17 +81,21 @@ def measured_tflops() -> float:
     return products * 2 * side**3 / (time.perf_counter() - began) / 1e12
 
 
-def count_steps(recipe: Recipe, places: PlaceMixture | None) -> tuple[int | None, int | None, float, str]:
-    """Steps of an epoch and in all, bytes of the shard sets, and how they are known."""
+def count_steps(
+    recipe: Recipe, places: PlaceMixture | None
+) -> tuple[int | None, int | None, float, str, EpochPlans | None]:
+    """Steps of an epoch and in all, bytes of the shard sets, how they are known, and the plans if shards are here."""
+    where = ", ".join(recipe.data.locations.values())
     if places is None:
         total = recipe.trainer.max_steps or None
-        return None, total, math.inf, f"no shard index at {recipe.data.shards}: the steps of an epoch are not known"
-    per_epoch = EpochPlans(places, recipe.data, seed=recipe.seed).num_steps
+        return None, total, math.inf, f"no shard index at {where}: the steps of an epoch are not known", None
+    plans = EpochPlans(places, recipe.data, seed=recipe.seed)
+    per_epoch = plans.num_steps
     num_bytes = float(sum(int(index.size.sum()) for index in places.sets))
     total = recipe.trainer.epochs * per_epoch
     if recipe.trainer.max_steps:
         total = min(total, recipe.trainer.max_steps)
-    return per_epoch, total, num_bytes, f"from the index of {recipe.data.shards}"
+    return per_epoch, total, num_bytes, f"from the index of {where}", plans
 
 
 def _places(recipe: Recipe) -> PlaceMixture | None:
@@ -112,6 +117,7 @@ class TrainingPlan:
     steps_per_epoch: int | None
     total_steps: int | None
     steps_from: str
+    about_places: tuple[str, ...]
     sent: dict[str, float]
     flops: float  # of a rank in a step, with what is computed again
     seconds: float | None  # a step, computing alone
@@ -160,7 +166,7 @@ def plan(recipe: Recipe, assumed: Assumed, sizes: Sizes | None = None) -> Traini
     machine = find_machine(assumed, recipe, ranks)
     sizes = sizes or parameter_sizes(recipe)
     places = _places(recipe)
-    per_epoch, total, shard_bytes, source = count_steps(recipe, places)
+    per_epoch, total, shard_bytes, source, plans = count_steps(recipe, places)
     every = recipe.trainer.checkpoint_every_steps or per_epoch
     saves_between_steps = recipe.trainer.checkpoint_every_s != 0 or every is None or total is None or every < total
 
@@ -185,6 +191,7 @@ def plan(recipe: Recipe, assumed: Assumed, sizes: Sizes | None = None) -> Traini
         steps_per_epoch=per_epoch,
         total_steps=total,
         steps_from=source,
+        about_places=tuple(place_lines(recipe, plans)),
         sent=bytes_sent(recipe, sizes, ranks),
         flops=flops,
         seconds=seconds,
@@ -305,6 +312,7 @@ def summary_lines(planned: TrainingPlan) -> Iterator[str]:
     per_epoch = "?" if planned.steps_per_epoch is None else str(planned.steps_per_epoch)
     total = "?" if planned.total_steps is None else str(planned.total_steps)
     yield f"steps: {per_epoch} an epoch, {total} in all ({planned.steps_from})"
+    yield from planned.about_places
     sent = ", ".join(f"{name} {num_bytes / 1e6:.1f}" for name, num_bytes in planned.sent.items())
     if planned.recipe.data.access == "stream":
         yield stream_line(planned.recipe, planned.ranks, planned.shard_bytes)

@@ -21,6 +21,8 @@ FIXED = (
     "data.access",
     "data.stream_buffer_places",
     "data.stream_lanes",
+    "data.set_places",
+    "data.sub_batch",
     "data.repeat",
     "data.hard_share",
     "data.hard_every_steps",
@@ -34,6 +36,7 @@ FIXED = (
     "model.lora_alpha",
     "model.lora_targets",
     "memory.size",
+    "memory.queue_over",
     "engine.precision",
     "optim.name",
 )

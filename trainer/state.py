@@ -12,9 +12,12 @@ from configs.image_size import height_width
 from configs.schema import Recipe
 from data_pipeline.hard_plan import Composed
 from memory.drift import DriftProbe
+from memory.place_sets import PlaceSets
 from memory.queue import MemoryQueue
+from memory.set_queues import SetQueues
 from model.network import PlaceModel, build_model
 from trainer.engine import build_engine, partitioner, whole_numel
+from trainer.place_loss import build_queue
 from trainer.process_group import Rank
 
 
@@ -43,7 +46,7 @@ class TrainingState:
     """The parts of a training that change, the same objects from its start to its end."""
 
     engine: Any  # deepspeed.DeepSpeedEngine, which ships no types
-    queue: MemoryQueue
+    queue: MemoryQueue | SetQueues
     drift: DriftProbe | None
     progress: Progress
     composed: Composed | None = None  # hard places: the steps of this epoch that are composed so far
@@ -60,15 +63,15 @@ class TrainingState:
         return sum(n for n, trained in numel if trained), sum(n for n, _ in numel)
 
 
-def build_state(recipe: Recipe, rank: Rank, *, images_per_rank: int) -> TrainingState:
+def build_state(recipe: Recipe, rank: Rank, *, images_per_rank: int, sets: PlaceSets | None = None) -> TrainingState:
     """The state of a training before its first step, on this rank; torch's random state becomes the rank's own.
 
-    Raises what `build_model` raises. Every rank must call this.
+    `sets` are the data sets that have a loss each. Raises what `build_model` raises. Every rank must call this.
     """
     model = build_model(recipe.model, seed=recipe.seed, partition=partitioner(recipe.engine))
     model.activation_checkpointing = recipe.engine.activation_checkpointing
     size = model.descriptor_size
-    queue = MemoryQueue(recipe.memory.size, size, rank.device, placement=recipe.memory.placement)
+    queue = build_queue(recipe, size, rank.device, sets)
     drift = _drift_probe(recipe, size, rank.device)
     engine = build_engine(model, engine=recipe.engine, optim=recipe.optim, images_per_rank=images_per_rank)
     torch.manual_seed(recipe.seed + rank.rank)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,21 +12,38 @@ from pydantic import Field, model_validator
 from configs.image_size import ImageSize
 from configs.schema.section import NonNegative, Positive, Section
 
+NO_SET = "data/shards"  # where nothing else is said
+
 
 class DataConfig(Section):
     """Training data: which shards, how a batch is composed, how its images are prepared."""
 
     shards: str = Field(
-        "data/shards", description="Shard set: the folder that holds index.parquet, or its URL (https://, s3://)."
+        NO_SET, description="Shard set: the folder that holds index.parquet, or its URL (https://, s3://)."
     )
     mix: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="Further shard sets, and how often an epoch sees their places: 0.5 half of them, 2 all twice.",
     )
+    sets: dict[str, str] = Field(
+        default_factory=dict,
+        description="composition sets: shard sets by name (gsv data/gsv msls s3://bucket/msls), in the place of "
+        "data.shards.",
+    )
+    set_places: dict[str, Positive] = Field(
+        default_factory=dict,
+        description="composition sets: places of each set in a batch, by its name; empty: places_per_batch in even "
+        "parts.",
+    )
+    sub_batch: Literal["city", "mixed"] = Field(
+        "city", description="composition sets: a set's part of a batch comes from one city of it, or from all (mixed)."
+    )
     places_per_batch: Positive = Field(64, description="P, places in a global batch (over all ranks).")
     images_per_place: Annotated[int, Field(ge=2)] = Field(4, description="K, views drawn of each place.")
-    composition: Literal["city", "mixed"] = Field(
-        "city", description="city: a batch comes from one city (GSV-Cities' recipe, harder negatives); mixed: from all."
+    composition: Literal["city", "mixed", "sets"] = Field(
+        "city",
+        description="city: a batch comes from one city (GSV-Cities' recipe, harder negatives); mixed: from all; sets: "
+        "a part from each of data.sets, with a loss of its own (MegaLoc's).",
     )
     repeat: dict[str, Positive] = Field(
         default_factory=dict, description="Times that each place of a city is seen in an epoch, where not once."
@@ -107,6 +126,63 @@ class DataConfig(Section):
     max_bad_images: NonNegative = Field(
         100, description="Unreadable images that are replaced by another view of the same place before the run stops."
     )
+
+    @property
+    def locations(self) -> dict[str, str]:
+        """The shard sets that are read, in order, by name: that of data.sets, or the location itself."""
+        if self.composition == "sets":
+            return dict(self.sets)
+        return {location: location for location in (self.shards, *self.mix)}
+
+    @property
+    def places_of_sets(self) -> dict[str, int]:
+        """Places of each of data.sets in a global batch; empty for other compositions."""
+        if self.composition != "sets":
+            return {}
+        even = self.places_per_batch // len(self.sets)
+        return {name: self.set_places.get(name, even) for name in self.sets}
+
+    @property
+    def places_per_block(self) -> int:
+        """Places of a batch that stay together on a rank: a batch is made of such blocks, all of one composition."""
+        of_sets = self.places_of_sets.values()
+        return self.places_per_batch // math.gcd(*of_sets) if of_sets else 1
+
+    @model_validator(mode="after")
+    def _sets_make_batches(self) -> DataConfig:
+        if self.composition != "sets":
+            for key in ("sets", "set_places"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} is for composition sets, and composition is {self.composition}")
+            return self
+        faults = []
+        if not self.sets:
+            faults.append("composition sets needs sets, shard sets by name: --data.sets gsv data/gsv msls data/msls")
+        if bad := [name for name in self.sets if not re.fullmatch(r"[\w.-]+", name)]:
+            faults.append(f"sets: {bad[0]!r} is not a plain name; letters, digits, '.', '_' and '-' are")
+        if self.shards != NO_SET:
+            faults.append(f"shards {self.shards} is not read with composition sets; name it in sets")
+        for key, instead in (("mix", "sets"), ("repeat", "set_places"), ("fit", "places_per_batch")):
+            if getattr(self, key):
+                faults.append(f"{key} does not go with composition sets; use {instead}")
+        faults += self._set_places_faults() if self.sets else []
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _set_places_faults(self) -> list[str]:
+        if not self.set_places:
+            if self.places_per_batch % len(self.sets):
+                return [
+                    f"places_per_batch {self.places_per_batch} is not divisible by {len(self.sets)} sets; say how many "
+                    "places each has in set_places"
+                ]
+            return []
+        if odd := sorted(set(self.sets) ^ set(self.set_places)):
+            return [f"set_places and sets must name the same sets, and {odd[0]} is in one alone"]
+        if (total := sum(self.set_places.values())) != self.places_per_batch:
+            return [f"set_places add up to {total}, places_per_batch is {self.places_per_batch}"]
+        return []
 
     @model_validator(mode="after")
     def _streams_agree(self) -> DataConfig:

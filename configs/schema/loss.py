@@ -38,3 +38,8 @@ class LossConfig(Section):
     guided_temperature: Annotated[float, Field(gt=0)] = Field(
         0.1, description="What the guided loss divides cosines by; lower looks at the nearest patches alone."
     )
+    set_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="data.composition sets: what the loss of a set is multiplied by before they are added up, by the "
+        "set's name; 1 where it is not said.",
+    )

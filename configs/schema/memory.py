@@ -28,6 +28,16 @@ class MemoryConfig(Section):
     decay_lambda: Annotated[float, Field(ge=0)] = Field(
         0.1, description="Larger forgets faster: half the weight is gone after 0.69 / lambda steps; 0 is no decay."
     )
+    queue_over: Literal["set", "all"] = Field(
+        "set",
+        description="data.composition sets: whether a set's images meet the queue's entries of their set or of all; "
+        "set divides M as data.set_places does.",
+    )
+    min_negative_m: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Metres: two places nearer than this are no negatives of each other, in batch and queue, over all "
+        "sets; 0 spares none. Needs coordinates in the index.",
+    )
     drift_every: NonNegative = Field(
         0, description="Steps between measurements of the queue's drift (stored images encoded again); 0 is never."
     )

@@ -57,6 +57,7 @@ class Recipe(Section):
             )
         if self.loss.guided_weight:
             self._check_guided()
+        self._check_sets()
         evaluated = self.eval.benchmarks or self.data.held_out
         if self.optim.schedule == "plateau" and not (trainer.validate_every_epochs and evaluated):
             raise ValueError(
@@ -79,6 +80,18 @@ class Recipe(Section):
             raise ValueError(
                 f"{key}: eval.rerank.layer {layer} is block {layer % depth} of {depth}, and blocks from "
                 f"{depth - trained} on are trained; raise model.finetune_last_n_blocks to {depth - layer % depth}"
+            )
+
+    def _check_sets(self) -> None:
+        """Raises ValueError for settings of data sets that nothing could follow."""
+        data, weights = self.data, self.loss.set_weights
+        if unknown := sorted(set(weights) - set(data.sets)):
+            raise ValueError(f"loss.set_weights names {unknown[0]}; data.sets has {', '.join(data.sets) or 'none'}")
+        twice = len(set(data.sets.values())) < len(data.sets)
+        if twice and self.memory.queue_over == "all" and self.memory.size and not self.memory.min_negative_m:
+            raise ValueError(
+                "data.sets names a shard set twice, whose places would be negatives of themselves in a queue over all; "
+                "use memory.queue_over set, or memory.min_negative_m"
             )
 
     @field_validator("name")

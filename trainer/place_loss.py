@@ -1,0 +1,43 @@
+"""What loss and queue need to know of a recipe's places: their data sets, and where they are."""
+
+from __future__ import annotations
+
+import torch
+
+from configs.schema import Recipe
+from data_pipeline.mixture import PlaceMixture
+from data_pipeline.place_positions import points_for
+from memory.global_loss import GlobalLoss
+from memory.near_places import NearPlaces
+from memory.place_sets import PlaceSets
+from memory.queue import MemoryQueue
+from memory.set_queues import SetQueues
+
+
+def place_sets(recipe: Recipe, places: PlaceMixture) -> PlaceSets | None:
+    """The data sets that have a loss each, None where one loss is of all."""
+    names = recipe.data.places_of_sets
+    if not names:
+        return None
+    weights = [recipe.loss.set_weights.get(name, 1.0) for name in names]
+    return PlaceSets(list(names), places.first_place.tolist(), weights)
+
+
+def build_loss(recipe: Recipe, places: PlaceMixture, sets: PlaceSets | None, device: torch.device) -> GlobalLoss:
+    """The recipe's loss over all ranks, on a device. Raises what `GlobalLoss` and `points_for` raise."""
+    near = None
+    if metres := recipe.memory.min_negative_m:
+        points_n3 = points_for(places.sets, "memory.min_negative_m", metres)
+        near = NearPlaces(torch.from_numpy(points_n3), metres).to(device)
+    return GlobalLoss(recipe.loss, recipe.memory, near=near, sets=sets)
+
+
+def build_queue(
+    recipe: Recipe, descriptor_size: int, device: torch.device, sets: PlaceSets | None
+) -> MemoryQueue | SetQueues:
+    """The recipe's empty queue; one for each set if they have an own part, in proportion to their places of a batch."""
+    memory, data = recipe.memory, recipe.data
+    if sets is None or memory.queue_over == "all":
+        return MemoryQueue(memory.size, descriptor_size, device, placement=memory.placement)
+    sizes = [memory.size * places // data.places_per_batch for places in data.places_of_sets.values()]
+    return SetQueues(sizes, descriptor_size, sets, device, placement=memory.placement)
