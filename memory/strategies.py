@@ -48,7 +48,7 @@ def choose_strategy(
 ) -> Strategy:
     """Tiles for a loss and miner of LOSSES and MINERS that are made for them, the library for any other.
 
-    `near` is what memory.min_negative_m needs. Raises ValueError for a name, argument or combination that does not exist.
+    `near` is for memory.min_negative_m. Raises ValueError for a name, argument or combination that does not exist.
     """
     if is_for_tiles(LOSSES, loss.name) and is_for_tiles(MINERS, loss.miner):
         return InTiles(loss, memory, gradient_scale, near)

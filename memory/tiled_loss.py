@@ -81,7 +81,10 @@ class TiledLoss:
         for share, anchor_grad, batch_grad in zip(share_T, sums.anchor_grads, sums.batch_grads, strict=False):
             anchor_grad_AD += share.to(anchors_AD) * anchor_grad
             batch_grad_CD += share.to(anchors_AD) * batch_grad
-        return loss, _figures(stats), anchor_grad_AD, batch_grad_CD
+        figures = _figures(stats)
+        if self.near:
+            figures["near_negatives"] = stats["near"] / stats["anchors"]
+        return loss, figures, anchor_grad_AD, batch_grad_CD
 
     def _tiles(
         self, anchors_AD: torch.Tensor, batch_CD: torch.Tensor, pairing: Pairing, weight_A: torch.Tensor
@@ -273,7 +276,7 @@ def _add_stats(
 
 def _figures(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Figures of mining over the global batch."""
-    figures = {
+    return {
         "mined_positives": sums["positives"] / sums["anchors"],
         "mined_negatives": sums["negatives"] / sums["anchors"],
         "trivial_anchors": sums["trivial"] / sums["anchors"],
@@ -282,4 +285,3 @@ def _figures(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "hardest_negative": sums["hardest_negative"] / sums["with_negative"].clamp(min=1),
         "hardest_positive": sums["hardest_positive"] / sums["with_positive"].clamp(min=1),
     }
-    return figures | {"near_negatives": sums["near"] / sums["anchors"]} if "near" in sums else figures
