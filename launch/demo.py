@@ -65,7 +65,7 @@ def _render(console: Console, recipe: Recipe, seed: int) -> None:
     if not (reused := town_is_current(folder, town)):
         with progress_bar(console, "town", town.images) as update:
             render_town(folder, town, on_progress=update)
-    what = f"{town.places} places to train on, {town.held_out_places} held out, {town.images:,} images"
+    what = f"{town.places} places, {town.held_out_places} held out, {town.images:,} images"
     console.print(f"[bold]town[/]    {folder}: {what}; {'used again' if reused else 'rendered'}", highlight=False)
 
 
