@@ -113,7 +113,8 @@ def measure_stores(
 
 
 def _config(data: DataConfig, address: str, way: str) -> DataConfig:
-    options = data.model_dump() | {"shards": address, "access": way, "composition": "mixed"}
+    lanes = max(lanes for lanes in range(1, 5) if data.places_per_batch % lanes == 0)
+    options = data.model_dump() | {"shards": address, "access": way, "composition": "mixed", "stream_lanes": lanes}
     return DataConfig.model_validate(options)
 
 

@@ -194,6 +194,11 @@ def test_s3_serves_an_epoch_and_an_outage_loses_nothing(shards: Path, s3: tuple)
     assert_same(received, expected)
 
 
+def test_s3_serves_whole_tars_in_order(shards: Path, s3: tuple) -> None:
+    streamed = {"access": "stream", "composition": "mixed", "stream_buffer_places": 12}
+    assert_same(list(batches(config("s3://places/set", **streamed))), list(batches(config(shards, **streamed))))
+
+
 def _restart(server: object, port: int) -> None:
     server._port = port  # type: ignore[attr-defined]
     server.start()  # type: ignore[attr-defined]
