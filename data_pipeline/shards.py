@@ -124,7 +124,8 @@ def write_shards(
     def job(number: int, start: int, stop: int) -> TarJob:
         name = f"shards/train-{number:06d}.tar"
         first, last = int(listing.place_starts[start]), int(listing.place_starts[stop])
-        images = listing.images.slice(first, last - first)
+        # A slice is sent to another process with all of the table behind it; what is taken stands alone.
+        images = listing.images.slice(first, last - first).take(np.arange(last - first))
         return TarJob(
             source=source.part(images),
             out=out,

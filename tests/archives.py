@@ -42,6 +42,16 @@ class Sets:
     loose_table: Path
     archives: Path
 
+    filling: int = 0
+
+    def photo(self, name: str) -> bytes:
+        """The bytes of a photograph."""
+        return photo(self._number[name], self.filling)
+
+    @functools.cached_property
+    def _number(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
     @functools.cached_property
     def names(self) -> list[str]:
         """The photographs' paths, in the order of the table."""
@@ -58,21 +68,25 @@ def of_set(out: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(out).items() if name.startswith(("shards/", "index."))}
 
 
-def _write(folder: Path, names: list[str], table: list[str], loose_table: list[str], filling: int = 0) -> Sets:
+def _write(
+    folder: Path, names: list[str], table: list[str], loose_table: list[str], filling: int = 0, is_loose: bool = True
+) -> Sets:
     loose = folder / "loose"
-    for number, name in enumerate(names):
+    for number, name in enumerate(names if is_loose else []):
         path = loose / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(photo(number, filling))
-    sets = Sets(loose, folder / "train.csv", folder / "paths" / "train.csv", folder / "archives")
-    sets.archives.mkdir()
+    sets = Sets(loose, folder / "train.csv", folder / "paths" / "train.csv", folder / "archives", filling)
+    sets.archives.mkdir(parents=True)
     sets.loose_table.parent.mkdir()
     sets.table.write_text("\n".join(table) + "\n")
     sets.loose_table.write_text("\n".join(loose_table) + "\n")
     return sets
 
 
-def gldv2(folder: Path, *, images: int = 120, tars: int = 4, landmarks: int = 25, filling: int = 0) -> Sets:
+def gldv2(
+    folder: Path, *, images: int = 120, tars: int = 4, landmarks: int = 25, filling: int = 0, is_loose: bool = True
+) -> Sets:
     """Landmarks scattered over images_000.tar ... with members a/b/c/id.jpg; train.csv of id, url, landmark_id."""
     rng = np.random.default_rng(0)
     ids = [hashlib.sha256(f"{number}".encode()).hexdigest()[:16] for number in range(images)]
@@ -80,7 +94,7 @@ def gldv2(folder: Path, *, images: int = 120, tars: int = 4, landmarks: int = 25
     names = [f"{key[0]}/{key[1]}/{key[2]}/{key}.jpg" for key in ids]
     table = [f"{key},http://example.org/{key}.jpg,{place}" for key, place in zip(ids, places, strict=True)]
     loose = [f"{name},{place}" for name, place in zip(names, places, strict=True)]
-    sets = _write(folder, names, ["id,url,landmark_id", *table], ["path,place", *loose], filling)
+    sets = _write(folder, names, ["id,url,landmark_id", *table], ["path,place", *loose], filling, is_loose)
     for number in range(tars):
         write_tar(sets.archives / f"images_{number:03d}.tar", sets, names[number::tars])
     return sets
@@ -105,7 +119,7 @@ def osv5m(folder: Path, *, images: int = 120, archives: int = 4, webdataset: boo
             method = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED
             with zipfile.ZipFile(sets.archives / f"{number:02d}.zip", "w", method) as file:
                 for name in some:
-                    file.writestr(name, (sets.loose / name).read_bytes())
+                    file.writestr(name, sets.photo(name))
     return sets
 
 
@@ -113,7 +127,7 @@ def write_tar(path: Path, sets: Sets, names: list[str], *, beside: str = "", mod
     """A tar of loose files; with `beside`, each with a JSON of that suffix."""
     with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
         for name in names:
-            add(tar, name, (sets.loose / name).read_bytes())
+            add(tar, name, sets.photo(name))
             if beside:
                 add(tar, str(Path(name).with_suffix(beside)), json.dumps({"name": name}).encode())
 

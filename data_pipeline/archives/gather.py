@@ -35,7 +35,7 @@ from data_pipeline.folder_lock import FolderLock, LockedError
 from data_pipeline.storage import RangeReader, is_remote
 
 MEMBERS_A_CHUNK = 100_000
-LOCAL_WINDOW, SEQUENCE_WINDOW, SEQUENCE_AHEAD = 4096, 4 * 2**20, 2
+LOCAL_WINDOW, LOCAL_SEQUENCE, REMOTE_SEQUENCE, SEQUENCE_AHEAD = 4096, 2**19, 4 * 2**20, 2
 _WAIT_S = 1.0
 
 
@@ -114,7 +114,8 @@ def _read(archive: Archive, how: Gathering, stop: threading.Event) -> None:
     spill = how.spill or archive.is_compressed
     window, ahead = how.window, 0
     if spill or archive.is_zip:
-        window, ahead = SEQUENCE_WINDOW, SEQUENCE_AHEAD if spill else 0
+        window = REMOTE_SEQUENCE if is_remote(archive.location) else LOCAL_SEQUENCE
+        ahead = SEQUENCE_AHEAD if spill else 0
     elif not is_remote(archive.location):
         window = LOCAL_WINDOW
     chunk = _Open(archive, how, len(done), done[-1].after if done else 0, spill)
