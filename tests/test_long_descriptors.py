@@ -20,7 +20,6 @@ from eval.evaluate import evaluate
 from eval.index.build import build_index
 from eval.index.index import Index
 from eval.index.photo_list import list_source
-from launch.export_command import main as export
 from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
 from tests.checkpoints import write_checkpoint
@@ -73,7 +72,7 @@ def test_in_a_queue_its_plan_and_a_loss(made: tuple[Path, Recipe, int]) -> None:
     assert rows.grad.abs().max() > 0
     sizes = parameter_sizes(recipe)
     assert sizes.descriptor == size
-    (part,) = [part for part in plan_memory(recipe, sizes, ranks=1).parts if part.name == "queue"]
+    (part,) = [part for part in plan_memory(recipe, sizes=sizes, ranks=1, on_cpu=True).parts if part.name == "queue"]
     assert part.device == 1000 * (4 * size + 16)
 
 
@@ -95,9 +94,6 @@ def test_in_exports_and_in_mlflow(made: tuple[Path, Recipe, int]) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
     expected = rerankvpr.load(folder / "run", device="cpu").describe(images)
     assert expected.shape == (2, size)
-    assert export([str(folder / "run"), str(folder / "net.pt2")]) == 0
-    graph = torch.export.load(folder / "net.pt2").module()
-    np.testing.assert_allclose(graph(torch.from_numpy(images).permute(0, 3, 1, 2)), expected, atol=2e-6)
     exported = export_network(folder / "run" / "checkpoints" / "step-00000001", folder / "net.safetensors")
     assert np.array_equal(rerankvpr.load(exported.file, device="cpu").describe(images), expected)
     save_pyfunc(exported.file, recipe, folder / "model", "run", "m-1")
