@@ -38,8 +38,10 @@ def test_every_row_is_a_recipe_and_flags_that_exist(name: str) -> None:
     assert len(set(map(str, seen))) == len(seen)
     for row in plan.rows:
         assert row.training in plan.trainings
+        assert row.evaluation in plan.evaluations
         assert plan.row(row.against)
-        flags = [text for key, value in plan.evaluations[row.evaluation].items() for text in ablation._flag(key, value)]
+    for changes in plan.evaluations.values():
+        flags = [text for key, value in changes.items() for text in ablation._flag(key, value)]
         parse_flags(EvalCommand, ["--benchmarks", *plan.benchmarks, *flags], prog="eval")
     with pytest.raises(ValueError, match="no row 'nothing'; rows are base"):
         plan.row("nothing")
