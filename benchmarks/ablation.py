@@ -107,6 +107,8 @@ class Work:
         self.chosen = self._chosen()
         self.folder = options.out / f"{options.set}-{self.steps}-steps"
         self.root = options.out / "data" if options.set == "town" else options.data_root
+        self.source = self.root / ("town/train" if options.set == "town" else "places_mini")
+        self.shards = options.out / "shards" / options.set
         self.recipe = self._prepare()
 
     def _chosen(self) -> list[Row]:
@@ -200,9 +202,17 @@ class Work:
         for key, value in settings.items():
             section, _, name = key.partition(".")
             content[section][name] = value
+        content["data"]["sets"] = {city: str(self._shards_of(city)) for city in content["data"]["sets"]}
         (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         _rerankvpr("train", folder / "recipe.yaml")
         return time.monotonic() - began
+
+    def _shards_of(self, city: str) -> Path:
+        """The shard set of one city alone."""
+        shards = self.shards.with_name(f"{self.shards.name}-{city}")
+        if not (shards / "index.parquet").is_file():
+            _rerankvpr("shard", "gsv-cities", self.source, shards, "--cities", city)
+        return shards
 
     def _about(self, run: Run, changes: Settings, evaluation: str) -> dict[str, Any]:
         settings = {**self.plan.base, **changes, **dict(self.plan.evaluations.get(evaluation, {}))}
@@ -241,19 +251,16 @@ class Work:
         content = recipe.model_dump(mode="json")
         content["tracking"] |= {"enabled": False, "system_metrics_every_s": 0}
         content["eval"] |= {"benchmarks": [], "data_root": str(root)}
-        shards = self.options.out / "shards" / self.options.set
-        content["data"]["shards"] = str(shards)
+        content["data"]["shards"] = str(self.shards)
         if self.options.set == "town":
             _render_town(root / "town")
-            source = root / "town" / "train"
         else:
-            source = root / "places_mini"
-            for path in (source, root / "gardens_point", self.options.weights):
+            for path in (self.source, root / "gardens_point", self.options.weights):
                 if not path.exists():
                     raise ValueError(f"{path}: not there; --data-root and --weights say where it is")
             content["model"]["weights"] = str(self.options.weights)
-        if not (shards / "index.parquet").is_file():
-            _rerankvpr("shard", "gsv-cities", source, shards)
+        if not (self.shards / "index.parquet").is_file():
+            _rerankvpr("shard", "gsv-cities", self.source, self.shards)
         return type(recipe).model_validate(content)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from configs.schema.data import NO_SET
+
 Settings = Mapping[str, Any]  # values by key, `section.key` of a recipe or a key of its eval section
 
 BASE = "base"
@@ -46,6 +48,17 @@ class Plan:
         if name not in found:
             raise ValueError(f"no row {name!r}; rows are {', '.join(found)}")
         return found[name]
+
+
+def _of_sets(places: Mapping[str, int]) -> dict[str, Any]:
+    """Composition `sets`: a shard set for each city, which `benchmarks.ablation` makes and fills in."""
+    return {
+        "data.composition": "sets",
+        "data.shards": NO_SET,
+        "data.repeat": {},
+        "data.sets": {city: city for city in places},
+        "data.set_places": dict(places),
+    }
 
 
 ORIGINAL_RULE = {
@@ -97,6 +110,7 @@ PLACES = Plan(
         "boq": {"model.aggregator": "boq"},
         "tokens": {"model.aggregator": "tokens"},
         "hard-places": {"data.hard_share": 0.5},
+        "sub-batches": {**_of_sets({"Gardens": 3, "Tower": 3, "Facades": 2}), "memory.start_epoch": 0.33},
         "guided-0.1": {"loss.guided_weight": 0.1},
         "guided-0.5": {"loss.guided_weight": 0.5},
         "lora": {"model.finetune": "lora"},
@@ -114,6 +128,7 @@ PLACES = Plan(
         Row("boq", "aggregator boq", "boq"),
         Row("tokens", "aggregator tokens", "tokens"),
         Row("hard-places", "half of the steps of hard places", "hard-places"),
+        Row("sub-batches", "a sub-batch and a loss for each of the three kinds of places", "sub-batches"),
         Row("guided-0.1", "guided matching loss, weight 0.1", "guided-0.1"),
         Row("guided-0.5", "guided matching loss, weight 0.5", "guided-0.5"),
         Row("lora", "LoRA beside q and v of the last 4 blocks", "lora"),
@@ -147,6 +162,8 @@ TOWN = Plan(
         "guided-0.1": {"loss.guided_weight": 0.1},
         "guided-0.5": {"loss.guided_weight": 0.5},
         "hard-places": {"data.hard_share": 0.5, "data.hard_min_m": 25.0},
+        "min-negative": {"memory.min_negative_m": 150.0},
+        "sub-batches": _of_sets({"Harbour": 12, "Hillside": 12, "Oldtown": 12}),
         "last-2": {"model.finetune_last_n_blocks": 2},
         "bicubic": {"data.interpolation": "bicubic"},
     },
@@ -162,6 +179,8 @@ TOWN = Plan(
         Row("boq", "aggregator boq, 16 queries", "boq"),
         Row("tokens", "aggregator tokens", "tokens"),
         Row("hard-places", "half of the steps of hard places, 25 m apart", "hard-places"),
+        Row("min-negative", "no negatives within 150 m: the next houses", "min-negative"),
+        Row("sub-batches", "a sub-batch and a loss for each of the three districts", "sub-batches"),
         Row("guided-0.1", "guided matching loss, weight 0.1", "guided-0.1"),
         Row("guided-0.5", "guided matching loss, weight 0.5", "guided-0.5"),
         Row("last-2", "last 2 of 4 random blocks trained", "last-2"),
