@@ -56,13 +56,15 @@ class GuidedTerm:
 
         Raises ValueError if no trained weight comes before them.
         """
-        local_BNC = self._reader.local_BNC
+        reader = self._reader
+        local_BNC, saliency_BN = reader.local_BNC, reader.saliency_BN.detach()
+        del reader.local_BNC, reader.saliency_BN  # else the last step's would be held until the next
         if torch.is_grad_enabled() and not local_BNC.requires_grad:
             raise ValueError(
-                f"loss.guided_weight {self.weight}: no trained weight comes before the {self._reader.facet} of block "
-                f"{self._reader.layer} (eval.rerank.layer), so there is nothing to train; train more blocks"
+                f"loss.guided_weight {self.weight}: no trained weight comes before the {reader.facet} of block "
+                f"{reader.layer} (eval.rerank.layer), so there is nothing to train; train more blocks"
             )
-        return local_BNC, salient(self._reader.saliency_BN.detach(), self.saliency_thresh)
+        return local_BNC, salient(saliency_BN, self.saliency_thresh)
 
     def __call__(
         self, local_BNC: torch.Tensor, salient_BN: torch.Tensor, place_ids_B: torch.Tensor, place_ids_N: torch.Tensor
