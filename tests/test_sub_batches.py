@@ -110,7 +110,6 @@ def config(named: dict[str, str], **changes: object) -> DataConfig:
 def test_a_recipe_names_its_sets(sets: dict[str, str]) -> None:
     data = config(sets, set_places={"two": 6, "one": 2})
     assert data.places_of_sets == {"one": 2, "two": 6}
-    assert data.places_per_block == 4
     mixture = read_mixture(data)
     plans = EpochPlans(mixture, data, seed=0)
     assert mixture.num_places == 21

@@ -49,17 +49,18 @@ class Faults:
 def images_per_rank(recipe: Recipe, world_size: int) -> int:
     """Images that each rank encodes in a step. Raises ValueError if they are not equally many, or too few."""
     places, chunks = recipe.data.places_per_batch, recipe.engine.encode_chunks
-    if places % world_size:
-        low = max(world_size, places // world_size * world_size)
+    of_sets = recipe.data.places_of_sets
+    multiple = world_size * max(1, len(of_sets))
+    low = max(multiple, places // multiple * multiple)
+    if any(number % world_size for number in of_sets.values()):
+        parts = ", ".join(f"{name} {number}" for name, number in of_sets.items())
         raise ValueError(
-            f"data.places_per_batch {places} is not divisible by {world_size} ranks; nearest: {low} or "
-            f"{low + world_size}"
+            f"data.sets: a batch takes {parts} places, which {world_size} ranks cannot share evenly; each must be a "
+            f"multiple of {world_size}; nearest data.places_per_batch of even parts: {low} or {low + multiple}"
         )
-    if (places // recipe.data.places_per_block) % world_size:
-        of_sets = ", ".join(f"{name} {number}" for name, number in recipe.data.places_of_sets.items())
+    if places % world_size:
         raise ValueError(
-            f"data.sets: a batch takes {of_sets} places, which {world_size} ranks cannot share evenly; each must be a "
-            f"multiple of {world_size}"
+            f"data.places_per_batch {places} is not divisible by {world_size} ranks; nearest: {low} or {low + multiple}"
         )
     images = places // world_size * recipe.data.images_per_place
     if chunks > images:

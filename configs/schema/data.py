@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -142,12 +141,6 @@ class DataConfig(Section):
         even = self.places_per_batch // len(self.sets)
         return {name: self.set_places.get(name, even) for name in self.sets}
 
-    @property
-    def places_per_block(self) -> int:
-        """Places of a batch that stay together on a rank: a batch is made of such blocks, all of one composition."""
-        of_sets = self.places_of_sets.values()
-        return self.places_per_batch // math.gcd(*of_sets) if of_sets else 1
-
     @model_validator(mode="after")
     def _sets_make_batches(self) -> DataConfig:
         if self.composition != "sets":
@@ -161,7 +154,10 @@ class DataConfig(Section):
         if bad := [name for name in self.sets if not re.fullmatch(r"[\w.-]+", name)]:
             faults.append(f"sets: {bad[0]!r} is not a plain name; letters, digits, '.', '_' and '-' are")
         if self.shards != NO_SET:
-            faults.append(f"shards {self.shards} is not read with composition sets; name it in sets")
+            faults.append(
+                f"shards {self.shards} is not read with composition sets; name it in sets, and leave shards out or at "
+                f"{NO_SET}"
+            )
         for key, instead in (("mix", "sets"), ("repeat", "set_places"), ("fit", "places_per_batch")):
             if getattr(self, key):
                 faults.append(f"{key} does not go with composition sets; use {instead}")
