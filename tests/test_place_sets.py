@@ -112,8 +112,8 @@ def dense(case: Case, descriptors: torch.Tensor, ids: torch.Tensor, stored: list
     return out
 
 
-def _encode(weight: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    return F.normalize(images @ weight, dim=1)
+def _encode(weight: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor]:
+    return (F.normalize(images @ weight, dim=1),)
 
 
 def compare(case: Case) -> None:
@@ -126,7 +126,7 @@ def compare(case: Case) -> None:
         mine = slice(rank * 16 // world, (rank + 1) * 16 // world)
         encode = partial(_encode, weight)
         cache = GradientCache(encode, x[mine].tensor_split(case.chunks)) if case.chunks > 1 else None
-        local = cache.descriptors_BD if cache else encode(x[mine])
+        (local,) = cache.outputs if cache else encode(x[mine])
         known = ids if case.host_knows else None
         out = global_loss(local, ids[mine], queue, step=step, place_ids_N=known)
         if cache:
