@@ -347,7 +347,7 @@ def check_an_epoch_is_composed_once_and_replayed() -> None:
     hard.state.composed = None
     with pytest.raises(CheckpointError, match="step 3 of epoch 0 are not in the checkpoint"):
         hard(0, 3)
-    assert ["1 steps made of 6 places" in line for line in said] == [True]
+    assert ["1 of 1 hard steps made of 6 places" in line for line in said] == [True]
 
 
 def check_places_that_are_too_near_are_counted_and_said() -> None:

@@ -155,8 +155,8 @@ class HardPlaces:
         if made and not self._told:
             self._told = True
             self.say(
-                f"hard places: {made} steps made of {num_places} places, encoded in {encode_s:.1f} s, composed in "
-                f"{compose_s:.1f} s; cosine of two places {alike.similarity:.3f} in a clique, "
+                f"hard places: {made} of {wanted} hard steps made of {num_places} places, encoded in {encode_s:.1f} s, "
+                f"composed in {compose_s:.1f} s; cosine of two places {alike.similarity:.3f} in a clique, "
                 f"{alike.pool_similarity:.3f} of any"
             )
         if made < wanted:
