@@ -63,6 +63,10 @@ class Found:
             retry_s=retry_s,
         )
 
+    def leaves_out(self, twice: int) -> bool:
+        """Whether a member or a row is not used; `twice` rows name an image that a row before names."""
+        return bool(twice or self.again or self.unused or (self.member < 0).any())
+
     def notes(self, rows: int, twice: int, out: Path) -> list[str]:
         """What is not used and why, and archives that ended early."""
         without = int((self.member < 0).sum())

@@ -65,7 +65,7 @@ def gather(archives: Sequence[Archive], how: Gathering, first: int = 0, on_progr
     """
     how.folder.mkdir(parents=True, exist_ok=True)
     waiting = [*archives[first:], *archives[:first]]
-    total = sum(archive.size for archive in archives) >> 20
+    total = _mb(sum(archive.size for archive in archives))
     done = 0
     lock, stop = threading.Lock(), threading.Event()
 
@@ -83,7 +83,7 @@ def gather(archives: Sequence[Archive], how: Gathering, first: int = 0, on_progr
                 raise
         with lock:
             done += archive.size
-            on_progress(done >> 20, total)
+            on_progress(_mb(done), total)
         return archive
 
     with ThreadPoolExecutor(how.threads, "archive") as pool:
@@ -96,6 +96,11 @@ def gather(archives: Sequence[Archive], how: Gathering, first: int = 0, on_progr
                 waiting = left
         finally:
             stop.set()
+
+
+def _mb(count: int) -> int:
+    """MB of 2^20 bytes, a part of one for one."""
+    return -(-count >> 20)
 
 
 class _StoppedError(Exception):

@@ -45,6 +45,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 EXPECTED = "a CSV or Parquet table with a column of ids or members, and place, or lat and lon"
 MEMBERS = "members"
 NOT_USED = "-"
+_BETTER = 0.8  # of the time that ranges take: spill files cost disk, and a measurement is rough
 By = Literal["auto", "ranges", "sequence"]
 
 
@@ -82,6 +83,8 @@ def read_tars(
     unpacking them one after the other would leave it. What is not used is counted in notes and named in
     OUT/left_out.csv. Raises FileNotFoundError, ValueError for a table or archives that cannot be used, StorageError.
     """
+    if not table.is_file():
+        raise FileNotFoundError(f"{table}: no such file; give {EXPECTED}")
     reader = shared_reader(how.retry_s)
     archives = find_archives(words, reader)
     grid = grid or Grid(groups=1)
@@ -92,6 +95,8 @@ def read_tars(
     rank = np.full(len(rows), -1, dtype=np.int64)
     rank[np.searchsorted(rows.lines, listing.images["row"].to_numpy())] = np.arange(listing.num_images)
     del listing
+    for note in notes:
+        say(note)
     keys = rows.text("path")
     wanted = wanted_members(keys, not names_whole(keys), rank)
     folder = out / MEMBERS / wanted.digest
@@ -127,9 +132,9 @@ def read_tars(
         )
     with reading(table, EXPECTED):
         listing = list_table(_taken(rows, there, found), photos, grid, min_images_per_place)
-    if not part:
+    if not part and found.leaves_out(len(twice)):
         write_left_out(out, archives, folder, rows, twice, found, need_spill=not is_complete)
-    notes += found.notes(len(rows), len(twice), out)
+    notes = found.notes(len(rows), len(twice), out)
     return replace(listing, notes=(*notes, *listing.notes))
 
 
@@ -227,14 +232,16 @@ def _choose(
     if not left:
         return False, 0
     total = sum(archive.size for archive in archives)
-    head = f"{len(archives)} archives, {size(total)}"
+    head = f"{len(archives)} archive{'s' if len(archives) > 1 else ''}, {size(total)}"
     folder.mkdir(parents=True, exist_ok=True)
     remote = any(is_remote(archive.location) for archive in archives)
     found = estimate(left, photographs, shared_reader(how.retry_s), folder, how.threads if remote else 1)
     if found is None:
         say(f"{head}: read in sequence" if how.by != "ranges" else f"{head}: by ranges")
         return how.by != "ranges", 2**18
-    spill = how.by == "sequence" or (how.by == "auto" and _fits(found, folder) and found.sequence_s < found.ranges_s)
+    spill = how.by == "sequence" or (
+        how.by == "auto" and _fits(found, folder) and found.sequence_s < _BETTER * found.ranges_s
+    )
     say(f"{head}: {found}: {'in sequence' if spill else 'by ranges'}{'' if how.by == 'auto' else ', as asked'}")
     if spill and not _fits(found, folder):
         free = shutil.disk_usage(folder).free
