@@ -18,7 +18,6 @@ from functools import partial
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from webdataset.tariterators import tar_file_iterator
 
 from data_pipeline.index import PlaceRange
 from data_pipeline.plan import EpochPlan, Int64
@@ -175,6 +174,8 @@ def _cut(stream: BinaryIO | _ServerTar, start: int, ranges: list[PlaceRange]) ->
 
 def _members(stream: BinaryIO | _ServerTar, start: int) -> Iterator[tuple[int, bytes]]:
     """Where the content of each member is in the tar, and the content; fewer where the tar is damaged or cut."""
+    from webdataset.tariterators import tar_file_iterator  # with all of the library, which range reads do without
+
     at = start
     members = tar_file_iterator(stream, skip_meta=None)
     while True:

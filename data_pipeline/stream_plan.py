@@ -45,7 +45,10 @@ def tar_order(sets: Sequence[ShardIndex]) -> TarOrder:
 def _is_in_order(index: ShardIndex) -> bool:
     for start in range(0, index.num_places, _AT_ONCE):
         part = slice(start, start + _AT_ONCE + 1)
-        shard, offset = index.place_shard[part], index.offset[index.place_starts[:-1][part]]
+        first = index.place_starts[:-1][part]
+        if index.check_rows:
+            index.check_rows(slice(int(first[0]), int(first[-1]) + 1))
+        shard, offset = index.place_shard[part], index.offset[first]
         same = shard[1:] == shard[:-1]
         if not ((shard[1:] > shard[:-1]) | (same & (offset[1:] > offset[:-1]))).all():
             return False

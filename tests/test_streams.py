@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import DataConfig
+from configs.load import recipe_text
+from configs.schema import DataConfig, Recipe
 from data_pipeline.listing import shuffle_places
 from data_pipeline.loader import PlaceBatch, PlaceLoader, TooManyBadImagesError, build_reader
 from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
@@ -20,6 +21,8 @@ from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.storage import StorageError
 from tests.http_ranges import KillableServer
 from tests.photos import write_gsv_cities
+from trainer.manifest import CheckpointError
+from trainer.recipe_changes import recipe_changes
 
 CITIES = {"Aachen": {i: 4 + i % 3 for i in range(30)}, "St-Gallen_2": dict.fromkeys(range(31), 4)}
 P, K = 8, 3
@@ -241,3 +244,17 @@ def test_a_server_cut_for_good_is_named(shards: Path) -> None:
 def test_recipes_that_streams_cannot_follow_are_refused(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         config("somewhere", **changes)
+
+
+def test_a_resume_with_another_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.recipe_changes.plugin_changes", lambda recipe, checkpoint: {})  # of a whole checkpoint
+
+    def recipe(**data: object) -> Recipe:
+        return Recipe.model_validate({"data": {"composition": "mixed", **data}})
+
+    (tmp_path / "recipe.yaml").write_text(recipe_text(recipe(access="stream")))
+    for other in (recipe(access="stream", stream_buffer_places=9), recipe(access="stream", stream_lanes=2), recipe()):
+        with pytest.raises(CheckpointError, match=r"was trained with data\.(access|stream_)"):
+            recipe_changes(other, tmp_path)
+    (tmp_path / "recipe.yaml").write_text(recipe_text(recipe()))
+    assert list(recipe_changes(recipe(stream_lanes=2), tmp_path)) == ["data.stream_lanes"]  # which ranges do not have

@@ -205,6 +205,8 @@ class Training:
         return f" ({len(held_out)} of them held out)" if len(held_out) else ""
 
     def _say_why_it_ends(self) -> None:
+        if streamed := self.batches.streamed():
+            self.context.say(streamed)
         if self.validation.brings_no_more():
             since = validations_since_best(self.progress.recalls.values())
             self.context.say(f"{since} validations without a better recall: stopped early")

@@ -54,7 +54,7 @@ def recipe_changes(recipe: Recipe, checkpoint: Path) -> dict[str, str]:
     ours = Recipe.model_validate(yaml.safe_load(recipe_text(recipe)), context=ANY_NAME).as_flat()  # as stored
     differing = [key for key, value in ours.items() if value != stored.get(key) and not key.startswith(OF_NO_MATTER)]
     for key in differing:
-        if key in FIXED:
+        if key in FIXED and not (key.startswith("data.stream_") and recipe.data.access == "ranges"):
             raise CheckpointError(
                 f"{checkpoint} was trained with {key} {_shown(stored.get(key))}, this recipe has {_shown(ours[key])}; "
                 "they must agree; to train on from its network, export it and name it as model.weights"
