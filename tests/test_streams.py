@@ -239,6 +239,7 @@ def test_a_server_cut_for_good_is_named(shards: Path) -> None:
         ({"stream_lanes": 3}, "data.stream_lanes 3 does not divide data.places_per_batch 8; use 2"),
         ({"mix": {"other": 2.0}}, "weight 2 of other: data.access stream reads each tar once"),
         ({"cache": "kept"}, "leave one of them out"),
+        ({"hard_share": 0.5}, "data.hard_share 0.5 chooses places from all tars"),
     ],
 )
 def test_recipes_that_streams_cannot_follow_are_refused(changes: dict, words: str) -> None:

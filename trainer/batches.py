@@ -62,6 +62,17 @@ class Batches:
             return ""
         return f"streams: {again.places} places of {again.tars} tars that had been given are read again, at most"
 
+    def streamed(self) -> str:
+        """What this rank has read of whole tars, and how much of it for nothing, in a line; empty where that is none."""
+        counts = self._loader.streamed
+        if not counts.read_bytes:
+            return ""
+        return (
+            f"streams: this rank began {counts.tars} tars and read {counts.read_bytes / 1e9:.2f} GB, "
+            f"{counts.unused_bytes / counts.read_bytes:.1%} of it unused: headers, descriptions, and places held out, "
+            "not due in the epoch or of other ranks"
+        )
+
     def of_plan(self, plan: EpochPlan, steps: Iterable[int]) -> Iterator[PlaceBatch]:
         """This rank's share of some steps of any plan, as they are read, without augmentation."""
         yield from self._loader.batches(plan, steps)

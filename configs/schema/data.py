@@ -200,6 +200,10 @@ class DataConfig(Section):
                 f"data.mix: weight {self.mix[more[0]]:g} of {more[0]}: data.access stream reads each tar once in an "
                 "epoch; use 1 or less, or data.access ranges"
             )
+        if self.hard_share:
+            raise ValueError(
+                f"data.hard_share {self.hard_share:g} chooses places from all tars; it needs data.access ranges, else use 0"
+            )
         if self.cache:
             raise ValueError(
                 "data.cache keeps places that are read alone; data.access stream reads past it: leave one of them out"
