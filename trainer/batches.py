@@ -63,7 +63,7 @@ class Batches:
         return f"streams: {again.places} places of {again.tars} tars that had been given are read again, at most"
 
     def streamed(self) -> str:
-        """What this rank has read of whole tars, and how much of it for nothing, in a line; empty where that is none."""
+        """What this rank has read of whole tars, and how much of it is unused, in a line; empty where none was read."""
         counts = self._loader.streamed
         if not counts.read_bytes:
             return ""

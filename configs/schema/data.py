@@ -202,7 +202,8 @@ class DataConfig(Section):
             )
         if self.hard_share:
             raise ValueError(
-                f"data.hard_share {self.hard_share:g} chooses places from all tars; it needs data.access ranges, else use 0"
+                f"data.hard_share {self.hard_share:g} chooses places from all tars; it needs data.access ranges, else "
+                "use 0"
             )
         if self.cache:
             raise ValueError(
