@@ -38,12 +38,13 @@ def progress_bar(
 
             yield show
     else:
-        shown = time.monotonic()
+        shown, said = time.monotonic(), ""
 
         def line(done: int, total: int | None = total, note: str = "") -> None:
-            nonlocal shown
-            if time.monotonic() - shown > LINE_EVERY_S or done == total:
-                shown = time.monotonic()
-                console.print(f"{label}: {done}{f'/{total}' if total else ''}  {note}".rstrip(), highlight=False)
+            nonlocal shown, said
+            text = f"{label}: {done}{f'/{total}' if total else ''}  {note}".rstrip()
+            if text != said and (time.monotonic() - shown > LINE_EVERY_S or done == total):
+                shown, said = time.monotonic(), text
+                console.print(text, highlight=False)
 
         yield line
