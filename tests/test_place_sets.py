@@ -146,6 +146,7 @@ def compare(case: Case) -> None:
             parts = torch.stack(dense(case, F.normalize(x @ other, dim=1), ids, stored, step))
             (right,) = torch.autograd.grad(weights @ parts, other)
             parts = parts.detach()
+        right = right.contiguous()
         dist.broadcast(right, 0)
         dist.broadcast(parts, 0)
         found = torch.stack([out.stats[f"{name}/loss"] for name in "abc"])
