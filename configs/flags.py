@@ -16,6 +16,7 @@ import shutil
 import textwrap
 from collections.abc import Collection, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -34,7 +35,7 @@ from configs.foreign import is_here
 from configs.names import nearest
 from configs.renamed import RENAMED
 from configs.schema import Section
-from configs.schema.section import with_home
+from configs.schema.section import local, with_home
 
 T = TypeVar("T")
 Shown = Collection[tuple[type, str]]  # section and field of each key that help shows
@@ -145,6 +146,8 @@ def _validated(value: Any) -> Any:
         except ValidationError as error:
             raise FlagError("\n".join(explain(error, value.section))) from error
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _refuse_address(field.name, getattr(value, field.name))
         changed = {
             field.name: _validated(getattr(value, field.name))
             for field in dataclasses.fields(value)
@@ -152,6 +155,15 @@ def _validated(value: Any) -> Any:
         }
         return dataclasses.replace(value, **changed) if changed else value
     return value
+
+
+def _refuse_address(name: str, value: Any) -> None:
+    for path in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(path, Path):
+            try:
+                local(path)
+            except ValueError as error:
+                raise FlagError(f"--{name.replace('_', '-')}: {error}") from None
 
 
 @REGISTRY.struct_rule

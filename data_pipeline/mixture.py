@@ -90,6 +90,7 @@ def read_mixture(data: DataConfig, reader: RangeReader | None = None) -> PlaceMi
     if data.shards in data.mix:
         raise ValueError(f"data.mix names {data.shards}, which data.shards names already; use data.repeat")
     locations = list(data.locations.values())
+    reader = reader or RangeReader(retry_s=data.remote_retry_s)
     sets = [open_index(location, reader, folder=data.index_cache) for location in locations]
     return PlaceMixture(sets, [data.mix.get(location, 1.0) for location in locations])
 

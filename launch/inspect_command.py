@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 SHOWN = 20
 
 
+RETRY_S = 10.0  # a person waits
+
+
 @dataclass(frozen=True)
 class InspectCommand:
     """Shows what a shard set holds; with --out also as pictures, and how an epoch goes through it."""
@@ -55,7 +58,7 @@ def main(argv: list[str]) -> int:
 
     if command.places < 1 or command.views < 1:
         raise ValueError(f"a contact sheet of {command.places} places x {command.views} views; use 1 or more of each")
-    console, reader = Console(), RangeReader()
+    console, reader = Console(), RangeReader(retry_s=RETRY_S)
     index = read_index(command.shards, reader)
     _describe(console, index)
     if command.out:

@@ -15,6 +15,7 @@ from configs.foreign import FOREIGN
 from configs.load import RECIPES, load_recipe
 from configs.recipe_flags import parse_over_recipe
 from configs.schema import Recipe, RerankConfig
+from launch.export_command import ExportCommand
 from trainer.command import TrainCommand
 
 
@@ -158,3 +159,9 @@ def test_flags_of_other_programs_are_answered_with_keys_that_exist() -> None:
     assert not _is_a_key("data.no-such")
     with pytest.raises(FlagError, match=r"unknown flag --ckpt_path; here it is --checkpoint of `rerankvpr eval`"):
         parse_over_recipe(TrainCommand, ["demo", "--ckpt_path", "x"], verb="train")
+
+
+def test_an_address_is_no_path_of_this_machine() -> None:
+    for kind, words in ((ExportCommand, ["runs/x", "http://ann:secret1@h/x.onnx"]), (Recipe, ["--output", "s3://b/x"])):
+        with pytest.raises(FlagError, match=r"(--out|output): (http://h|s3://b)/x.* is an address; expected a path of"):
+            parse_flags(kind, words, prog="p")

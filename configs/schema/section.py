@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from configs.registry import Registry
+from configs.secrets import without_secrets
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters and more: C:/ is a disk
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -48,7 +52,7 @@ def with_home(value: Any) -> Any:
     else.
     """
     if isinstance(value, Path):
-        return Path(_expanded(str(value)))
+        return Path(_expanded(str(local(value))))
     if isinstance(value, str):
         kind, colon, rest = value.partition(":")
         if kind in ("folder", "manifest") and colon:
@@ -62,6 +66,14 @@ def with_home(value: Any) -> Any:
     if isinstance(value, dict):
         return {with_home(key): part for key, part in value.items()}
     return value
+
+
+def local(path: Path) -> Path:
+    """The path itself. Raises ValueError for an address, of which a path makes folders named `http:` and so on."""
+    if _ADDRESS.match(str(path)):
+        address = without_secrets(str(path).replace(":/", "://", 1), is_address=True)
+        raise ValueError(f"{address} is an address; expected a path of this machine")
+    return path
 
 
 def _expanded(text: str) -> str:
