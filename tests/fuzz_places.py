@@ -17,7 +17,7 @@ import torch
 from configs.files import file_sha256
 from configs.schema import Recipe
 from data_pipeline.index import INDEX, digest_line, read_index, read_table, write_table
-from data_pipeline.loader import PlaceLoader, TooManyBadImagesError
+from data_pipeline.loader import PlaceLoader, TooManyBadImagesError, _Step
 from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
@@ -88,8 +88,9 @@ def _read_tars(folder: Path, file: Path) -> bool:
         planned = index.place_range(place)
         views_K = np.arange(len(planned.sizes))
         out_K3HW = torch.empty(len(views_K), 3, 14, 14, dtype=torch.uint8)
+        step = _Step(np.array([place]), views_K[None], [planned], np.array([place]))
         try:
-            loader._decode_place(place, planned, views_K, loader._read(planned), out_K3HW)
+            loader._decode_place(step, 0, loader._read(planned), out_K3HW)
         except TooManyBadImagesError as error:
             raise ValueError(str(error)) from error  # a training's boundary takes it for the user's
     return bool(faults)

@@ -117,6 +117,8 @@ def _mat(folder: Path) -> list[Path]:
 def _read_mat(folder: Path, file: Path) -> bool:
     """As the product reads it, but that the process which may crash is forked, not started: a hundred times faster."""
     out, err = folder / "out.json", folder / "err.txt"
+    if not file.is_file():
+        matlab.read_db_struct(file)  # refuses it
     child = os.fork()
     if child == 0:
         for target, number in ((out, 1), (err, 2)):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from configs.reading import reason, shown
+from configs.reading import read_regular, reason, shown
 from data_pipeline.listing import CITY, CITY_BYTES, PlaceListing, build_listing
 from data_pipeline.positions import from_lat_lon
 
@@ -57,7 +57,7 @@ def read_gsv_cities(source: Path, *, min_images_per_place: int = 4, cities: list
 
 
 def _read_csv(path: Path, name: str) -> pa.Table:
-    data = path.read_bytes()
+    data = read_regular(path)
     lines = data.splitlines()
     if not lines:
         raise ValueError(f"{path}: empty; expected a CSV with the columns {', '.join(COLUMNS)}")
