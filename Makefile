@@ -27,7 +27,7 @@ lint: $(READY)
 # One thread each: two processes of as many threads as there are cores would wait for each other.
 IN_TWO = shared=$$(mktemp -d) && trap 'rm -rf "$$shared"' EXIT && \
   $(MAKE) --no-print-directory --jobs 2 --keep-going lint-and-tests other-tests SHARED="$$shared"
-TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --share '$(SHARED)' $(SELECTED)
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --share='$(SHARED)' $(SELECTED)
 
 lint-and-tests:
 	@{ $(MAKE) --no-print-directory lint; lint=$$?; $(TESTS); tests=$$?; } > '$(SHARED)/first.txt' 2>&1; \

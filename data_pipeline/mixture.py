@@ -158,16 +158,9 @@ class EpochPlans:
         if data.composition == "sets":
             parts = list(data.places_of_sets.values())
             return plan_sets(self._sets(), parts, data.images_per_place, data.sub_batch, seed=self.seed, epoch=epoch)
-        return plan_epoch(
-            self.places.place_city,
-            self.places.num_views,
-            self._batching(),
-            seed=self.seed,
-            epoch=epoch,
-            visits=self._visits(epoch),
-        )
+        return self.of_visits(epoch, self._visits(epoch))
 
-    def of_visits(self, epoch: int, visits: Int64) -> EpochPlan:
+    def of_visits(self, epoch: int, visits: Int64 | None) -> EpochPlan:
         """A plan of other visits to each place, int64 [n], than the epoch's, drawn as the epoch's is."""
         return plan_epoch(
             self.places.place_city,
