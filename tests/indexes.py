@@ -10,7 +10,9 @@ from model.network import build_model
 TINY = ModelConfig(backbone="tiny14", weights="random", finetune_last_n_blocks=0)
 
 
+SETTINGS = {"image_size": 56, "batch_size": 2, "rerank": {"top_k": 4}}
+
+
 def tiny(seed: int = 0, **settings: object) -> Describer:
     """A network of random weights, the same for the same seed, at 56 px."""
-    defaults = {"image_size": 56, "batch_size": 2, "rerank": {"top_k": 4}}
-    return describer_of(build_model(TINY, seed=seed), Recipe(model=TINY), "tiny", **{**defaults, **settings})
+    return describer_of(build_model(TINY, seed=seed), Recipe(model=TINY), "tiny", **{**SETTINGS, **settings})

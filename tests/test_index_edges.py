@@ -15,8 +15,8 @@ from eval.index.photo_list import list_source
 from eval.index.verify import verify_index
 from launch.locate_command import lines_of
 from tests.index_crashes import bytes_of
+from tests.indexes import tiny
 from tests.photos import write_noise_benchmark
-from tests.test_index import tiny
 
 pytestmark = pytest.mark.usefixtures("single_process")
 

@@ -17,9 +17,9 @@ from eval.index.build import build_index
 from eval.index.index import BATCHES, Index
 from eval.index.photo_list import list_source
 from launch.cli import main
+from tests.indexes import SETTINGS, tiny
+from tests.phones import at, photograph
 from tests.photos import write_noise_benchmark
-from tests.test_index import SETTINGS, tiny
-from tests.test_photo_folder import at, photograph
 
 pytestmark = pytest.mark.usefixtures("single_process")
 

@@ -14,8 +14,8 @@ from data_pipeline.index import read_index
 from eval.index.build import build_index
 from eval.index.index import Index
 from eval.index.photo_list import list_source
+from tests.indexes import tiny
 from tests.photos import write_noise_benchmark
-from tests.test_index import tiny
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
