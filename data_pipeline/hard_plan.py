@@ -48,10 +48,6 @@ def hard_faults(data: DataConfig, num_places: int, num_steps: int, weights: list
     faults = []
     if data.composition not in ("city", "mixed"):
         faults.append(f"data.hard_share needs data.composition city or mixed, not {data.composition}; or set it to 0")
-    if data.access == "stream":
-        faults.append(
-            "data.hard_share reads places in any order, data.access stream whole tars; use data.access ranges"
-        )
     if data.repeat or any(weight > 1 for weight in weights):
         faults.append(
             "data.hard_share needs each place at most once per epoch; leave out data.repeat and weights above 1 in "

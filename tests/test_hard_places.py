@@ -216,10 +216,6 @@ def test_other_epochs_have_other_candidates() -> None:
         ({"places_per_batch": 11}, "10 places are fewer than data.places_per_batch 11"),
         ({"places_per_batch": 2, "hard_share": 0.01}, "0.01 of 5 steps is none; use at least 0.2"),
         ({"places_per_batch": 2, "hard_cliques": 2}, "data.hard_cliques 2 need 2 places each"),
-        (
-            {"places_per_batch": 2, "composition": "mixed", "access": "stream", "stream_lanes": 1},
-            "data.access stream whole tars; use data.access r",
-        ),
         ({"places_per_batch": 2, "repeat": {"Oslo": 2}}, "each place at most once per epoch"),
     ],
 )
@@ -234,6 +230,11 @@ def test_what_cannot_be_hard_is_refused_in_one_line(changes: dict, words: str, t
 def test_a_share_outside_0_to_1_is_refused(share: float, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         DataConfig(hard_share=share)
+
+
+def test_a_share_is_refused_where_places_come_in_the_order_of_tars() -> None:
+    with pytest.raises(ValueError, match=r"data.hard_share 0.5 chooses places from all tars; it needs data.access r"):
+        DataConfig(hard_share=0.5, access="stream", composition="mixed", places_per_batch=8, stream_lanes=1)
 
 
 def test_metres_without_coordinates_are_refused(ten_places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
