@@ -14,6 +14,7 @@ from configs.backbones import BackboneSpec
 from configs.registry import BACKBONES
 from configs.schema import ModelConfig, RerankConfig
 from eval.local_features import read_local
+from model.aggregators.cls import ClsAggregator
 from model.backbone import network_of
 from model.network import PlaceModel, build_model
 from model.weights import WeightsError, infer_backbone
@@ -70,7 +71,7 @@ def test_tokens_and_facets_are_timms(size: tuple[str, BackboneSpec, nn.Module], 
         torch.testing.assert_close(vit(images), expected, rtol=0, atol=2e-5)
         patch.setattr(F, "scaled_dot_product_attention", watched)
         theirs.forward_features(images)  # what its last block used stays
-    model = PlaceModel(vit, build_model(ModelConfig(backbone="tiny16", weights="random")).aggregator)
+    model = PlaceModel(vit, ClsAggregator(vit.spec))
     logits = (used["query"][:, :, :1] @ used["key"].transpose(2, 3)).mean(dim=1)[:, 0, 5:] * (
         spec.channels // 2
     ) ** -0.5
