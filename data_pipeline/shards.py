@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from configs.files import PARTIAL, partials_of
 from configs.progress import OnProgress, untold
 from data_pipeline.changes import changed_photograph
-from data_pipeline.folder_lock import PART_LOCK, FolderLock, lock_name, refuse_others
+from data_pipeline.folder_lock import LOCK, PART_LOCK, FolderLock, LockedError, lock_name, refuse_others
 from data_pipeline.formats import HEIC_SUFFIXES, OTHER_SUFFIXES
 from data_pipeline.index import (
     FORMAT_VERSION,
@@ -113,7 +113,9 @@ def write_shards(
     set_digest = _digest("\n".join([said, *files]), *([listing.details] if listing.details else []))
     fingerprint = _digest(set_digest, sizes.tobytes())
     if (out / INDEX).exists():
-        return _reuse_complete(out, fingerprint, listing, changed_ns, options)
+        summary = _reuse_complete(out, fingerprint, listing, changed_ns, options)
+        _remove_dead_lock(out)
+        return summary
 
     allowed = BadImages(options.max_bad, listing.num_images)
     missing = listing.images.take(np.flatnonzero(sizes < 0)).to_pylist()
@@ -312,6 +314,13 @@ def _folder_for(out: Path, set_digest: str, part: tuple[int, int] | None, mine: 
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 shards.rmdir()
+
+
+def _remove_dead_lock(out: Path) -> None:
+    """Removes the lock of a run that was killed once its set was complete, if it is there and nobody holds it."""
+    if (out / LOCK).exists():
+        with contextlib.suppress(LockedError, OSError), FolderLock(out, "rerankvpr shard"):
+            pass
 
 
 def _reuse_complete(

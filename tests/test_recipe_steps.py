@@ -29,12 +29,12 @@ def ten_steps(name: str, folder: Path) -> None:
 
     content = load_recipe(Path(name)).model_dump(mode="json")
     small: dict[str, dict[str, Any]] = {
-        "data": {"shards": str(folder / "shards"), "places_per_batch": 4, "image_size": 112, "decode_threads": 0},
+        "data": {"shards": str(folder / "shards"), "places_per_batch": 4, "image_size": 126, "decode_threads": 0},
         "model": {"backbone": "tiny14", "weights": "random", "finetune_last_n_blocks": 2},
         "engine": {"precision": "fp32"},
         "optim": {"warmup_steps": min(5, content["optim"]["warmup_steps"])},
         "trainer": {"max_steps": 10, "epochs": 40, "validate_every_epochs": 0, "log_every_steps": 1},
-        "eval": {"benchmarks": [], "image_size": 112},
+        "eval": {"benchmarks": [], "image_size": 126},
         "tracking": {"enabled": False},
     }
     for section, values in small.items():

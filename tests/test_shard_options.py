@@ -19,6 +19,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data_pipeline.folder_lock import LOCK, FolderLock
 from data_pipeline.index import read_index
 from data_pipeline.listing import shuffle_places
 from data_pipeline.shard_options import ShardOptions
@@ -193,6 +194,25 @@ def test_killed_at_ten_random_moments_and_finished_the_bytes_are_the_same(
         write_shards(read_gsv_cities(native), out, ShardOptions(shard_bytes=SMALL))
         assert contents(out) == expected, f"killed run {number}"
     assert len(states) > 2
+
+
+def test_a_lock_that_a_run_left_beside_a_complete_set_is_removed(
+    native: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    write_shards(read_gsv_cities(native), tmp_path / "set", ShardOptions(shard_bytes=SMALL))
+    child = forked.fork(_die_with_a_lock, tmp_path / "set")
+    child.join()
+    assert (tmp_path / "set" / LOCK).exists()
+    with FolderLock(tmp_path / "set", "another"):
+        assert write_shards(read_gsv_cities(native), tmp_path / "set", ShardOptions(shard_bytes=SMALL)).was_complete
+        assert (tmp_path / "set" / LOCK).exists()
+    assert write_shards(read_gsv_cities(native), tmp_path / "set", ShardOptions(shard_bytes=SMALL)).was_complete
+    assert contents(tmp_path / "set") == expected
+
+
+def _die_with_a_lock(folder: Path) -> None:
+    with FolderLock(folder, "rerankvpr shard"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 PARENT = """
