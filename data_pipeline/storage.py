@@ -13,13 +13,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
-from configs.reading import open_regular
+from configs.reading import open_regular, read_regular
 from configs.secrets import without_secrets
 from data_pipeline.cache import RangeCache
 
@@ -106,7 +105,7 @@ class RangeReader:
 
     def read_file(self, location: str) -> bytes:
         """A whole file. Raises FileNotFoundError or StorageError."""
-        return self._remote(location) if is_remote(location) else Path(location).read_bytes()
+        return self._remote(location) if is_remote(location) else read_regular(location)
 
     def _local(self, path: str) -> _File:
         with self._lock:

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from configs.files import file_sha256
 from configs.progress import OnProgress, untold
+from configs.reading import read_regular
 from data_pipeline.index import INDEX, INDEX_DIGEST, ShardFile, ShardIndex, digest_line, read_index
 from data_pipeline.tars import BLOCK, header, image_member, json_member, padding, place_json, sample_key
 
@@ -66,7 +67,7 @@ def _index_faults(folder: Path) -> list[Fault]:
         return []
     if not digest.is_file():
         return [Fault(INDEX_DIGEST, "", f"missing; without it damage to {INDEX} may go unseen")]
-    if digest.read_bytes() != digest_line(file_sha256(path)):
+    if read_regular(digest) != digest_line(file_sha256(path)):
         return [Fault(INDEX, "", f"damaged: its sha256 is not the one in {INDEX_DIGEST}")]
     return []
 

@@ -129,6 +129,8 @@ def unreadable_in(path: Path, metadata: Mapping[str, str], num_images: int) -> d
     """Rows of a shard that are of no image, with the reason. Raises FeatureError if that is damaged."""
     if UNREADABLE not in metadata:
         return {}
+    if not path.is_file():
+        raise FeatureError(f"feature shard {path} is a pipe, socket or device; remove it and it is made again")
     with reading(f"feature shard {path}", f"{_WHOLE}; remove it and it is made again", FeatureError):
         rows = {int(row): shown(why) for row, why in dict(json.loads(metadata[UNREADABLE])).items()}
         if not all(0 <= row < num_images for row in rows):
@@ -334,6 +336,8 @@ def map_shard(path: Path, num_images: int | None = None) -> tuple[dict[str, NDAr
     """
     if not is_seen(path):
         raise FeatureError(f"feature shard {path} is not there; do all nodes see the folder of --features?")
+    if not path.is_file():
+        raise FeatureError(f"feature shard {path} is a pipe, socket or device; remove it and it is made again")
     with reading(f"feature shard {path}", f"{_WHOLE}; remove it and it is made again", FeatureError):
         with safe_open(path, framework="numpy") as file:  # checks the form of the header
             metadata = dict(file.metadata() or {})

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.files import replacing
-from configs.reading import reading
+from configs.reading import read_regular, reading
 from eval.features import StoredFeatures, shard_path
 
 IMAGES = "images.parquet"
@@ -25,7 +25,7 @@ def name_images(features: StoredFeatures, paths: list[Path], role: str) -> None:
     file = features.folder / IMAGES
     if file.is_file():
         with reading(file, "a table of images; remove it and it is written again"):
-            roles = pq.read_table(pa.BufferReader(file.read_bytes()), columns=["role"])["role"]
+            roles = pq.read_table(pa.BufferReader(read_regular(file)), columns=["role"])["role"]
             known = set(roles[0].as_py().split(", ")) if len(roles) else {role}
         if role in known and len(roles) == len(paths):
             return

@@ -231,7 +231,7 @@ def fuzz(name: str, reader: Reader, mutations: int, seed: int, folder: Path) -> 
         try:
             if not pipe:
                 reader.after(file)
-            signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+            signal.setitimer(signal.ITIMER_REAL, LIMIT_S, LIMIT_S)
             try:
                 skipped = reader.read(valid, file)
             finally:

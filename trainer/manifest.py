@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import file_sha256
+from configs.reading import read_regular
 
 MANIFEST = "manifest.json"
 FORMAT = 3
@@ -30,7 +31,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / MANIFEST
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = json.loads(read_regular(file))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{checkpoint} has no {MANIFEST}: it is no checkpoint, or was cut off while it was written"

@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Any
 
 from configs.files import write_whole
-from configs.reading import reading
+from configs.reading import read_regular, reading
 from configs.secrets import without_secrets
 from data_pipeline.folder_lock import LOCK, FolderLock
 from trainer import metrics_log
@@ -347,7 +347,7 @@ def is_whole_event(record: Record) -> bool:
 def read_state(folder: Path) -> dict[str, Any]:
     """What `metrics.sent` of an output folder says: uri, run_id, offset, left; empty where it is missing or damaged."""
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = json.loads(read_regular(folder / STATE))
     except (OSError, ValueError, RecursionError):
         return {}
     kinds: dict[str, Any] = {"uri": str, "run_id": (str, type(None)), "offset": int}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from configs.load import recipe_text
-from configs.reading import shown
+from configs.reading import read_regular, shown
 from configs.schema import Recipe
 from eval.pixels import as_trained, pixel_rule
 from model.licences import licence_text
@@ -45,7 +45,7 @@ def figures_of(checkpoint: Path) -> Figures:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(read_regular(file))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from configs.plugins import digests, keep, loaded, note_exported, note_recorded, read_digests
 from configs.ranks import same_on_all_ranks
-from configs.reading import reading
+from configs.reading import read_regular, reading
 from configs.schema import Recipe
 from trainer.manifest import is_listed
 
@@ -37,7 +37,7 @@ def plugins_of(checkpoint: Path) -> dict[str, str]:
     """The digests that a checkpoint records; none of its plug-ins is run. Raises CheckpointError, PluginError."""
     if not is_listed(checkpoint, FILE):
         return {}
-    return read_digests((checkpoint / FILE).read_bytes(), checkpoint / FILE)
+    return read_digests(read_regular(checkpoint / FILE), checkpoint / FILE)
 
 
 def note_checkpoint(checkpoint: Path) -> str:

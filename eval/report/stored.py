@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from configs.reading import reading
+from configs.reading import read_regular, reading
 from eval.report.predictions import RERANKED, RETRIEVED, SCHEMA
 
 RESULTS, PREDICTIONS = "results.json", "predictions.parquet"
@@ -81,7 +81,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no {name}; `rerankvpr eval ... --out {folder}` writes it")
     with reading(folder / RESULTS, "results of rerankvpr eval"):
-        content = json.loads((folder / RESULTS).read_text())
+        content = json.loads(read_regular(folder / RESULTS))
         results = {str(one["name"]): dict(one) for one in content["results"]}
         model = str(content["model"])
         facts = {str(key): str(value) for key, value in content.get("made", {}).items()}
