@@ -149,7 +149,7 @@ HEAD = "# What buys recall?\n\n" + " ".join(
 def _table(plan: Plan, runs: Runs, prefix: str, figures: dict[str, float]) -> str:
     columns = ("row", "what", "seeds", "R@1", "difference", "R@1, re-ranked", "difference", "R@5, re-ranked", "s")
     lines = [columns, ("---",) * len(columns)]
-    told: dict[str, list[str]] = {"more": [], "less": [], "not told apart": []}
+    told: dict[str, list[str]] = {"more": [], "less": [], "no clear difference": []}
     there = [row for row in plan.rows if (row.training, row.evaluation) in runs.by_key]
     for row in there:
         cells = [f"`{row.name}`", row.what, str(len(runs.by_key[row.training, row.evaluation]))]
@@ -163,7 +163,7 @@ def _table(plan: Plan, runs: Runs, prefix: str, figures: dict[str, float]) -> st
             cells += [str(mean), "" if gain is None else _bold(gain)]
             if gain:
                 figures[f"{prefix}_{row.name}_{stage}_gain"] = gain.value
-                verdict = "not told apart" if not gain.is_told else "more" if gain.value > 0 else "less"
+                verdict = "no clear difference" if not gain.is_told else "more" if gain.value > 0 else "less"
                 told[verdict].append(f"{row.what} ({SHORT[stage]})")
         training, evaluation = runs.seconds(row)
         figures[f"{prefix}_{row.name}_seconds_training"] = training
@@ -176,7 +176,8 @@ def _table(plan: Plan, runs: Runs, prefix: str, figures: dict[str, float]) -> st
         f"- R@1 {what} than base's beyond the interval: {', '.join(told[what]) or 'nothing'}."
         for what in ("more", "less")
     ]
-    said.append(f"- Not told apart from base: {', '.join(told['not told apart']) or 'nothing'}.")
+    unclear = ", ".join(told["no clear difference"]) or "nothing"
+    said.append(f"- No clear difference from base: {unclear}.")
     if depths:
         said.append(f"- Candidates matched of a query: {depths}.")
     if missing:

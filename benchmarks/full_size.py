@@ -5,7 +5,7 @@
 62,000 places in 23 cities with 530,000 JPEGs of 2 to 5 kB in GSV-Cities' layout; a few thousand pictures of noise, each
 JPEG with a comment of its own, so that no two are equal. It is sharded by one process, by two, and as 16 parts of
 an array (two at a time) and the run that joins them: all three must give one set. Then verify, inspect with the plan of
-an epoch, plan, and a training of tiny14 by two ranks that ends in a checkpoint and goes on with four. Peak memory is
+an epoch, plan, and a training of tiny14 by two ranks that ends in a checkpoint and resumes with four. Peak memory is
 the kernel's (VmHWM) of every process of a command. `--scale` takes a part of the places; temporary files, about 6 GB of
 the whole, go at the end.
 """

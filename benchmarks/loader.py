@@ -219,7 +219,7 @@ def main(options: Options) -> dict[str, float]:
     )
     print(
         f"of bare, pair by pair: {min(ratios):.2f} - {max(ratios):.2f}; first batch after {first_batch_s:.2f} s, of a "
-        f"run that goes on (3 positions, 3 world sizes) after {resume_s:.2f} s at most; memory {growth_mb:+.1f} MB "
+        f"run that resumes (3 positions, 3 world sizes) after {resume_s:.2f} s at most; memory {growth_mb:+.1f} MB "
         f"over the last half of {options.epochs} epochs"
     )
     write_json(options.json, figures)

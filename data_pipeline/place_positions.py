@@ -52,7 +52,7 @@ def position_fault(sets: Sequence[ShardIndex], setting: str, points_n3: Floats |
 def points_for(sets: Sequence[ShardIndex], setting: str, metres: float) -> Floats:
     """`place_points` for a setting that tells places apart by `metres`.
 
-    Raises ValueError if a place has no position, and if all places are so near that none would be told apart.
+    Raises ValueError if a place has no position, and if all places are so near that all would count as one.
     """
     points_n3 = place_points(sets)
     if fault := position_fault(sets, setting, points_n3):

@@ -207,7 +207,7 @@ class Sender:
         self._experiment_id = run.info.experiment_id  # a resume may name another
         self._set_status("RUNNING", record["time_ms"])
         had, tags = run.data.params, dict(record["facts"])
-        # A parameter cannot change in MLflow; a training that goes on with another value says so in a tag.
+        # A parameter cannot change in MLflow; a training that resumes with another value says so in a tag.
         tags |= {f"changed.{key}": value for key, value in record["params"].items() if had.get(key, value) != value}
         tags |= {f"changed.{key}": change for key, change in record.get("changes", {}).items()}
         if "git.commit" in tags:

@@ -38,7 +38,7 @@ class Member:
     """A file in an archive: its name, its stored bytes [offset, offset + length), and its own size.
 
     `method` is how it is stored (PLAIN, ZIP_...; a zip's bytes begin at the member's header), `crc32` what the archive
-    says of it, `why` says why it cannot be used, `after` is where reading goes on behind it.
+    says of it, `why` says why it cannot be used, `after` is where reading continues behind it.
     """
 
     name: str
@@ -88,7 +88,7 @@ def members_of(archive: Archive, file: io.RawIOBase, start: int = 0) -> Iterator
     """The members of an archive from `start` (an earlier member's `after`), in the order in which they lie.
 
     Folders are left out. Raises DamagedArchiveError behind the last member that can be told, if the archive is cut off,
-    damaged, or goes on behind its end.
+    damaged, or continues behind its end.
     """
     if archive.is_zip:
         return _zip_members(file, start)
