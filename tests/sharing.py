@@ -2,7 +2,7 @@
 
 A process takes the next piece that nobody has taken, by a file in the folder: the quick or the slow tests of a module,
 or one check of several ranks. One starts with the quick pieces; the other, with `--slow-first`, with the slow ones,
-the longest ahead; each goes on with the other's from their far end, so that both end together. See the Makefile.
+the longest ahead; each then takes the other's from their far end, so that both end together. See the Makefile.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def test_an_index_keeps_its_plugin_and_is_of_no_other(
 
 
 def test_sizes_that_only_a_run_shows_are_one_line(run: tuple[Path, PlaceModel, Recipe]) -> None:
-    """What asks for numbers is not run without memory beforehand; a wrong length is told at the first call."""
+    """A plug-in that asks for numbers is not run without memory; a wrong length is refused at the first call."""
     Path("my_vpr.py").write_text(MEAN.replace(".mean(dim=1)", ".mean(dim=1)[:, : 100 + int(tokens_BTC.sum() * 0)]"))
     load_plugins(["my_vpr.py"])
     network = build_model(ModelConfig(backbone="tiny14", weights="random", aggregator="mean"))

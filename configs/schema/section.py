@@ -69,8 +69,11 @@ def with_home(value: Any) -> Any:
 
 
 def local(path: Path) -> Path:
-    """The path itself. Raises ValueError for an address, of which a path makes folders named `http:` and so on."""
-    if _ADDRESS.match(str(path)):
+    """The path itself. Raises ValueError for an address, of which a path makes folders named `http:` and so on.
+
+    A folder of that name that exists is one.
+    """
+    if _ADDRESS.match(str(path)) and not Path(path.parts[0]).exists():
         address = without_secrets(str(path).replace(":/", "://", 1), is_address=True)
         raise ValueError(f"{address} is an address; expected a path of this machine")
     return path

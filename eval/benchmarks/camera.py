@@ -27,12 +27,15 @@ def by_camera(
 ) -> tuple[Benchmark, str]:
     """A benchmark by the GPS in photographs' EXIF, and where its ground truth is from.
 
-    Without recall if neither side, or of a large one no photograph of an evenly spaced sample, has GPS. Queries
-    without GPS are not counted; database images without it are no query's positive, which a note says.
+    Without recall if a side has no GPS; of a large side an evenly spaced sample decides. Queries without GPS are not
+    counted; database images without it are no query's positive, which a note says.
     """
     sides = (database, queries)
-    if not labels or not all(_some_gps(paths) for paths in sides):
-        return without_labels(name, database, queries, notes), "no GPS in EXIF"
+    if not labels:
+        return without_labels(name, database, queries, notes), "EXIF not read"
+    if not all(_some_gps(paths) for paths in sides):
+        sampled = f" of {_TRIED} photographs of each" if max(map(len, sides)) > _TRIED else ""
+        return without_labels(name, database, queries, notes), f"no GPS in EXIF{sampled}"
     at, told = [], list(notes)
     for paths, what in zip(sides, ("database images", "queries"), strict=True):
         facts = [_facts(path) for path in paths]
