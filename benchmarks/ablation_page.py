@@ -1,23 +1,24 @@
-"""`docs/ablation.md` from finished runs: means over seeds and queries, paired differences, intervals by bootstrap."""
+"""`docs/ablation.md` from finished runs: means over seeds and queries, paired differences, their intervals."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student  # type: ignore[import-untyped]
 
-from benchmarks.ablation_rows import BASE, PLANS, RERANKED, RETRIEVED, Plan, Row
+from benchmarks.ablation_rows import BASE, PLANS, RERANKED, RETRIEVED, Judged, Plan, Row
 from configs.files import write_whole
 
-RESAMPLES = 2000
-LEVEL = (2.5, 97.5)
+LEVEL = 0.95
 SHORT = {RETRIEVED: "first stage", RERANKED: "re-ranked"}
+IN_SHORT = "## In short"
 Key = tuple[str, str]  # training and evaluation
 
 
@@ -31,7 +32,7 @@ class Interval:
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.value:.1f} ({self.low:.1f} to {self.high:.1f})"
+        return f"{self.value:.1f} ({max(0.0, self.low):.1f} to {min(100.0, self.high):.1f})"
 
     @property
     def signed(self) -> str:
@@ -44,47 +45,49 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def interval(hits_SQ: NDArray[np.float64], units_Q: NDArray[np.int64], resamples: int = RESAMPLES) -> Interval:
+def interval(hits_SQ: NDArray[np.float64], units_Q: NDArray[np.int64]) -> Interval:
     """Mean in percent of hits (or of their differences) over seeds and queries, with its 95 % interval.
 
-    The bootstrap draws seeds and, independently, query images, with replacement, from a fixed seed: what one image
-    does against several databases, `units_Q` alike, is drawn together. Of one seed it draws images alone.
+    The variance of the mean is that of seeds plus that of query images; what one image does against several databases,
+    `units_Q` alike, is one draw. Student's t with the degrees of freedom of Satterthwaite (1946): of three seeds a
+    bootstrap would be too sure. Of one seed it is of images alone.
     """
     seeds, units = len(hits_SQ), int(units_Q.max()) + 1
-    sums_SU = np.stack([np.bincount(units_Q, weights=hits_Q, minlength=units) for hits_Q in hits_SQ])
-    counts_U = np.bincount(units_Q, minlength=units).astype(np.float64)
-    rng = np.random.default_rng(0)
-    weight_BS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
-    weight_BU = rng.multinomial(units, np.full(units, 1 / units), size=resamples)
-    means_B = ((weight_BS @ sums_SU) * weight_BU).sum(axis=1) / (seeds * (weight_BU @ counts_U))
-    low, high = np.percentile(100 * means_B, LEVEL)
-    return Interval(100 * float(hits_SQ.mean()), float(low), float(high), seeds)
+    mean = float(hits_SQ.mean())
+    by_seed = float(hits_SQ.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
+    sums_U = np.bincount(units_Q, weights=hits_SQ.mean(axis=0) - mean, minlength=units)
+    by_unit = float((sums_U**2).sum()) / len(units_Q) ** 2 * units / (units - 1) if units > 1 else 0.0
+    variance = by_seed + by_unit
+    if not variance:
+        return Interval(100 * mean, 100 * mean, 100 * mean, seeds)
+    parts = [part**2 / (count - 1) for part, count in ((by_seed, seeds), (by_unit, units)) if count > 1]
+    half = float(student.ppf((1 + LEVEL) / 2, variance**2 / sum(parts))) * variance**0.5
+    return Interval(100 * mean, 100 * (mean - half), 100 * (mean + half), seeds)
 
 
 class Runs:
-    """Finished runs of one set at one number of steps."""
+    """Finished runs of one set at one number of steps, judged on the benchmarks whose names begin with `prefix`."""
 
-    def __init__(self, runs: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, runs: Iterable[Mapping[str, Any]], prefix: str = "") -> None:
+        self.prefix = prefix
         self.by_key: dict[Key, dict[int, Mapping[str, Any]]] = defaultdict(dict)
         for run in runs:
             self.by_key[run["training"], run["evaluation"]][run["seed"]] = run
+        self.queries: list[list[str]] = next(iter(next(iter(self.by_key.values())).values()))["hits"]["queries"]
+        self.chosen = [number for number, (name, _) in enumerate(self.queries) if name.startswith(prefix)]
 
     def hits(self, key: Key, stage: str, k: int, seeds: Iterable[int]) -> NDArray[np.float64]:
         """[S, Q]. Raises ValueError if these runs were not judged on the same queries."""
         runs = [self.by_key[key][seed] for seed in seeds]
-        if any(run["hits"]["queries"] != self._queries for run in runs):
+        if any(run["hits"]["queries"] != self.queries for run in runs):
             raise ValueError(f"{key}: judged on other queries than the rest; remove these runs")
-        return np.array([run["hits"][stage][str(k)] for run in runs], dtype=np.float64)
-
-    @property
-    def _queries(self) -> list[list[str]]:
-        found: list[list[str]] = next(iter(next(iter(self.by_key.values())).values()))["hits"]["queries"]
-        return found
+        return np.array([run["hits"][stage][str(k)] for run in runs], dtype=np.float64)[:, self.chosen]
 
     @property
     def units(self) -> NDArray[np.int64]:
         """The query image of each query, numbered."""
-        return np.unique([name for _, name in self._queries], return_inverse=True)[1].astype(np.int64)
+        names = [self.queries[number][1] for number in self.chosen]
+        return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
     def mean(self, row: Row, stage: str, k: int = 1) -> Interval:
         """Recall@k of a row."""
@@ -99,60 +102,92 @@ class Runs:
             return None
         return interval(self.hits(key, stage, k, seeds) - self.hits(base, stage, k, seeds), self.units)
 
-    def seconds(self, row: Row) -> tuple[float, float]:
-        """Mean seconds of a row's training and evaluation."""
+    def processor_seconds(self, row: Row) -> tuple[float, float]:
+        """Mean processor seconds of a row's training and evaluation."""
         runs = self.by_key[row.training, row.evaluation].values()
-        times = [(run["seconds_training"], run["seconds_evaluation"]) for run in runs]
+        times = [(run["processor_s_training"], run["processor_s_evaluation"]) for run in runs]
         return tuple(np.mean(times, axis=0))
 
 
 def write_page(page: Path, out: Path) -> dict[str, float]:
-    """Writes the tables of all that is finished under `out`; returns their figures, flat."""
+    """Writes the tables of all that is finished under `out`; returns their figures, flat.
+
+    The section "In short" of the page that is there, which a person writes, is kept.
+    """
     figures: dict[str, float] = {}
-    parts = [HEAD]
-    for folder in sorted(out.glob("*-steps")):
+    parts = [HEAD, *_in_short(page)]
+    for folder in sorted(out.glob("*-steps-*-threads"), reverse=True):
         runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
         if not runs:
             continue
-        name, steps = runs[0]["set"], runs[0]["steps"]
-        machines = sorted({run["machine"] for run in runs})
+        name, steps, threads = runs[0]["set"], runs[0]["steps"], runs[0]["threads"]
+        plan, prefix = PLANS[name], f"{name}_{steps}"
+        machines = "; ".join(sorted({run["machine"] for run in runs}))
         rows = [run for run in runs if run["evaluation"] != "drift"]
         drift = [run for run in runs if run["evaluation"] == "drift"]
-        title = f"## {name}, {steps} steps\n\n{_sentence(PLANS[name].about)} Run on {'; '.join(machines)}."
-        parts.append(title)
-        command = f"python -m benchmarks.ablation --set {name} --steps {steps}"
+        how = f"Each training ran with {threads} thread(s) on {machines}."
+        parts.append(f"## {name}, {steps} steps\n\n{_sentence(plan.about)} {how}")
+        command = f"python -m benchmarks.ablation --set {name} --steps {steps} --at-once {runs[0]['at_once']}"
         if rows:
-            parts.append(f"    {command}\n\n{_table(PLANS[name], Runs(rows), f'{name}_{steps}', figures)}")
+            parts.append(f"    {command}{_flags(plan, rows)}")
+        for judged in plan.judged if rows else ():
+            parts.append(_judged(plan, Runs(rows, judged.prefix), judged, prefix, figures))
         if drift:
-            parts.append(
-                f"### How fast does the queue drift?\n\n    {command} --drift\n\n{_drift(drift, name, figures)}"
-            )
-    if len(parts) == 1:
+            with_seeds = f"{command} --seeds {1 + max(run['seed'] for run in drift)} --drift"
+            text = _drift(drift, name, figures)
+            parts.append(f"### How fast does the queue drift?\n\n    {with_seeds}\n\n{text}")
+    if not figures:
         parts.append("No run is finished yet: `python -m benchmarks.ablation --help` says how to start them.")
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, "\n\n".join(parts) + "\n")
     return figures
 
 
+def _flags(plan: Plan, runs: Sequence[Mapping[str, Any]]) -> str:
+    """What chooses these runs among those of the plan."""
+    done = {(run["training"], run["evaluation"]) for run in runs}
+    rows = [row.name for row in plan.rows if (row.training, row.evaluation) in done]
+    seeds = f" --seeds {1 + max(run['seed'] for run in runs)}"
+    return seeds + (f" --rows {' '.join(rows)}" if len(rows) < len(plan.rows) else "")
+
+
+def _in_short(page: Path) -> list[str]:
+    text = page.read_text() if page.is_file() else ""
+    if IN_SHORT not in text:
+        return []
+    kept = text[text.index(IN_SHORT) :]
+    end = kept.find("\n## ", len(IN_SHORT))
+    return [kept[: end if end >= 0 else None].strip()]
+
+
 HEAD = "# What buys recall?\n\n" + " ".join(
     [
         "Each row differs from `base` in what it names and in nothing else: same data, order, augmentation and",
-        "number of steps for a seed. R@1 is in percent, the mean over seeds and queries, with a 95 % interval from a",
-        "bootstrap over both. Differences are in points and paired, by seed and query, against row `base`, over the",
-        "seeds that both rows have; those in bold have an interval without 0. With one seed an interval is of queries",
-        "alone, and says nothing of what another seed would give. With twenty rows, one in bold by chance is to be",
-        "expected.",
+        "number of steps for a seed. R@1 is in percent, the mean over seeds and queries, with a 95 % interval that",
+        "takes both as drawn (Student's t, so that few seeds give a wide one). Differences are in points and paired by",
+        "seed and query, against row `base` unless another is named, over the seeds that both rows have; those in bold",
+        "have an interval without 0. With one seed an interval is of queries alone, and says nothing of what another",
+        "seed would give. Of twenty differences that are none, one is in bold by chance.",
     ]
 )
 
 
-def _table(plan: Plan, runs: Runs, prefix: str, figures: dict[str, float]) -> str:
+def _judged(plan: Plan, runs: Runs, judged: Judged, prefix: str, figures: dict[str, float]) -> str:
+    title = f"### {judged.what}: {len(runs.chosen)} queries"
+    if len(plan.judged) > 1:
+        prefix = f"{prefix}_{judged.name}"
+    is_first = judged is plan.judged[0]
+    return f"{title}\n\n{_table(plan, runs, prefix, figures, is_first=is_first)}"
+
+
+def _table(plan: Plan, runs: Runs, prefix: str, figures: dict[str, float], *, is_first: bool) -> str:
     columns = ("row", "what", "seeds", "R@1", "difference", "R@1, re-ranked", "difference", "R@5, re-ranked", "s")
     lines = [columns, ("---",) * len(columns)]
     told: dict[str, list[str]] = {"more": [], "less": [], "no clear difference": []}
     there = [row for row in plan.rows if (row.training, row.evaluation) in runs.by_key]
     for row in there:
-        cells = [f"`{row.name}`", row.what, str(len(runs.by_key[row.training, row.evaluation]))]
+        other = "" if row.against == BASE else f", against `{row.against}`"
+        cells = [f"`{row.name}`", row.what + other, str(len(runs.by_key[row.training, row.evaluation]))]
         for stage in (RETRIEVED, RERANKED):
             if stage not in row.stages:
                 cells += ["as base", ""]
@@ -163,39 +198,40 @@ def _table(plan: Plan, runs: Runs, prefix: str, figures: dict[str, float]) -> st
             cells += [str(mean), "" if gain is None else _bold(gain)]
             if gain:
                 figures[f"{prefix}_{row.name}_{stage}_gain"] = gain.value
-                verdict = "no clear difference" if not gain.is_told else "more" if gain.value > 0 else "less"
-                told[verdict].append(f"{row.what} ({SHORT[stage]})")
-        training, evaluation = runs.seconds(row)
-        figures[f"{prefix}_{row.name}_seconds_training"] = training
-        figures[f"{prefix}_{row.name}_seconds_evaluation"] = evaluation
+                if gain.seeds > 1:
+                    verdict = "no clear difference" if not gain.is_told else "more" if gain.value > 0 else "less"
+                    told[verdict].append(f"{row.what} ({SHORT[stage]})")
+        training, evaluation = runs.processor_seconds(row)
+        figures[f"{prefix}_{row.name}_processor_s_training"] = training
+        figures[f"{prefix}_{row.name}_processor_s_evaluation"] = evaluation
         lines.append((*cells, f"{runs.mean(row, RERANKED, 5).value:.1f}", f"{training:.0f} + {evaluation:.0f}"))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    depths = _depths(plan, runs)
-    missing = [row.name for row in plan.rows if row not in there]
     said = [
-        f"- R@1 {what} than base's beyond the interval: {', '.join(told[what]) or 'nothing'}."
+        f"- R@1 {what} beyond the interval, with two seeds or more: {', '.join(told[what]) or 'nothing'}."
         for what in ("more", "less")
     ]
-    unclear = ", ".join(told["no clear difference"]) or "nothing"
-    said.append(f"- No clear difference from base: {unclear}.")
-    if depths:
+    said.append(f"- No clear difference: {', '.join(told['no clear difference']) or 'nothing'}.")
+    if depths := _depths(plan, runs):
         said.append(f"- Candidates matched of a query: {depths}.")
-    if missing:
+    if is_first and (missing := [row.name for row in plan.rows if row not in there]):
         said.append(f"- Not run: {', '.join(missing)}.")
-    return f"{table}\n\ns: seconds of a training and of its evaluation.\n\n" + "\n".join(said)
+    return f"{table}\n\ns: processor seconds of a training and of its evaluation.\n\n" + "\n".join(said)
 
 
 def _depths(plan: Plan, runs: Runs) -> str:
+    names = list(dict.fromkeys(name for name, _ in runs.queries))
+    chosen = [number for number, name in enumerate(names) if name.startswith(runs.prefix)]
     found = []
     for row in plan.rows:
         if row.evaluation in (BASE, "auto", "adaptive") and row.training == BASE:
-            depths = [depth for run in runs.by_key.get((BASE, row.evaluation), {}).values() for depth in run["depth"]]
-            if depths:
-                found.append(f"{row.name} {np.mean(depths):.1f}")
+            those = runs.by_key.get((BASE, row.evaluation), {}).values()
+            of = [run["depth"][number] for run in those for number in chosen]
+            if of:
+                found.append(f"{row.name} {np.mean(of):.1f}")
     return ", ".join(found)
 
 
-def _drift(runs: list[Mapping[str, Any]], prefix: str, figures: dict[str, float]) -> str:
+def _drift(runs: Sequence[Mapping[str, Any]], prefix: str, figures: dict[str, float]) -> str:
     """Cosine of stored and present descriptor by age, in the second half of the trainings, and the decay that fits."""
     by_rate: dict[float, list[Mapping[str, Any]]] = defaultdict(list)
     for run in runs:
@@ -240,7 +276,7 @@ def _some_ages(ages: list[int]) -> list[int]:
 
 
 def _bold(gain: Interval) -> str:
-    return f"**{gain.signed}**" if gain.is_told else gain.signed
+    return f"**{gain.signed}**" if gain.is_told and gain.seeds > 1 else gain.signed
 
 
 def _sentence(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +25,11 @@ from data_pipeline.place_positions import place_points
 from data_pipeline.plan import Batching, EpochPlan, plan_epoch
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
+from launch.plan_command import main as plan
 from tests import training
 from tests.photos import write_gsv_cities
 from tests.ranks import on_ranks, shared_folder
-from trainer import cliques, hard_places
+from trainer import cliques, hard_cost, hard_places
 from trainer.batches import Batches
 from trainer.cliques import Wanted, alike_batches
 from trainer.context import Context
@@ -259,6 +261,45 @@ def ten_places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_gsv_cities(folder / "native", {"Oslo": dict.fromkeys(range(10), 4)})
     write_shards(read_gsv_cities(folder / "native"), folder / "set")
     return folder / "set"
+
+
+# What `plan` says of them
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_the_plan_counts_the_places_that_are_encoded(every: int) -> None:
+    data = DataConfig(places_per_batch=4, hard_share=0.5, hard_every_steps=every, hard_pool=1.5)
+    recipe = Recipe(data=data)
+    views, visits, composed = np.full(43, 5), np.ones(43, dtype=np.int64), hard_plan.nothing_composed(0, 4)
+    _, stop = hard_plan.window_of(0, every, 10)
+    encoded, _ = hard_plan.candidates(data, views, visits, composed, stop, seed=0)
+    assert hard_cost.num_candidates(recipe, 10) == len(encoded) == (6 if every else 30)
+    assert hard_cost.num_candidates(recipe, None) == (6 if every else 0)
+    assert hard_cost.num_candidates(Recipe(), 10) == 0
+    all_of_them = recipe.model_copy(update={"data": data.model_copy(update={"hard_pool": 99})})
+    assert 43 <= hard_cost.num_candidates(all_of_them, 10) <= 44
+
+
+def test_the_plan_says_what_hard_places_take(ten_places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.shards", str(ten_places), "--data.places-per-batch", "2", "--data.repeat", "--tflops", "1"]
+    flags += ["--model.backbone", "tiny14", "--model.weights", "random", "--eval.benchmarks"]
+    with pytest.raises(ValueError, match="at least 4 are needed: use at most 2"):  # one city of ten places
+        plan(["mini_vits", *flags, "--data.hard-share", "0.4", "--data.places-per-batch", "4"])
+    assert plan(["mini_vits", *flags, "--data.hard-share", "0.4"]) == 0
+    said = capsys.readouterr().out
+    assert "hard places: at most 6 encoded every 5 steps, one view of each, forward only: 0.00 s" in said
+    assert "hard places, composing" in said
+
+
+def test_composing_takes_the_memory_that_is_planned() -> None:
+    """The peak of NumPy's and Python's own memory, against the plan's bytes less the descriptors, which come in."""
+    rows = unit(np.random.default_rng(0).standard_normal((20_000, 256), dtype=np.float32))
+    tracemalloc.start()
+    alike_batches(rows, Wanted(batches=150, places_per_batch=64), bits())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    planned = hard_cost.composing_bytes(len(rows), 256) - rows.nbytes
+    assert 0.5 * planned < peak < 1.1 * planned
 
 
 # Over ranks

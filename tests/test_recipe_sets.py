@@ -11,6 +11,7 @@ from data_pipeline.sources.gsv_cities import read_gsv_cities
 from launch.plan_command import main as plan
 from tests.networks import AGGREGATORS
 from tests.photos import write_gsv_cities
+from tests.test_near_places import with_coordinates
 from tests.training import finish, logged, one_rank, same_state, warm_ranks
 
 
@@ -56,6 +57,7 @@ def test_the_dry_run_says_what_each_set_takes(small: Path, capsys: pytest.Captur
         ("--data.places-per-batch 30", "data.sets gsv_cities: 9 places are fewer than the 10"),
         ("--data.places-per-batch 10", "places_per_batch 10 is not divisible by 3 sets"),
         ("--loss.set-weights uttm 2", "loss.set_weights names uttm; data.sets has gsv_cities, msls, utm"),
+        ("--data.hard-share 0.5", "data.hard_share needs data.composition city or mixed, not sets; or set it to 0"),
         ("--memory.min-negative-m 1e8", "all 39 places are within"),
         ("--memory.min-negative-m nan", "min_negative_m"),
         ("--memory.min-negative-m -2", "min_negative_m"),
@@ -65,6 +67,14 @@ def test_the_dry_run_says_what_each_set_takes(small: Path, capsys: pytest.Captur
 def test_mistakes_are_refused_before_anything_starts(flags: str, words: str, small: Path) -> None:
     with pytest.raises(ValueError, match=words):
         plan([str(small / "recipe.yaml"), *flags.split()])
+
+
+def test_sets_without_coordinates_are_refused_before_anything_starts(small: Path, tmp_path: Path) -> None:
+    without = with_coordinates(small / "utm_shards", tmp_path / "without", [None], [None])
+    recipe = yaml.safe_load((small / "recipe.yaml").read_text())
+    sets = [word for pair in (recipe["data"]["sets"] | {"utm": str(without)}).items() for word in pair]
+    with pytest.raises(ValueError, match=r"memory\.min_negative_m needs coordinates, and 17 of 39 places"):
+        plan([str(small / "recipe.yaml"), "--data.sets", *sets])
 
 
 @pytest.mark.slow

@@ -20,12 +20,9 @@ from trainer.activations import block_activations
 from trainer.engine_state import keepers
 from trainer.feeding import stream_line
 from trainer.flops import forward_flops, model_flops, peak_tflops, step_flops
-from trainer.memory_plan import (
-    bytes_sent,
-    parameter_sizes,
-    plan_memory,
-)
+from trainer.memory_plan import parameter_sizes, plan_memory
 from trainer.plan import Assumed, advice, plan, shortfall
+from trainer.sent_bytes import bytes_sent
 
 
 def recipe(**sections: dict[str, Any]) -> Recipe:

@@ -24,11 +24,10 @@ from data_pipeline.utm import Floats
 from trainer.batches import Batches
 from trainer.cliques import Alike, Wanted, alike_batches
 from trainer.context import Context
+from trainer.hard_cost import LEAST_CHUNKS, NUMBERS
 from trainer.manifest import CheckpointError
 from trainer.state import TrainingState
 
-NUMBERS = 512  # of a descriptor that are kept; longer ones are projected to as many
-_LEAST_CHUNKS = 16  # that places are encoded in, so that few ranks of few places wait
 _PROJECTION, _CLIQUES = 2**21 + 3, 2**21 + 4  # streams of draws, beside those of data_pipeline/hard_plan.py
 
 
@@ -99,7 +98,7 @@ class HardPlaces:
         found_ND = np.empty((len(places_N) if rank == 0 else 0, size), dtype=np.float16)
         if not len(places_N):
             return found_ND
-        chunks = _Chunks.of(places_N, views_N, min(self.chunk, math.ceil(len(places_N) / _LEAST_CHUNKS)))
+        chunks = _Chunks.of(places_N, views_N, min(self.chunk, math.ceil(len(places_N) / LEAST_CHUNKS)))
         projection_DK = self._projection()
         was_training = engine.training
         engine.eval()

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.image_size import height_width, num_pixels
+from configs.image_size import ImageSize, height_width, num_pixels
 from configs.registry import LOSSES
 from configs.schema import Recipe
 from memory.strategies import is_for_tiles
@@ -22,6 +22,7 @@ from trainer.engine import BUCKET, DTYPES, GIVEN_BACK, LIVE, parameter_groups
 from trainer.engine_state import keepers
 from trainer.flops import num_trained_blocks
 from trainer.guided import guided_bytes
+from trainer.hard_cost import chunk_images, composing_bytes
 
 GB = 1e9
 FP32 = 4
@@ -34,7 +35,7 @@ FRAGMENTED = 1.05  # what torch's allocator takes of a GPU for a byte that is as
 FAISS_SCRATCH = 256 << 20  # of a search on a GPU, which goes to the CPU where the index does not fit beside it
 
 # "backward" is its begin, when all activations are there and no gradient yet; "reduce" its end, the other way round.
-Phase = Literal["always", "build", "forward", "loss", "backward", "reduce", "update", "save", "evaluate"]
+Phase = Literal["always", "compose", "build", "forward", "loss", "backward", "reduce", "update", "save", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,12 @@ def plan_memory(
     sizes: Sizes | None = None,
     saves_between_steps: bool = True,
     shard_bytes: float = math.inf,
+    hard_candidates: int = 0,
 ) -> MemoryPlan:
     """The memory of one of `ranks` ranks, of which each reads its part of `shard_bytes` of shards.
 
-    Without `saves_between_steps` the only checkpoint is that of the last step.
+    Without `saves_between_steps` the only checkpoint is that of the last step. `hard_candidates` are the places that
+    hard places are chosen from at a time, by rank 0.
     """
     sizes = sizes or parameter_sizes(recipe)
     parts = [
@@ -164,6 +167,7 @@ def plan_memory(
         Part("guided loss", guided_bytes(recipe, ranks), phases=("loss", "backward")),
         *_data_parts(recipe, ranks, on_cpu, shard_bytes),
         _checkpoint_part(recipe, sizes, ranks, saves_between_steps),
+        *_hard_parts(recipe, sizes, hard_candidates),
         *_evaluation_parts(recipe, sizes, on_cpu),
     ]
     heap = GIVEN_BACK if recipe.engine.zero_stage == 3 else HEAP
@@ -229,11 +233,12 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
             gathered = 0  # one rank uses its only part as it is
         # In fp32 the optimizer works on the weights themselves, unless they must be on the host.
         masters = FP32 if half or offloads else 0
+        composes: tuple[Phase, ...] = ("compose",) if recipe.data.hard_share else ()
         return [
             placed("weights, partitioned", partitioned, engine.offload == "all"),
             placed("weights, small ones whole", whole, False),
             placed("weights, as built", trained / ranks * FP32, False, "build", tensor=sizes.largest / ranks * FP32),
-            placed("weights, gathered", gathered, False, "forward", "loss", "backward"),
+            placed("weights, gathered", gathered, False, *composes, "forward", "loss", "backward"),
             placed("gradients", trained / ranks * (each + (FP32 if offloads else 0)), offloads),
             placed("optimizer", trained / ranks * (masters + FP32 * moments), offloads),
             placed("optimizer, while it steps", temporaries + (0 if offloads else group), offloads, "update"),
@@ -354,47 +359,31 @@ def _checkpoint_part(recipe: Recipe, sizes: Sizes, ranks: int, saves_between_ste
     return Part("checkpoint being written", 0.0, max(shares) + queue, ("always",) if saves_between_steps else ("save",))
 
 
+def _hard_parts(recipe: Recipe, sizes: Sizes, candidates: int) -> list[Part]:
+    """What encoding and composing hard places hold, between steps."""
+    forward = _forward_bytes(recipe, chunk_images(recipe, candidates), recipe.data.image_size)
+    return [
+        Part("hard places, a forward pass", forward, phases=("compose",)),
+        Part("hard places, composing", 0.0, composing_bytes(candidates, sizes.descriptor), ("compose",)),
+    ]
+
+
+def _forward_bytes(recipe: Recipe, images: int, side: ImageSize) -> float:
+    """Activations of a forward pass without gradients."""
+    spec, (each, _) = recipe.model.spec, element_bytes(recipe)
+    return images * spec.num_tokens(side) * spec.channels * each * (2 + 2 * mlp_widths(spec)[0])
+
+
 def _evaluation_parts(recipe: Recipe, sizes: Sizes, on_cpu: bool) -> list[Part]:
     """A forward pass of evaluation, the search, and at ZeRO-3 the whole weights that it runs on."""
     if not (recipe.eval.benchmarks or recipe.data.held_out):
         return []
     each, _ = element_bytes(recipe)
-    spec = recipe.model.spec
-    tokens = recipe.eval.batch_size * spec.num_tokens(recipe.eval.image_size)
-    parts = [
-        Part(
-            "evaluation, a forward pass",
-            tokens * spec.channels * each * (2 + 2 * mlp_widths(spec)[0]),
-            phases=("evaluate",),
-        )
-    ]
+    forward = _forward_bytes(recipe, recipe.eval.batch_size, recipe.eval.image_size)
+    parts = [Part("evaluation, a forward pass", forward, phases=("evaluate",))]
     if not on_cpu:
         parts.append(Part("evaluation, search", FAISS_SCRATCH, phases=("evaluate",)))
     if recipe.engine.zero_stage == 3:
         whole = sizes.trained * each + frozen_bytes(recipe, sizes)
         parts.append(Part("evaluation, weights whole", whole, phases=("evaluate",)))
     return parts
-
-
-def bytes_sent(recipe: Recipe, sizes: Sizes, ranks: int) -> dict[str, float]:
-    """Bytes that each rank sends in a step, by what for; ring collectives, which send (W - 1) / W of a tensor."""
-    each, _ = element_bytes(recipe)
-    stage, chunks = recipe.engine.zero_stage, recipe.engine.encode_chunks
-    ring = (ranks - 1) / ranks
-    weights = sizes.trained * each * ring
-    gradients = sizes.trained * (FP32 if sends_wide(recipe) else each) * ring
-    batch = recipe.data.places_per_batch * recipe.data.images_per_place
-    sent = {
-        "gradients, reduced": gradients * (1 if stage == 3 else 2) * (chunks if stage >= 2 else 1),
-        "descriptors, gathered": ring * batch * (FP32 * sizes.descriptor + 8),
-        "descriptors' gradients, scattered": ring * batch * FP32 * sizes.descriptor,
-    }
-    if stage in (1, 2):
-        sent["weights, after the update"] = weights
-    if stage == 3:
-        forward = (sizes.trained * each + frozen_bytes(recipe, sizes)) * ring
-        passes = 2 * chunks if chunks > 1 else 1
-        sent["weights, gathered for use"] = passes * forward + chunks * weights
-    if recipe.memory.placement == "sharded" and recipe.memory.size:
-        sent["sharded queue, anchors' sums"] = 2 * ring * batch * FP32 * (recipe.data.images_per_place + 6)
-    return {name: num_bytes for name, num_bytes in sent.items() if num_bytes}

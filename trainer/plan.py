@@ -18,8 +18,10 @@ from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
 from trainer.feeding import RANKS_OF_A_NODE, Feeding, feeding_lines, find_feeding, stream_line
 from trainer.first_checks import images_per_rank
 from trainer.flops import model_flops, peak_tflops, step_flops
-from trainer.memory_plan import GB, MemoryPlan, Sizes, bytes_sent, parameter_sizes, plan_memory
+from trainer.hard_cost import hard_lines, num_candidates
+from trainer.memory_plan import GB, MemoryPlan, Sizes, parameter_sizes, plan_memory
 from trainer.places_plan import place_lines
+from trainer.sent_bytes import bytes_sent
 
 SUSTAINED = 0.4  # share of a GPU's peak that a training is taken to reach where --tflops is not given
 MEASURE_S = 0.5
@@ -169,6 +171,7 @@ def plan(recipe: Recipe, assumed: Assumed, sizes: Sizes | None = None) -> Traini
     per_epoch, total, shard_bytes, source, plans = count_steps(recipe, places)
     every = recipe.trainer.checkpoint_every_steps or per_epoch
     saves_between_steps = recipe.trainer.checkpoint_every_s != 0 or every is None or total is None or every < total
+    candidates = num_candidates(recipe, per_epoch)
 
     def memory_of(other: Recipe) -> MemoryPlan:
         return plan_memory(
@@ -178,6 +181,7 @@ def plan(recipe: Recipe, assumed: Assumed, sizes: Sizes | None = None) -> Traini
             sizes=sizes,
             saves_between_steps=saves_between_steps,
             shard_bytes=shard_bytes,
+            hard_candidates=candidates,
         )
 
     flops = images * step_flops(recipe)
@@ -191,7 +195,10 @@ def plan(recipe: Recipe, assumed: Assumed, sizes: Sizes | None = None) -> Traini
         steps_per_epoch=per_epoch,
         total_steps=total,
         steps_from=source,
-        about_places=tuple(place_lines(recipe, plans)),
+        about_places=(
+            *place_lines(recipe, plans),
+            *hard_lines(recipe, ranks, candidates, per_epoch, seconds, machine.tflops),
+        ),
         sent=bytes_sent(recipe, sizes, ranks),
         flops=flops,
         seconds=seconds,
