@@ -16,23 +16,28 @@ import psutil
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+ARRIVE_S = 120
+
 
 def rendezvous_store(rank: int, world_size: int) -> Store:
-    """The store at MASTER_ADDR:MASTER_PORT; rank 0 serves it, unless torchrun's agent does.
+    """This start's part of the store at MASTER_ADDR:MASTER_PORT; rank 0 serves it, unless torchrun's agent does.
 
-    A process group that is made later in the same process shares the server.
+    Returns once all ranks are there. A process group that is made later in the same process shares the server.
     """
     import torch.distributed as dist
 
-    return dist.TCPStore(
+    from trainer.one_start import store_of_this_start
+
+    store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world_size,
         is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=ARRIVE_S),
         wait_for_workers=False,
         multi_tenant=True,
     )
+    return store_of_this_start(store, "rerankvpr", rank, world_size, ARRIVE_S)
 
 
 def end_when_cut_off(host: str, port: int, *, limit_s: float, every_s: float = 5.0) -> None:

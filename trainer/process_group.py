@@ -13,6 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 from configs.reading import reason
 from trainer.devices import rank_device
 from trainer.lifeline import end_with_parent
+from trainer.one_start import store_of_this_start
 from trainer.ports import free_port
 from trainer.slurm_step import environment_of_step
 
@@ -46,34 +47,39 @@ def start_process_group(timeout_s: int, *, tf32: bool = False) -> Rank:
 
     NCCL on CUDA, one device a local rank; gloo otherwise. A rank that is silent for `timeout_s` ends the job. Without
     `tf32` products of float32, convolutions included, are float32's on a GPU too. Raises ValueError if the rank
-    cannot have the device that it was promised (see `rank_device`), ConnectionError as `connect_by_gloo` does.
+    cannot have the device that it was promised (see `rank_device`), ConnectionError if it does not reach the others.
     """
     end_with_parent()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # torch's own are False and True
-    _, world_size = rank_and_world_size()
+    rank, world_size = rank_and_world_size()
     device = rank_device()
+    store = rank_store(timeout_s)
     if device.type == "cuda":
-        timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group("nccl", timeout=timeout, device_id=bound_device(device, world_size))
+        dist.init_process_group(
+            "nccl",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=bound_device(device, world_size),
+        )
     else:
-        connect_by_gloo(timeout_s)
+        connect_by_gloo(store, rank, world_size, timeout_s)
     dist.barrier()  # a rank that finds a mistake and ends should find the others in the group, not on their way
     return Rank(dist.get_rank(), dist.get_world_size(), device)
 
 
-def connect_by_gloo(timeout_s: int) -> None:
-    """Starts a gloo group as the environment describes it, once all ranks have arrived, within `timeout_s`.
+def rank_store(timeout_s: int) -> dist.Store:
+    """This start's store, of the ranks that the environment describes, once all are there.
 
-    Gloo has been seen to wait for a connection for ever that both sides believed the other to make; so each connection
-    has `CONNECT_S`, and whoever starts the ranks starts them again. Raises ConnectionError.
+    Raises ConnectionError if that takes longer than `timeout_s`.
     """
-    timeout = timedelta(seconds=timeout_s)
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
-    store.set_timeout(timeout)
-    store = dist.PrefixStore("ranks", store)
-    if store.add("arrived", 1) == world_size:
-        store.set("all", "arrived")
-    store.wait(["all"])
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout_s))))
+    return store_of_this_start(store, "ranks", rank, world_size, timeout_s)
+
+
+def connect_by_gloo(store: dist.Store, rank: int, world_size: int, timeout_s: int) -> None:
+    """Starts a gloo group; each connection has `CONNECT_S`, a collective `timeout_s`. Raises ConnectionError."""
     connect_s = min(timeout_s, CONNECT_S)
     try:
         dist.init_process_group(
@@ -81,11 +87,11 @@ def connect_by_gloo(timeout_s: int) -> None:
         )
     except RuntimeError as error:
         raise ConnectionError(
-            f"rank {rank}: a connection to another rank took longer than {connect_s} s ({reason(error)}); start again, "
-            "`rerankvpr launch` does so by itself"
+            f"rank {rank}: a connection to another rank took longer than {connect_s} s ({reason(error)}); "
+            "GLOO_SOCKET_IFNAME names the interface that ranks reach each other by"
         ) from error
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch before 2.15
-    set_timeout(timeout)
+    set_timeout(timedelta(seconds=timeout_s))
 
 
 def bound_device(device: torch.device, world_size: int) -> torch.device | None:
