@@ -208,7 +208,7 @@ class RangeReader:
         with self._lock:
             if protocol not in self._systems:
                 try:
-                    self._systems[protocol] = fsspec.filesystem(protocol, skip_instance_cache=True)
+                    self._systems[protocol] = fsspec.filesystem(protocol, skip_instance_cache=True, **_one_try(protocol))
                 except (ImportError, ValueError) as error:
                     raise _MissingBackendError(str(error)) from error
             system = self._systems[protocol]
@@ -223,6 +223,14 @@ class RangeReader:
                 self._said = now
         if not silent:
             self.on_retry(text)
+
+
+def _one_try(protocol: str) -> dict[str, Any]:
+    """Options that leave trying again to `RangeReader`: botocore alone would try for a quarter of a minute first."""
+    if protocol not in ("s3", "s3a"):
+        return {}
+    asked = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+    return {"config_kwargs": {"retries": {"total_max_attempts": 1}, **asked}}
 
 
 def _remote_file(info: Mapping[str, Any]) -> RemoteFile:
