@@ -31,7 +31,7 @@ from memory.queue import MemoryQueue
 from model.network import build_model
 from tests import forked
 from tests.photos import write_blurred_noise
-from tests.town_shards import town_of_24
+from tests.town_shards import town_recipe
 from trainer.process_group import Rank, start_process_group
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "town.json").read_text())
@@ -95,18 +95,7 @@ def test_losses_equal_float64_on_the_cpu(rank: Rank, loss: str, miner: str) -> N
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden curve's shards and recipe."""
     folder = tmp_path_factory.mktemp("device")
-    recipe = {
-        "data": {
-            **{"shards": str(town_of_24()), "places_per_batch": 8, "images_per_place": 3, "image_size": 42},
-            **{"composition": "mixed", "augment_ops": 1, "augment_magnitude": 4, "decode_threads": 0},
-        },
-        "model": {"backbone": "tiny14", "weights": "random", "aggregator": "gem", "finetune_last_n_blocks": 3},
-        "memory": {"size": 100, "start_epoch": 1.5},
-        "optim": {"lr": 1e-3, "warmup_steps": 5, "weight_decay": 0.05},
-        "trainer": {"epochs": 99, "max_steps": 30, "validate_every_epochs": 0},
-        "tracking": {"enabled": False},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(town_recipe()))
     return folder
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 import rerankvpr
 from configs.schema import ModelConfig, Recipe
@@ -23,6 +22,7 @@ from eval.index.photo_list import list_source
 from model.lora import is_lora
 from model.network import build_model
 from tests.checkpoints import write_checkpoint
+from tests.curves import curve
 from tests.photos import write_gsv_cities, write_noise_benchmark
 from tests.ranks import on_ranks, shared_folder
 from tests.test_lora import trained as with_products
@@ -37,27 +37,18 @@ LORA = {"weights": "random", "finetune": "lora", "finetune_last_n_blocks": 3, "l
 
 def trained(folder: Path, name: str, backbone: str, steps: int, stage: int, *, resume: bool = False) -> Path:
     """The last checkpoint of a training of so many steps on all ranks."""
-    from trainer.loop import train
-    from trainer.process_group import Rank
-    from trainer.resume import Resume
-
     data = {"shards": str(folder / "shards"), "places_per_batch": 4, "images_per_place": 2}
-    recipe = Recipe.model_validate(
-        {
-            "output": str(folder / name),
-            "data": {**data, "image_size": SIDES[backbone], "decode_threads": 0},
-            "model": {**LORA, "backbone": backbone, "lora_targets": ["q", "v", "mlp"], "aggregator": "gem"},
-            "memory": {"size": 20, "start_epoch": 0},
-            "engine": {"zero_stage": stage},
-            "optim": {"lr": 1e-2, "schedule": "none", "warmup_steps": 0},
-            "trainer": {"epochs": 99, "max_steps": steps, "validate_every_epochs": 0},
-            "tracking": {"enabled": False},
-        }
-    )
+    recipe = {
+        "data": {**data, "image_size": SIDES[backbone], "decode_threads": 0},
+        "model": {**LORA, "backbone": backbone, "lora_targets": ["q", "v", "mlp"], "aggregator": "gem"},
+        "memory": {"size": 20, "start_epoch": 0},
+        "engine": {"zero_stage": stage},
+        "optim": {"lr": 1e-2, "schedule": "none", "warmup_steps": 0},
+        "trainer": {"epochs": 99, "max_steps": steps, "validate_every_epochs": 0},
+        "tracking": {"enabled": False},
+    }
     torch.manual_seed(0)
-    rank = Rank(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    train(recipe, rank, Console(quiet=True), resume=Resume() if resume else None)
-    dist.barrier()
+    curve(folder, name, recipe, resume=resume)
     return last_checkpoint(folder / name)
 
 

@@ -1,13 +1,16 @@
-"""The shards of the town that golden curves are of."""
+"""The shards of the town that golden curves are of, and the recipe of these curves."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.town.render import Town, render_town
 from tests.forked import scratch
+
+STEPS = 30
 
 
 def town_of_24() -> Path:
@@ -17,3 +20,24 @@ def town_of_24() -> Path:
         render_town(place / "town", Town(seed=3, places=24, views=3, held_out_places=0), processes=1)
         write_shards(read_gsv_cities(place / "town" / "train", min_images_per_place=3), place / "shards")
     return place / "shards"
+
+
+def town_recipe(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The recipe of `tests/golden/town.json`, with changes by section."""
+    base: dict[str, dict[str, Any]] = {
+        "data": {
+            **{"places_per_batch": 8, "images_per_place": 3, "image_size": 42, "composition": "mixed"},
+            **{"augment_ops": 1, "augment_magnitude": 4, "decode_threads": 0},
+        },
+        "model": {"backbone": "tiny14", "weights": "random", "aggregator": "gem", "finetune_last_n_blocks": 3},
+        "memory": {"size": 100, "start_epoch": 1.5},
+        "optim": {"lr": 1e-3, "warmup_steps": 5, "weight_decay": 0.05},
+        "loss": {},
+        "engine": {},
+        "trainer": {"epochs": 99, "max_steps": STEPS, "validate_every_epochs": 0},
+        "tracking": {"enabled": False},
+    }
+    recipe = {section: values | changes.get(section, {}) for section, values in base.items()}
+    if "shards" not in recipe["data"]:
+        recipe["data"]["shards"] = str(town_of_24())
+    return recipe
