@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memory.place_sets import PlaceSets
 from memory.queue import MemoryQueue, Placement, check_shards
@@ -39,12 +39,7 @@ class SetQueues(nn.Module):
         return queue
 
     def enqueue(
-        self,
-        descriptors_ND: torch.Tensor,
-        place_ids_N: torch.Tensor,
-        step: int,
-        *,
-        host_ids_N: torch.Tensor | None = None,
+        self, descriptors_ND: Tensor, place_ids_N: Tensor, step: int, *, host_ids_N: Tensor | None = None
     ) -> None:
         """Stores the global batch of a step, each set's images in its queue; see `MemoryQueue.enqueue`."""
         known = host_ids_N if host_ids_N is not None else place_ids_N.cpu()
@@ -57,7 +52,7 @@ class SetQueues(nn.Module):
             )
 
     @torch.no_grad()
-    def load_shards(self, states: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    def load_shards(self, states: Iterable[Mapping[str, Tensor]]) -> None:
         """Takes over queues saved by any number of ranks in any placement; see `MemoryQueue.load_shards`."""
         given: set[int] = set()
         expected = 1

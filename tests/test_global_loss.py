@@ -17,23 +17,19 @@ from memory.global_loss import GlobalLoss
 from memory.near_places import NearPlaces
 from memory.queue import MemoryQueue
 from memory.strategies import InTiles
-from tests.dense_loss import Batch, dense_loss
+from tests.dense_loss import dense_loss
+from tests.loss_cases import IN, OUT, LossCase, Stored, draw_images, first_weight, from_rank_0
 from tests.ranks import on_ranks
 
 LOSSES = ("MultiSimilarityLoss", "TripletMarginLoss", "ContrastiveLoss", "NCALoss")
 MINERS = ("MultiSimilarityMiner", "TripletMarginMiner", "none")
-IN, OUT, PLACES = 11, 7, 9
-MS = {"alpha": 2, "beta": 50, "base": 0.5}
+PLACES = 9
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(LossCase):
     """A short training whose every step is compared."""
 
-    loss: str = "MultiSimilarityLoss"
-    miner: str = "MultiSimilarityMiner"
-    placement: str = "replicated"
-    in_batch: str = "live"
     size: int = 31
     per_rank: int = 0  # 0: a global batch of 8
     steps: int = 7  # 31 entries: empty, filling, wrapping in the middle of a batch, full
@@ -43,7 +39,6 @@ class Case:
     places: int = PLACES
     seed: int = 1
     dtype: torch.dtype = torch.float64
-    min_negative_m: float = 0
 
     def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Seeded inputs [N, IN]; images of a place are alike, some places have one image alone."""
@@ -53,8 +48,7 @@ class Case:
         out = []
         for _ in range(self.steps):
             places = torch.randint(0, self.places, (n,), generator=generator)
-            noise = torch.randn(n, IN, generator=generator, dtype=torch.float64)
-            out.append(((centres[places] + 0.7 * noise).to(self.dtype), places))
+            out.append((draw_images(centres, places, generator).to(self.dtype), places))
         return out
 
     def memory(self) -> MemoryConfig:
@@ -77,25 +71,31 @@ class Case:
         lon = torch.where(torch.arange(self.places) % 3 > 0, -9.1, 151.2) + metres[:, 1] / 87_000
         return (torch.from_numpy(on_ellipsoid(lat.numpy(), lon.numpy())) * 8).round() / 8
 
-    def config(self) -> LossConfig:
-        return LossConfig(name=self.loss, miner=self.miner, args=MS if self.loss == "MultiSimilarityLoss" else {})
-
-
-def projection(dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(IN, OUT, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    def of_one_process(
+        self, x: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, stored: Stored, step: int
+    ) -> list[torch.Tensor]:
+        """Loss, gradients of the descriptors and of the weight, and the pairs an anchor that are left out."""
+        weight = weight.detach().double().requires_grad_()
+        descriptors = F.normalize(x.double() @ weight, dim=1)
+        ages = [self.decay_lambda * (step - entered) for _, _, entered in stored]
+        batch = self.batch(descriptors, ids, stored, ages, self.points())
+        loss = dense_loss(self.loss, self.miner, batch)
+        left_out = torch.tensor(0.0, dtype=torch.float64)
+        if batch.near_NR is not None:
+            left_out = (batch.near_NR & (ids[:, None] != batch.ids_R)).sum(1).double().mean()
+        return [loss, *torch.autograd.grad(loss, [descriptors, weight]), left_out]
 
 
 def compare(case: Case, rtol: float, atol: float) -> str:
     """Trains a linear map by SGD over ranks beside one process; returns what differs beyond the tolerance."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    weight = projection(case.dtype).requires_grad_()
+    weight = first_weight(case.dtype).requires_grad_()
     queue = MemoryQueue(case.size, OUT, placement=case.placement).to(case.dtype)
-    points = case.points()
-    near = NearPlaces(points, case.min_negative_m) if case.min_negative_m else None
+    near = NearPlaces(case.points(), case.min_negative_m) if case.min_negative_m else None
     global_loss = GlobalLoss(case.config(), case.memory(), engine_reduces=case.engine_reduces, near=near)
     assert isinstance(global_loss.strategy, InTiles)
     global_loss.strategy.tiled.tile_bytes = case.tile_bytes
-    stored: list[tuple[torch.Tensor, int, int]] = []
+    stored: Stored = []
     for step, (x, ids) in enumerate(case.batches()):
         mine = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
         local = F.normalize(x[mine] @ weight, dim=1)
@@ -105,32 +105,14 @@ def compare(case: Case, rtol: float, atol: float) -> str:
         if case.engine_reduces == "mean":
             gradient, embedding_grad = gradient / world, embedding_grad / world
 
-        other = projection_like(weight)
-        descriptors = F.normalize(x.double() @ other, dim=1)
-        live = case.in_batch == "live"
-        memory = torch.stack([d for d, _, _ in stored]).double() if stored else descriptors[:0].detach()
-        age = torch.tensor([step - s for _, _, s in stored], dtype=torch.float64)
-        ids_R = torch.cat([ids, torch.tensor([i for _, i, _ in stored], dtype=torch.int64)])
-        apart_NR = (points[ids][:, None] - points[ids_R]).norm(dim=2)
-        batch = Batch(
-            descriptors,
-            ids,
-            torch.cat([descriptors if live else descriptors.detach(), memory]),
-            ids_R,
-            torch.cat([torch.ones(len(x), dtype=torch.float64), torch.exp(-case.decay_lambda * age)]),
-            live,
-            apart_NR < case.min_negative_m if near else None,
-        )
-        if near:
-            left_out = ((apart_NR < case.min_negative_m) & (ids[:, None] != ids_R)).sum(1).double().mean()
-            if not torch.equal(out.stats["near_negatives"], left_out):
-                return f"{case}\nstep {step}: {out.stats['near_negatives']} pairs an anchor left out, not {left_out}"
-        expected = dense_loss(case.loss, case.miner, batch)
-        expected_embedding_grad, expected_gradient = torch.autograd.grad(expected, [descriptors, other])
+        found = case.of_one_process(x, ids, weight, stored, step) if rank == 0 else []
+        expected, embeddings, parameters, left_out = from_rank_0(found, [(), (len(x), OUT), (IN, OUT), ()])
+        if near and not torch.equal(out.stats["near_negatives"], left_out):
+            return f"{case}\nstep {step}: {out.stats['near_negatives']} pairs an anchor left out, not {left_out}"
         for what, value, right in (
             ("loss", out.loss, expected),
-            ("embedding gradient", embedding_grad, expected_embedding_grad[mine]),
-            ("parameter gradient", gradient, expected_gradient),
+            ("embedding gradient", embedding_grad, embeddings[mine]),
+            ("parameter gradient", gradient, parameters),
         ):
             if not torch.allclose(value.double(), right, rtol=rtol, atol=atol):
                 return f"{case}\nstep {step}, {what}: off by {(value.double() - right).abs().max():.3g}"
@@ -140,10 +122,6 @@ def compare(case: Case, rtol: float, atol: float) -> str:
         with torch.no_grad():
             weight -= 0.05 * gradient
     return ""
-
-
-def projection_like(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().double().requires_grad_()
 
 
 def assert_same(case: Case, rtol: float = 1e-10, atol: float = 1e-11) -> None:
@@ -259,7 +237,7 @@ def check_a_library_loss_equals_one_process() -> None:
         queue = MemoryQueue(size, OUT).double()
         circle, miner = losses.CircleLoss(m=0.3, gamma=20), miners.PairMarginMiner()
         library = losses.CrossBatchMemory(circle, OUT, memory_size=size + 8, miner=miner).double()
-        weight = projection(torch.float64).requires_grad_()
+        weight = first_weight().requires_grad_()
         for step, (x, ids) in enumerate(Case(steps=6).batches()):
             mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
             out = global_loss(F.normalize(x[mine] @ weight, dim=1), ids[mine], queue, step=step)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from configs.registry import LOSSES, MINERS
-from configs.schema import LossConfig, MemoryConfig
+from configs.schema import MemoryConfig
 from memory.global_loss import GlobalLoss
 from memory.gradient_cache import GradientCache
 from memory.near_places import NearPlaces
@@ -18,26 +18,21 @@ from memory.place_sets import PlaceSets
 from memory.queue import MemoryQueue
 from memory.set_queues import SetQueues
 from memory.strategies import InTiles
-from tests.dense_loss import Batch, dense_loss
+from tests.dense_loss import dense_loss
+from tests.loss_cases import IN, OUT, LossCase, Stored, draw_images, first_weight, from_rank_0
 from tests.ranks import on_ranks
 
-IN, OUT = 11, 7
 FIRST_PLACE = [0, 5, 9, 15]
 BLOCK = [2, 1, 1]  # images of each set in a block of 4; four blocks are a batch of 16
 SIZES = [18, 7, 9]  # of the queues: filling, wrapping, full
-MS = {"alpha": 2, "beta": 50, "base": 0.5}
+DECAY_LAMBDA = 0.3
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(LossCase):
     """A short training whose every step is compared."""
 
-    loss: str = "MultiSimilarityLoss"
-    miner: str = "MultiSimilarityMiner"
-    placement: str = "replicated"
-    in_batch: str = "live"
     queue_over: str = "set"
-    min_negative_m: float = 0
     host_knows: bool = True
     chunks: int = 1
     steps: int = 4
@@ -55,8 +50,7 @@ class Case:
                 for number, count in enumerate(BLOCK)
             ]
             places = torch.cat(ids)
-            noise = torch.randn(16, IN, generator=generator, dtype=torch.float64)
-            out.append((centres[places] + 0.7 * noise, places))
+            out.append((draw_images(centres, places, generator), places))
         return out
 
     def points(self) -> torch.Tensor:
@@ -67,49 +61,38 @@ class Case:
     def build(self) -> tuple[GlobalLoss, MemoryQueue | SetQueues]:
         memory = MemoryConfig.model_validate(
             {
-                **{"size": sum(SIZES), "placement": self.placement, "in_batch": self.in_batch, "decay_lambda": 0.3},
-                **{"min_negative_m": self.min_negative_m, "queue_over": self.queue_over},
+                **{"size": sum(SIZES), "placement": self.placement, "in_batch": self.in_batch},
+                **{"decay_lambda": DECAY_LAMBDA, "min_negative_m": self.min_negative_m, "queue_over": self.queue_over},
             }
         )
-        loss = LossConfig(name=self.loss, miner=self.miner, args=MS if self.loss == "MultiSimilarityLoss" else {})
         sets = PlaceSets(["a", "b", "c"], FIRST_PLACE, self.weights)
         near = NearPlaces(self.points(), self.min_negative_m) if self.min_negative_m else None
-        made = GlobalLoss(loss, memory, near=near, sets=sets)
+        made = GlobalLoss(self.config(), memory, near=near, sets=sets)
         assert isinstance(made.strategy, InTiles)
         made.strategy.tiled.tile_bytes = 1000
         if self.queue_over == "all":
             return made, MemoryQueue(sum(SIZES), OUT, placement=memory.placement).double()
         return made, SetQueues(SIZES, OUT, sets, placement=memory.placement).double()
 
+    def of_one_process(
+        self, x: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, stored: Stored, step: int
+    ) -> list[torch.Tensor]:
+        """The gradient of the weight, and the loss of each set by itself."""
+        weight = weight.detach().clone().requires_grad_()
+        descriptors, parts = F.normalize(x @ weight, dim=1), []
+        for number, size in enumerate(SIZES):
+            rows = set_of(ids) == number
+            of_set = [one for one in stored if int(set_of(torch.tensor(one[1]))) == number][-size:]
+            held = of_set if self.queue_over == "set" else stored[-sum(SIZES) :]
+            ages = [DECAY_LAMBDA * (step - entered) for _, _, entered in held]
+            batch = self.batch(descriptors[rows], ids[rows], held, ages, self.points())
+            parts.append(dense_loss(self.loss, self.miner, batch))
+        total = torch.tensor(self.weights, dtype=torch.float64) @ torch.stack(parts)
+        return [*torch.autograd.grad(total, weight), *parts]
+
 
 def set_of(ids: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(ids, torch.tensor(FIRST_PLACE[1:-1]), right=True)
-
-
-def dense(case: Case, descriptors: torch.Tensor, ids: torch.Tensor, stored: list, step: int) -> list[torch.Tensor]:
-    """The loss of each set by itself; `stored` has (descriptor, place, step) in order of age."""
-    points, live = case.points(), case.in_batch == "live"
-    out = []
-    for number, size in enumerate(SIZES):
-        rows = set_of(ids) == number
-        of_set = [one for one in stored if int(set_of(torch.tensor(one[1]))) == number][-size:]
-        held = of_set if case.queue_over == "set" else stored[-sum(SIZES) :]
-        own, ids_n = descriptors[rows], ids[rows]
-        memory = torch.stack([d for d, _, _ in held]) if held else own[:0].detach()
-        ids_R = torch.cat([ids_n, torch.tensor([i for _, i, _ in held], dtype=torch.int64)])
-        age = torch.tensor([step - s for _, _, s in held], dtype=torch.float64)
-        near = (points[ids_n][:, None] - points[ids_R]).norm(dim=2) < case.min_negative_m
-        batch = Batch(
-            own,
-            ids_n,
-            torch.cat([own if live else own.detach(), memory]),
-            ids_R,
-            torch.cat([torch.ones(len(own), dtype=torch.float64), torch.exp(-0.3 * age)]),
-            live,
-            near if case.min_negative_m else None,
-        )
-        out.append(dense_loss(case.loss, case.miner, batch))
-    return out
 
 
 def _encode(weight: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor]:
@@ -119,10 +102,9 @@ def _encode(weight: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor]:
 def compare(case: Case) -> None:
     """Trains a linear map by SGD over ranks beside one process; tolerances are those of tests/test_global_loss.py."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    weight = torch.randn(IN, OUT, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
-    weights = torch.tensor(case.weights, dtype=torch.float64)
+    weight = first_weight().requires_grad_()
     global_loss, queue = case.build()
-    stored: list[tuple[torch.Tensor, int, int]] = []
+    stored: Stored = []
     for step, (x, ids) in enumerate(case.batches()):
         mine = slice(rank * 16 // world, (rank + 1) * 16 // world)
         encode = partial(_encode, weight)
@@ -140,19 +122,13 @@ def compare(case: Case) -> None:
         dist.all_reduce(gradient)
         gradient /= world
 
-        right, parts = torch.empty_like(gradient), torch.empty(3, dtype=torch.float64)
-        if rank == 0:  # the others are given what one process finds
-            other = weight.detach().clone().requires_grad_()
-            parts = torch.stack(dense(case, F.normalize(x @ other, dim=1), ids, stored, step))
-            (right,) = torch.autograd.grad(weights @ parts, other)
-            parts = parts.detach()
-        right = right.contiguous()
-        dist.broadcast(right, 0)
-        dist.broadcast(parts, 0)
+        expected = case.of_one_process(x, ids, weight, stored, step) if rank == 0 else []
+        right, *losses = from_rank_0(expected, [(IN, OUT), (), (), ()])
+        parts = torch.stack(losses)
         found = torch.stack([out.stats[f"{name}/loss"] for name in "abc"])
-        expected = weights @ parts
+        total = torch.tensor(case.weights, dtype=torch.float64) @ parts
         torch.testing.assert_close(found, parts, rtol=1e-10, atol=1e-11, msg=str(case))
-        torch.testing.assert_close(out.loss.detach(), expected, rtol=1e-10, atol=1e-11, msg=str(case))
+        torch.testing.assert_close(out.loss.detach(), total, rtol=1e-10, atol=1e-11, msg=str(case))
         torch.testing.assert_close(gradient, right, rtol=1e-10, atol=1e-11, msg=str(case))
         queue.enqueue(out.descriptors_ND, out.place_ids_N, step, host_ids_N=out.host_ids_N)
         stored += [(d, int(i), step) for d, i in zip(out.descriptors_ND, ids, strict=True)]
@@ -165,7 +141,8 @@ def check_sets_equal_dense_losses_of_one_process() -> None:
     choices = itertools.product(LOSSES, MINERS, ("replicated", "sharded"), ("set", "all"))
     for number, (loss, miner, placement, over) in enumerate(choices):
         in_batch, metres = ("live", "detached")[number // 4 % 2], (0, 60)[number // 8 % 2]
-        compare(Case(loss, miner, placement, in_batch, over, metres, host_knows=number % 3 > 0, steps=2))
+        case = Case(loss, miner, placement, in_batch, metres, over, host_knows=number % 3 > 0, steps=2)
+        compare(case)
 
 
 def check_the_queue_wraps_and_chunks_change_nothing() -> None:
