@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -156,3 +158,38 @@ def same_state(a: Path, b: Path) -> None:
         assert one.keys() == other.keys(), name
         assert all(torch.equal(one[key], other[key]) for key in one), name
     assert (a / "optimizer.json").read_text() == (b / "optimizer.json").read_text()
+
+
+def same_run(a: Path, b: Path, steps: int) -> None:
+    """Asserts that two trainings of so many steps end with the same bits and had the same losses."""
+    assert last_checkpoint(a).name == last_checkpoint(b).name
+    same_state(last_checkpoint(a), last_checkpoint(b))
+    one, other = logged(a), logged(b)
+    assert sorted(one) == sorted(other) == list(range(1, steps + 1))
+    assert [one[s]["train/loss"] for s in sorted(one)] == [other[s]["train/loss"] for s in sorted(other)]
+
+
+def train_with_kills(workplace: Path, output: str, *flags: str, kills: int, within_s: float, seed: int = 0) -> int:
+    """A training on two ranks to its end, with SIGKILL to all processes up to `kills` times; how often it was killed.
+
+    Each comes at a random moment within `within_s` after a step since the last one: a resumption has to get on.
+    """
+    rng, folder = random.Random(seed), workplace / output
+    metrics = folder / "metrics.jsonl"
+    process, done = two_ranks(workplace, output, *flags, "--resume"), 0
+    while done < kills:
+        seen = metrics.stat().st_size if metrics.exists() else 0
+        forked.wait_until(lambda: process.poll() is not None or _is_longer(metrics, seen), 180)  # noqa: B023
+        time.sleep(rng.uniform(0.0, within_s))
+        if process.poll() is not None:
+            break  # came to its end between two kills
+        kill_all(process)
+        done += 1
+        print(f"kill {done}: at step {max(logged(folder), default=0) if metrics.exists() else 0}", flush=True)
+        process = two_ranks(workplace, output, *flags, "--resume")
+    finish(process)
+    return done
+
+
+def _is_longer(file: Path, size: int) -> bool:
+    return file.exists() and file.stat().st_size > size

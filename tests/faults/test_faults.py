@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import shutil
 import time
@@ -27,32 +26,9 @@ def unbroken(workplace: Path) -> Path:
 
 def test_killed_twenty_times_it_ends_with_the_same_bits(workplace: Path, unbroken: Path) -> None:
     """SIGKILL at random moments, in steps, saves and evaluations; each resumption has to get on before the next."""
-    rng = random.Random(0)
-    folder = workplace / "killed"
-    process = training.two_ranks(workplace, "killed", *LONG, "--resume")
-    kills = 0
-    while kills < KILLS:
-        seen = (folder / "metrics.jsonl").stat().st_size if (folder / "metrics.jsonl").exists() else 0
-        deadline = time.monotonic() + 180
-        while process.poll() is None and time.monotonic() < deadline:
-            if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > seen:
-                break
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 1.2))
-        if process.poll() is not None:
-            assert process.returncode == 0, process.communicate()[0]
-            break  # came to its end between two kills
-        training.kill_all(process)
-        kills += 1
-        print(f"kill {kills}: at step {max(training.logged(folder), default=0)}", flush=True)
-        process = training.two_ranks(workplace, "killed", *LONG, "--resume")
-    if process.poll() is None:
-        training.finish(process)
-    assert kills >= KILLS // 2
-    training.same_state(training.last_checkpoint(unbroken), training.last_checkpoint(folder))
-    one, other = training.logged(unbroken), training.logged(folder)
-    assert sorted(one) == sorted(other) == list(range(1, 4 * training.STEPS + 1))
-    assert [one[s]["train/loss"] for s in one] == [other[s]["train/loss"] for s in sorted(other)]
+    killed = training.train_with_kills(workplace, "killed", *LONG, kills=KILLS, within_s=1.2)
+    assert killed >= KILLS // 2
+    training.same_run(unbroken, workplace / "killed", 4 * training.STEPS)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
