@@ -2,6 +2,7 @@
 
 `run` and `start` are `python -m MODULE ...` in a process, a working folder and an environment of its own, as subprocess
 gives it, without the ten seconds that importing torch, DeepSpeed, MLflow and the trainer takes.
+So is the first fork server that such a program starts, as `rerankvpr launch` does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import atexit
 import contextlib
 import functools
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import runpy
 import shutil
@@ -17,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOADED = ["torch", "deepspeed", "mlflow", "matplotlib.figure", "pytest", "hypothesis", "trainer.loop", "launch.cli"]
+PRELOADED = ["tests.warm"]
 SERVER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
@@ -155,7 +158,43 @@ def _run_module(folder: Path, command: Sequence[str], environment: Mapping[str, 
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [command[0], *command[1:]]
+    _first_server_is_a_fork()
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+
+
+def _first_server_is_a_fork() -> None:
+    """Lets the first fork server that this process starts be a fork of it: what it would import is here already.
+
+    Its place among processes, its descriptors and all that it does are those of a new one, as is every later server.
+    """
+    in_a_new_process = multiprocessing.util.spawnv_passfds
+
+    def start(path: bytes, arguments: Sequence[Any], passed: Sequence[int]) -> int:
+        code = str(arguments[-1])
+        if "multiprocessing.forkserver" not in code or threading.active_count() > 1:
+            return int(in_a_new_process(path, arguments, passed))
+        multiprocessing.util.spawnv_passfds = in_a_new_process
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        child = os.fork()
+        if child == 0:
+            try:
+                _close_all_but({0, 1, 2, sys.stdin.fileno(), *map(int, passed)})
+                known = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+                known.__init__()  # its lock is held by the start that this is a part of
+                exec(code, {})
+            finally:
+                os._exit(1)
+        return child
+
+    multiprocessing.util.spawnv_passfds = start
+
+
+def _close_all_but(kept: set[int]) -> None:
+    for descriptor in [int(file.name) for file in Path("/proc/self/fd").iterdir()]:
+        if descriptor not in kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 def redirect(file: Path, descriptor: int) -> None:
