@@ -208,7 +208,9 @@ class RangeReader:
         with self._lock:
             if protocol not in self._systems:
                 try:
-                    self._systems[protocol] = fsspec.filesystem(protocol, skip_instance_cache=True, **_one_try(protocol))
+                    self._systems[protocol] = fsspec.filesystem(
+                        protocol, skip_instance_cache=True, **_one_try(protocol)
+                    )
                 except (ImportError, ValueError) as error:
                     raise _MissingBackendError(str(error)) from error
             system = self._systems[protocol]

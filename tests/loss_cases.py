@@ -31,7 +31,12 @@ class LossCase:
         return LossConfig(name=self.loss, miner=self.miner, args=MS if self.loss == "MultiSimilarityLoss" else {})
 
     def batch(
-        self, descriptors_ND: torch.Tensor, ids_N: torch.Tensor, held: Stored, ages: Sequence[float], points: torch.Tensor
+        self,
+        descriptors_ND: torch.Tensor,
+        ids_N: torch.Tensor,
+        held: Stored,
+        ages: Sequence[float],
+        points: torch.Tensor,
     ) -> Batch:
         """Anchors against themselves and `held`, whose weights are exp(-age); `points` [places, 3] are in metres."""
         live = self.in_batch == "live"
@@ -66,4 +71,4 @@ def from_rank_0(found: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) 
     if dist.get_rank() == 0:
         torch.cat([one.detach().flatten() for one in found], out=flat)
     dist.broadcast(flat, 0)
-    return [part.view(*shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    return [part.view(tuple(shape)) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
