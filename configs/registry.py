@@ -138,10 +138,8 @@ BACKBONES: Registry[BackboneSpec] = Registry("backbone", SPECS, key="model.backb
 LOSSES: Registry[Any] = Registry(
     "loss",
     {
-        "MultiSimilarityLoss": "memory.losses:MultiSimilarityLoss",
-        "TripletMarginLoss": "memory.losses:TripletMarginLoss",
-        "ContrastiveLoss": "memory.losses:ContrastiveLoss",
-        "NCALoss": "memory.losses:NCALoss",
+        name: f"memory.losses:{name}"
+        for name in ("MultiSimilarityLoss", "TripletMarginLoss", "ContrastiveLoss", "NCALoss")
     },
     key="loss.name",
     more="docs/memory.md lists all",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ MAX_QUERIES_PER_BLOCK = 16
 CPU_BATCH_BYTES = 24 << 20  # on a CPU, larger batches leave its caches: half as fast
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How pairs are batched: `queries` at a time, with `candidates` of each at a time."""
 
     queries: int

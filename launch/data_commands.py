@@ -68,7 +68,10 @@ class Writing:
 
 @dataclass(frozen=True)
 class Gridded:
-    """How coordinates become places."""
+    """How coordinates become places.
+
+    An image is of the place of its cell and, if it has a heading, of the sector that it looks into.
+    """
 
     cell_m: float = 10.0
     """Side of the square cells in metres whose images are of one place."""

@@ -131,6 +131,18 @@ def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
+def timm_arguments(spec: BackboneSpec, hidden: int) -> dict[str, Any]:
+    """What timm's networks call the sizes of a backbone whose MLPs have `hidden` channels."""
+    return {
+        "patch_size": spec.patch,
+        "embed_dim": spec.channels,
+        "depth": spec.depth,
+        "num_heads": spec.heads,
+        "init_values": spec.layer_scale,
+        "mlp_ratio": (hidden + 0.5) / spec.channels,  # timm rounds the product down
+    }
+
+
 def build_backbone(spec: BackboneSpec) -> Backbone:
     """The network that a spec names, on the current default device."""
     built: Backbone = network_of(spec)(spec)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from configs.backbones import BackboneSpec
-from model.backbone import Backbone, State, TakeQkv
+from model.backbone import Backbone, State, TakeQkv, timm_arguments
 
 
 class DinoViT(Backbone, VisionTransformer):
@@ -29,18 +29,13 @@ class DinoViT(Backbone, VisionTransformer):
         gated = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if spec.mlp == "swiglu" else {}
         first = 2 * spec.hidden if gated else spec.hidden
         super().__init__(
+            **timm_arguments(spec, hidden=first),
             img_size=spec.table_side,
-            patch_size=spec.patch,
-            embed_dim=spec.channels,
-            depth=spec.depth,
-            num_heads=spec.heads,
-            init_values=spec.layer_scale,
             reg_tokens=spec.registers,
             no_embed_class=bool(spec.registers),
             num_classes=0,
             dynamic_img_size=True,
             norm_layer=partial(LayerNorm, eps=spec.norm_eps),
-            mlp_ratio=(first + 0.5) / spec.channels,  # timm rounds the product down
             **gated,
         )
         self.spec = spec

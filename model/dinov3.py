@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from configs.backbones import BackboneSpec
-from model.backbone import Backbone, State, TakeQkv
+from model.backbone import Backbone, State, TakeQkv, timm_arguments
 
 BASE = 100.0  # of the rotation's periods
 
@@ -33,17 +33,12 @@ class DinoV3(Backbone, Eva):
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__(
+            **timm_arguments(spec, hidden=spec.hidden),
             img_size=224,  # of no consequence: the size is that of each image
-            patch_size=spec.patch,
-            embed_dim=spec.channels,
-            depth=spec.depth,
-            num_heads=spec.heads,
             num_reg_tokens=spec.registers,
             qkv_bias=spec.qkv_bias,
-            mlp_ratio=(spec.hidden + 0.5) / spec.channels,  # timm rounds the product down
             swiglu_mlp=spec.mlp == "swiglu",
             swiglu_align_to=1,  # its two layers apart, as they are published
-            init_values=spec.layer_scale,
             norm_layer=partial(LayerNorm, eps=spec.norm_eps),
             global_pool="token",
             use_fc_norm=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +18,18 @@ from trainer import recorded_plugins
 from trainer.checkpoint_folder import point
 from trainer.manifest import FORMAT, MANIFEST
 from trainer.state import Progress
+
+
+def gem_recipe(side: int, *, data: dict[str, Any] | None = None, eval: dict[str, Any] | None = None) -> Recipe:
+    """A recipe of tiny14 with GeM at images of `side` pixels, by which most patches of noise match."""
+    rerank = {"nn_match_thresh": 0.2, "saliency_thresh": 0.1}
+    return Recipe.model_validate(
+        {
+            "data": {"image_size": side, **(data or {})},
+            "model": {"backbone": "tiny14", "weights": "random", "aggregator": "gem"},
+            "eval": {"image_size": side, "rerank": rerank, **(eval or {})},
+        }
+    )
 
 
 def write_checkpoint(
@@ -40,3 +53,9 @@ def write_checkpoint(
     (checkpoint / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": 1, "world_size": 1, "files": files}))
     point(run / "checkpoints" / "latest", checkpoint)
     return checkpoint, network
+
+
+def write_run(folder: Path, recipe: Recipe) -> Path:
+    """The output folder of a run in `folder`, with such a checkpoint."""
+    write_checkpoint(folder / "run", recipe)
+    return folder / "run"

@@ -14,7 +14,7 @@ from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.sources.manifest import read_manifest
 from launch.cli import main
-from tests.photos import jpeg, write_gsv_cities
+from tests.photos import write_gsv_cities, write_jpegs
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,8 @@ def test_inspect_prints_and_draws(shards: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_without_coordinates_there_is_no_map(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    lines = ["path,place"]
-    for number in range(8):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(rng))
-        lines.append(f"{number}.jpg,{number // 4}")
-    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    write_jpegs(tmp_path, 8, seed=0)
+    (tmp_path / "mine.csv").write_text("\n".join(["path,place", *(f"{n}.jpg,{n // 4}" for n in range(8))]))
     write_shards(read_manifest(tmp_path / "mine.csv"), tmp_path / "set")
     index = read_index(tmp_path / "set")
     assert not draw_map(index, tmp_path / "map.png")

@@ -26,6 +26,7 @@ from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.storage import RangeReader, StorageError
 from tests.http_ranges import KillableServer, wait_for_port
 from tests.photos import write_gsv_cities
+from tests.s3_server import Bucket, served_bucket
 from trainer.ports import free_port
 
 pytestmark = pytest.mark.slow
@@ -158,58 +159,34 @@ def test_a_tar_that_is_missing_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def s3(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    boto3 = pytest.importorskip("boto3", reason="s3 needs the extra s3 and moto's server")
-    moto = pytest.importorskip("moto.server", reason="s3 needs the extra s3 and moto's server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="places")
-    for file in shards.rglob("*"):
-        if file.is_file():
-            client.upload_file(str(file), "places", f"set/{file.relative_to(shards)}")
-    yield server, port
-    server.stop()
+def s3(shards: Path) -> Iterator[Bucket]:
+    with served_bucket(shards, prefix="set") as bucket:
+        yield bucket
 
 
-def test_s3_serves_an_epoch_and_an_outage_loses_nothing(shards: Path, s3: tuple) -> None:
-    server, port = s3
+def test_s3_serves_an_epoch_and_an_outage_loses_nothing(shards: Path, s3: Bucket) -> None:
     expected = list(batches(config(shards)))
-    assert_same(list(batches(config("s3://places/set"))), expected)
+    assert_same(list(batches(config(s3.url))), expected)
     received = []
-    for step, batch in enumerate(batches(config("s3://places/set", prefetch_batches=1))):
+    for step, batch in enumerate(batches(config(s3.url, prefetch_batches=1))):
         received.append(batch)
         if step == 3:
-            server.stop()
-            threading.Timer(1.0, _restart, [server, port]).start()
+            s3.server.stop()
+            threading.Timer(1.0, s3.start_again).start()
     assert_same(received, expected)
 
 
-def test_s3_serves_whole_tars_in_order(shards: Path, s3: tuple) -> None:
+def test_s3_serves_whole_tars_in_order(shards: Path, s3: Bucket) -> None:
     streamed = {"access": "stream", "composition": "mixed", "stream_buffer_places": 12}
-    assert_same(list(batches(config("s3://places/set", **streamed))), list(batches(config(shards, **streamed))))
+    assert_same(list(batches(config(s3.url, **streamed))), list(batches(config(shards, **streamed))))
 
 
-def _restart(server: object, port: int) -> None:
-    server._port = port  # type: ignore[attr-defined]
-    server.start()  # type: ignore[attr-defined]
-
-
-def test_s3_cut_for_good_is_a_clear_error_and_what_is_missing_is_named(s3: tuple) -> None:
+def test_s3_cut_for_good_is_a_clear_error_and_what_is_missing_is_named(s3: Bucket) -> None:
     with pytest.raises(FileNotFoundError, match=r"s3://places/other/index\.parquet: not found"):
         read_index("s3://places/other")
-    stream = batches(config("s3://places/set", prefetch_batches=1, remote_retry_s=1.0))
+    stream = batches(config(s3.url, prefetch_batches=1, remote_retry_s=1.0))
     next(stream)
-    s3[0].stop()
+    s3.server.stop()
     with pytest.raises(StorageError, match=r"s3://places/set/shards/.*\.tar: cannot be read"):
         list(stream)
 

@@ -17,7 +17,7 @@ from eval.index.manifest import IndexFault
 from eval.index.photo_list import list_source
 from eval.index.verify import verify_index
 from eval.report.locations import as_json
-from tests.indexes import tiny
+from tests.indexes import noise_index, tiny
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -30,10 +30,7 @@ def photos(noise_benchmark: Path) -> Path:
 @pytest.fixture(scope="module")
 def built(photos: Path, tmp_path_factory: pytest.TempPathFactory, single_process: None) -> Path:
     """An index of the database; nobody changes it."""
-    out = tmp_path_factory.mktemp("index") / "noise.index"
-    done = build_index(tiny(), list_source(str(photos / "database")), out)
-    assert (done.images, done.added, done.left_out) == (7, 7, [])
-    return out
+    return noise_index(tmp_path_factory.mktemp("index"), photos)
 
 
 def queries_of(photos: Path) -> list[Path]:

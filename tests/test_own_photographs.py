@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.index import read_index
-from data_pipeline.town.phone import Walk, photograph_town
+from data_pipeline.town.phone import Odd, Walk, photograph_town
 from launch.cli import main
 from tests import forked
 from tests.training import ForkedRanks, finish
@@ -26,7 +26,7 @@ SMALL = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A walk of 45 photographs, some turned, WebP, PNG of 16 bits, one of 12 megapixels; and its shard set."""
     folder = tmp_path_factory.mktemp("own")
-    photograph_town(folder / "photographs", Walk(places=9, views=5, error_m=1.0, webp=4, without_gps=2, copies=1))
+    photograph_town(folder / "photographs", Walk(places=9, views=5, error_m=1.0, odd=Odd(4, 2, 1)))
     arguments = ["--convert", "--cell-m", "20", "--min-images-per-place", "2", "--max-side", "320", "--threads", "1"]
     assert main(["shard", "photos", str(folder / "photographs"), str(folder / "set"), *arguments]) == 0
     return folder

@@ -22,12 +22,12 @@ from data_pipeline.index import read_index
 from data_pipeline.positions import from_lat_lon
 from data_pipeline.sources.cells import CellSize, Grid, place_of_images, plane, suggested
 from data_pipeline.sources.photo_folder import read_photo_folder
-from data_pipeline.town.phone import Walk, photograph_town
+from data_pipeline.town.phone import Odd, Walk, photograph_town
 from data_pipeline.verify import verify_shards
 from launch.cli import main
 from tests.phones import at, photograph
 
-WALK = Walk(places=6, views=5, error_m=1.0, webp=3, without_gps=2, copies=1)
+WALK = Walk(places=6, views=5, error_m=1.0, odd=Odd(webp=3, without_gps=2, copies=1))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])

@@ -15,31 +15,22 @@ import torch
 from PIL import Image
 
 import rerankvpr
-from configs.schema import Recipe
 from eval.extract import extract
 from eval.given_images import pixels_of
 from eval.pairs import Candidates
 from eval.pixels import as_trained, load_image
 from eval.rerank import score_candidates
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import gem_recipe, write_run
 from tests.photos import write_jpegs
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = Recipe.model_validate(
-    {
-        "data": {"image_size": 42, "interpolation": "bicubic"},
-        "model": {"backbone": "tiny14", "weights": "random", "aggregator": "gem"},
-        "eval": {"image_size": 42, "batch_size": 4, "rerank": {"nn_match_thresh": 0.2, "saliency_thresh": 0.1}},
-    }
-)
+RECIPE = gem_recipe(42, data={"interpolation": "bicubic"}, eval={"batch_size": 4})
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run."""
-    folder = tmp_path_factory.mktemp("door") / "run"
-    write_checkpoint(folder, RECIPE)
-    return folder
+    return write_run(tmp_path_factory.mktemp("door"), RECIPE)
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,10 @@ import pytest
 from PIL import Image
 
 import rerankvpr
-from eval.index.build import build_index
 from eval.index.index import Index
-from eval.index.photo_list import list_source
 from eval.report.locations import as_json
 from launch.serve_command import main as serve
-from tests.indexes import tiny
+from tests.indexes import noise_index
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from starlette.testclient import TestClient
@@ -45,10 +43,7 @@ def photos(noise_benchmark: Path) -> Path:
 @pytest.fixture(scope="module")
 def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory, single_process: None) -> Path:
     """An index of the database."""
-    out = tmp_path_factory.mktemp("index") / "noise.index"
-    network = tiny(rerank={"top_k": 4, "nn_match_thresh": 0.3})
-    build_index(network, list_source(str(photos / "database")), out)
-    return out
+    return noise_index(tmp_path_factory.mktemp("index"), photos, rerank={"top_k": 4, "nn_match_thresh": 0.3})
 
 
 @pytest.fixture(scope="module")

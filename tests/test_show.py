@@ -9,28 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import Recipe
 from eval.describer import Describer
 from eval.report.show import patch_colours, see
 from launch.show_command import main
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import gem_recipe, write_run
 from tests.photos import write_jpegs
 from trainer.pretrained import load
 
-RECIPE = Recipe.model_validate(
-    {
-        "data": {"image_size": 84},
-        "model": {"backbone": "tiny14", "weights": "random", "aggregator": "gem"},
-        "eval": {"image_size": 84, "rerank": {"nn_match_thresh": 0.2, "saliency_thresh": 0.1}},
-    }
-)
+RECIPE = gem_recipe(84)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("show") / "run"
-    write_checkpoint(folder, RECIPE)
-    return folder
+    return write_run(tmp_path_factory.mktemp("show"), RECIPE)
 
 
 @pytest.fixture(scope="module")

@@ -208,16 +208,9 @@ class _Open:
             columns["method"].append(PLAIN if spilled else member.method)
             columns["crc32"].append(NO_CRC if spilled else member.crc32)
             columns["why"].append(member.why)
+        held, others = self._held if spill else 0, dict(self._others)
         chunk = Chunk(
-            archive=self.archive,
-            number=self.number,
-            start=self.start,
-            after=self.after,
-            is_last=is_last,
-            fault=fault,
-            spill=spill,
-            spill_bytes=self._held if spill else 0,
-            others=dict(self._others),
+            self.archive, self.number, self.start, self.after, is_last, fault, spill, spill_bytes=held, others=others
         )
         write_chunk(self.how.folder, chunk, columns)
         return _Open(self.archive, self.how, self.number + 1, self.after, self.spill)

@@ -9,6 +9,7 @@ import datetime
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,17 +26,29 @@ _ORIENTATION, _MODEL, _CHANGED, _EXIF, _GPS, _TAKEN = 0x0112, 0x0110, 0x0132, 0x
 _TURNED = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 
+class Odd(NamedTuple):
+    """How many photographs are odd, by kind."""
+
+    webp: int = 8
+    without_gps: int = 3
+    copies: int = 2
+
+
+_FEW_ODD = Odd()
+
+
 @dataclass(frozen=True)
 class Walk:
-    """How many places are photographed how often, how far the receiver errs, and what is odd among the photographs."""
+    """How many places are photographed how often, and what is odd among the photographs.
+
+    `error_m` is the standard deviation of the receiver's position, north and east, in metres.
+    """
 
     seed: int = 0
     places: int = 60
     views: int = 6
     error_m: float = 2.0
-    webp: int = 8
-    without_gps: int = 3
-    copies: int = 2
+    odd: Odd = _FEW_ODD
 
 
 def photograph_town(folder: Path, walk: Walk = Walk(), on_progress: OnProgress = untold) -> None:
@@ -47,9 +60,10 @@ def photograph_town(folder: Path, walk: Walk = Walk(), on_progress: OnProgress =
     folder.mkdir(parents=True)
     rng = np.random.default_rng([walk.seed, 1])
     total, number = walk.places * walk.views, 0
-    odd = rng.permutation(total)
-    webp, without_gps = set(odd[: walk.webp].tolist()), set(odd[walk.webp : walk.webp + walk.without_gps].tolist())
-    deep, large, *copied = odd[walk.webp + walk.without_gps :][: 2 + walk.copies].tolist()
+    counts = walk.odd
+    odd, plain = rng.permutation(total), counts.webp + counts.without_gps
+    webp, without_gps = set(odd[: counts.webp].tolist()), set(odd[counts.webp : plain].tolist())
+    deep, large, *copied = odd[plain : plain + 2 + counts.copies].tolist()
     for place_number in range(walk.places):
         place, bearing = build_place(rng), float(rng.uniform(0, 360))
         along = np.radians(bearing + 90)
