@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from configs.reading import FULL
+from configs.full_disk import FULL
 
 PARTIAL = ".partial"
 _WRITERS = itertools.count()
@@ -74,17 +74,25 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         partial.replace(path)
     except BaseException as error:
         remove(partial)
-        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
-            error.filename = str(path)  # a write into an open file names none
+        if isinstance(error, OSError) and _is_of(partial, error):
+            error.filename, error.filename2 = str(path), None
         raise
     if durable:
         sync(path.parent)
 
 
+def _is_of(partial: Path, error: OSError) -> bool:
+    """Whether an error is of a partial file: it names that, or is of a full disk and names none, as writes do."""
+    return error.filename == str(partial) or (error.errno in FULL and error.filename is None)
+
+
 def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Writes text (UTF-8) or bytes to `path`, which holds all of it or what it held before; see `replacing`."""
+    """Writes text (UTF-8) or bytes to `path`, which holds all of it or what it held before; see `replacing`.
+
+    A byte of a file's name that is not UTF-8 becomes an escape, as \\udcff.
+    """
     with replacing(path, durable=durable) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:

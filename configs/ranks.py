@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from configs.reading import said_by
+
 T = TypeVar("T")
 USER_ERRORS = (ValueError, OSError, SafetensorError)
 
@@ -59,7 +61,7 @@ def raise_together(fault: Exception | None) -> None:
             raise fault
         return
     is_users = isinstance(fault, USER_ERRORS)
-    mine = None if fault is None else str(fault) if is_users else f"{type(fault).__name__}: {fault}"
+    mine = None if fault is None else said_by(fault) if is_users else f"{type(fault).__name__}: {fault}"
     said: list[str | None] = [None] * dist.get_world_size()
     try:
         dist.all_gather_object(said, mine)

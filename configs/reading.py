@@ -16,8 +16,8 @@ _OUT_OF_MEMORY = (
     *("out of memory", "can't allocate memory", "bad_alloc", "Unable to allocate", "Insufficient memory"),
     *(os.strerror(errno.ENOMEM), NO_THREAD),
 )
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LONGEST = 300  # characters of a reason, and of a value that a message shows
+_AROUND = 100  # characters before and after a byte of a name that is wrong
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def read_regular(path: str | Path) -> bytes:
 
 def reason(error: BaseException) -> str:
     """An error in one bounded line: its first line, or its kind where it says nothing; a key is named as one."""
-    text = shown(without_secrets(next(iter(str(error).splitlines()), "")))
+    text = shown(without_secrets(next(iter(said_by(error).splitlines()), "")))
     if isinstance(error, KeyError):
         return f"no {text}"
     return text or {"EOFError": "cut off", "RecursionError": "nested too deeply"}.get(
@@ -79,18 +79,17 @@ def reason(error: BaseException) -> str:
     )
 
 
+def said_by(error: BaseException) -> str:
+    """An error's text; of a name that is not UTF-8, which Python does not show, the name."""
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":
+        name = error.object[max(0, error.start - _AROUND) : error.end + _AROUND]
+        return f"{shown(name)} is not UTF-8, as names in tables must be; rename it"
+    return str(error)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, in the words of torch, numpy, libjpeg, C++ or the system."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, says that a disk or a quota is full."""
-    while error is not None:
-        if getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL):
-            return True
-        error = error.__cause__
-    return False
 
 
 def shown(value: object) -> str:

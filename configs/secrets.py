@@ -12,7 +12,12 @@ import os
 import re
 import sys
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from configs.full_disk import FULL
+
+T = TypeVar("T")
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HOST = re.compile(r"(?:\[[^\]]*\]|localhost|[\w-]+(?:\.[\w-]+)+)(?::[0-9]*)?")  # beyond doubt: a user has no dot
@@ -132,13 +137,32 @@ class _CleanStream(io.TextIOWrapper):
         return len(text)
 
 
+class _CleanErrors(_CleanStream):
+    """stderr, which loses what a full disk does not take: to report an error must not be another one."""
+
+    def write(self, text: str) -> int:
+        return _unless_full(lambda: super(_CleanErrors, self).write(text)) or len(text)
+
+    def flush(self) -> None:
+        _unless_full(super().flush)
+
+
+def _unless_full(call: Callable[[], T]) -> T | None:
+    try:
+        return call()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return None
+
+
 def clean_streams() -> None:
     """Takes the secrets out of all that this process prints: its own lines, tracebacks, warnings of libraries."""
-    for name in ("stdout", "stderr"):
+    for name, kind in (("stdout", _CleanStream), ("stderr", _CleanErrors)):
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:
             kept = {key: getattr(stream, key) for key in ("encoding", "errors", "line_buffering", "write_through")}
-            clean = _CleanStream(stream.detach(), **kept)
+            clean = kind(stream.detach(), **kept)
             setattr(sys, name, clean)
             setattr(sys, f"__{name}__", clean)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import sys
@@ -61,11 +62,16 @@ class FolderLock:
         what: str,
         *,
         name: str = LOCK,
+        of: Path | None = None,
         say: Callable[[str], None] | None = None,
         dead_s: float = DEAD_S,
     ) -> None:
-        """`what` names the holder to others; `say` gets a line if another machine's lock is waited for."""
+        """`what` names the holder to others; `say` gets a line if another machine's lock is waited for.
+
+        `of` is a file in the folder, if a lock of a `name` of its own is of that alone; messages then name it.
+        """
         self.folder, self.path, self._dead_s = folder, folder / name, dead_s
+        self._of = of or folder
         self._say = say or (lambda text: print(f"rerankvpr: {text}", file=sys.stderr, flush=True))
         self._mine = Holder(what, os.uname().nodename, os.getpid(), _machine(), time.strftime("%Y-%m-%d %H:%M:%S"))
         self._file: int | None = None
@@ -103,7 +109,7 @@ class FolderLock:
         except OSError as error:
             self._remove_folders()
             reason = error.strerror or error
-            raise type(error)(f"{self.folder}: cannot be written to ({reason})") from error
+            raise type(error)(f"{self._of}: cannot be written to ({reason})") from error
         self._released.clear()
         self._beating = threading.Thread(target=self._beat, args=(self._file,), name="folder lock", daemon=True)
         self._beating.start()
@@ -155,7 +161,7 @@ class FolderLock:
                 if beat is _NOT_SEEN:
                     beat = seen
                     if not here:
-                        self._say(f"{self.folder}: {found} may be writing there; waiting for a sign of it")
+                        self._say(f"{self._of}: {found} may be writing there; waiting for a sign of it")
                 elif seen != beat:
                     raise LockedError(self._refusal(found))
                 waited_s = time.monotonic() - began
@@ -168,7 +174,7 @@ class FolderLock:
                             f"{self._refusal(found)}; it {silent}: if that machine is dead, its file system may keep "
                             f"the lock for minutes; remove {self.path} if you know that nothing runs there"
                         )
-                    self._say(f"{self.folder}: {found or _UNKNOWN} {silent}: taken over")
+                    self._say(f"{self._of}: {found or _UNKNOWN} {silent}: taken over")
                     kept = True
                     return self._keep(file, is_sure=locked is True)
             finally:
@@ -177,7 +183,8 @@ class FolderLock:
             time.sleep(0.1)
 
     def _refusal(self, found: Holder | None) -> str:
-        return f"{self.folder}: {found or _UNKNOWN} is writing there; wait until it has ended, or give another folder"
+        other = "folder" if self._of == self.folder else "name"
+        return f"{self._of}: {found or _UNKNOWN} is writing there; wait until it has ended, or give another {other}"
 
     def _keep(self, file: int, *, is_sure: bool = True) -> int:
         """The file, with this holder written into it."""
@@ -202,6 +209,12 @@ class FolderLock:
         while not self._released.wait(BEAT_S):
             beat += 1
             self._write(file, beat)
+
+
+def lock_of(file: Path, what: str) -> FolderLock:
+    """The lock of one file, or of a folder as a whole, beside it: others may write to other names there."""
+    name = f"{LOCK}.{hashlib.sha256(os.fsencode(file.name)).hexdigest()[:16]}"
+    return FolderLock(file.parent, what, name=name, of=file)
 
 
 def lock_name(part: tuple[int, int] | None) -> str:

@@ -34,6 +34,7 @@ FORMAT_VERSION = 1
 INDEX = "index.parquet"
 INDEX_DIGEST = "index.parquet.sha256"
 METADATA_KEY = b"rerankvpr"
+NO_GAPS = ("city", "city_place_id", "view", "shard", "size", "width", "height")  # unlike what a photograph may not say
 
 SCHEMA = pa.schema(
     [
@@ -146,8 +147,13 @@ class ShardIndex:
 
     @cached_property
     def table(self) -> pa.Table:
-        """All columns of all rows."""
-        return read_table(_source(self.location, RangeReader()), join(self.location, INDEX))[0]
+        """All columns of all rows. Raises what `read_index` raises."""
+        name = join(self.location, INDEX)
+        table = read_table(_source(self.location, RangeReader()), name)[0]
+        for column in NO_GAPS:
+            if table[column].null_count:
+                raise ValueError(f"{name}: a row without {column}; shard the data again")
+        return table
 
     def columns(self, names: list[str]) -> pa.Table:
         """Some columns of all rows, read alone. Raises what `read_index` raises."""

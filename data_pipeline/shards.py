@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import multiprocessing
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +37,7 @@ from data_pipeline.listing import PlaceListing
 from data_pipeline.photo_source import file_stat, source_of
 from data_pipeline.photographs import counted
 from data_pipeline.shard_options import DEFAULTS, ShardOptions
+from data_pipeline.shared_locks import process_pool
 from data_pipeline.tar_writer import (
     BadImages,
     TarJob,
@@ -181,8 +181,7 @@ def _results(
             yield finish_tar(job, gathered.bad, report)
             done += len(job.images)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    pool = process_pool(workers, end_with_parent)
     waiting: deque[tuple[int, Future[TarResult]]] = deque()
     try:
         for job in jobs:

@@ -78,7 +78,7 @@ def files_digest(paths: list[Path]) -> str:
     sha = hashlib.sha256()
     for path in paths:
         stat = path.stat()
-        sha.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        sha.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return sha.hexdigest()
 
 

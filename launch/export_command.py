@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
         from trainer.checkpoint_folder import find_checkpoint
 
         find_checkpoint(command.checkpoint)  # a mistake should not wait for torch
+    from data_pipeline.folder_lock import lock_of
     from trainer.export_formats import check_format, export_as
 
     check_format(command.out)
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     console = Console()
     if note := _note_plugins(command.checkpoint):
         console.print(f"[yellow]{escape(note)}", soft_wrap=True, highlight=False)
-    with console.status("export") as status:
+    with lock_of(command.out, "rerankvpr export"), console.status("export") as status:
         done = export_as(
             command.checkpoint,
             command.out,

@@ -36,6 +36,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from configs.secrets import has_secret, hidden, without_secrets
+from data_pipeline.shared_locks import why_no_locks
 from trainer.lifeline import end_with
 
 ORDER = "RERANKVPR_FORK_SERVER"  # of an agent to its server: "<agent's pid> <module>,<module>..."
@@ -62,7 +63,9 @@ def unavailable() -> str:
     """Why this machine has no warm starts; empty if it has."""
     if sys.platform != "linux":
         return "warm starts need Linux"
-    return "" if "forkserver" in multiprocessing.get_all_start_methods() else "Python has no fork server here"
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "Python has no fork server here"
+    return why_no_locks()
 
 
 def start(modules: Sequence[str]) -> None:
@@ -155,7 +158,7 @@ def signals_held() -> Iterator[None]:
 
 def show_as(words: Sequence[str]) -> None:
     """Makes `words` the command line that `ps` and `top` show, as far as the old one's memory has room for them."""
-    text = b"\0".join(word.encode() for word in words)
+    text = b"\0".join(os.fsencode(word) for word in words)
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -163,7 +166,7 @@ def show_as(words: Sequence[str]) -> None:
     begin, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, fields 48 and 49 of proc(5)
     if 0 < begin < end:
         ctypes.memmove(begin, text[: end - begin - 1].ljust(end - begin, b"\0"), end - begin)
-    _libc().prctl(PR_SET_NAME, ctypes.c_char_p(words[0].encode()[:15]), 0, 0, 0)
+    _libc().prctl(PR_SET_NAME, ctypes.c_char_p(os.fsencode(words[0])[:15]), 0, 0, 0)
 
 
 def _import_all(modules: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from configs.secrets import without_secrets
 
 if TYPE_CHECKING:
     from data_pipeline.index import ShardIndex
+    from data_pipeline.storage import RangeReader
 
 SHOWN = 20
 
@@ -52,8 +53,8 @@ def main(argv: list[str]) -> int:
     """Describes a shard set."""
     command = parse_flags(InspectCommand, argv, prog="rerankvpr inspect")
     # matplotlib and pyarrow take a second that help need not wait for.
+    from data_pipeline.folder_lock import LOCK, FolderLock
     from data_pipeline.index import read_index
-    from data_pipeline.overview import draw_contact_sheet, draw_map
     from data_pipeline.storage import RangeReader
 
     if command.places < 1 or command.views < 1:
@@ -62,14 +63,8 @@ def main(argv: list[str]) -> int:
     index = read_index(command.shards, reader)
     _describe(console, index)
     if command.out:
-        command.out.mkdir(parents=True, exist_ok=True)
-        sheet, chart = command.out / "contact_sheet.png", command.out / "map.png"
-        draw_contact_sheet(index, reader, sheet, places=command.places, views=command.views, seed=command.seed)
-        console.print(f"contact sheet: {sheet}", highlight=False, soft_wrap=True)
-        drawn = draw_map(index, chart)
-        console.print(
-            f"map: {chart}" if drawn else "map: none, no place has coordinates", highlight=False, soft_wrap=True
-        )
+        with FolderLock(command.out, "rerankvpr inspect", name=f"{LOCK}.inspect"):
+            _draw(console, command, index, reader)
     if command.plan:
         from data_pipeline.plan import Batching, plan_epoch
 
@@ -92,6 +87,17 @@ def main(argv: list[str]) -> int:
             soft_wrap=True,
         )
     return 0
+
+
+def _draw(console: Console, command: InspectCommand, index: ShardIndex, reader: RangeReader) -> None:
+    from data_pipeline.overview import draw_contact_sheet, draw_map
+
+    assert command.out is not None
+    sheet, chart = command.out / "contact_sheet.png", command.out / "map.png"
+    draw_contact_sheet(index, reader, sheet, places=command.places, views=command.views, seed=command.seed)
+    console.print(f"contact sheet: {sheet}", highlight=False, soft_wrap=True)
+    said = f"map: {chart}" if draw_map(index, chart) else "map: none, no place has coordinates"
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 def _describe(console: Console, index: ShardIndex) -> None:

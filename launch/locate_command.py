@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -130,6 +131,8 @@ def _located(
     index: Index, command: LocateCommand, queries: list[tuple[str, Path]], *, streamed: bool
 ) -> Iterator[tuple[Path, Location]]:
     if streamed:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a name of any bytes
         for line in sys.stdin:
             if name := line.rstrip("\n"):
                 yield from ((Path(name), one) for one in index.locate_each([name], top_k=command.top))

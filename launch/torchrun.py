@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -258,7 +259,8 @@ def start(launch: Launch, warm: bool) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         gone = ", or the fork server that it came from was killed" if warm and failure.exitcode == SERVER_GONE else ""
-        print(f"rerankvpr: rank {rank} ended the job with status {failure.exitcode}{gone}", file=sys.stderr)
+        how = gone or _what_killed(failure.exitcode)
+        print(f"rerankvpr: rank {rank} ended the job with status {failure.exitcode}{how}", file=sys.stderr)
         return failure.exitcode if 0 < failure.exitcode < 128 else 1
     except SignalException as stopped:  # passed on to the processes, which had time to save
         return REQUEUE_STATUS if int(stopped.sigval) in STOPPING else 128 + int(stopped.sigval)
@@ -276,6 +278,15 @@ def start(launch: Launch, warm: bool) -> int:
         )
         return 1
     return 0
+
+
+def _what_killed(status: int) -> str:
+    """Who may have killed a rank that ended with a status, to be put behind that; empty if nobody did."""
+    if status >= 0:
+        return ""
+    if status == -signal.SIGKILL:
+        return " (SIGKILL): out of memory, if nobody sent it; `rerankvpr plan` says what a rank takes"
+    return f" ({signal.Signals(-status).name})" if -status in set(signal.Signals) else ""
 
 
 def _run_agent(launch: Launch, warm: bool) -> None:

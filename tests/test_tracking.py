@@ -81,6 +81,41 @@ def test_a_training_goes_on_where_its_disk_is_full_from_the_start(tiny_disk: Pat
     assert said.getvalue().count("takes lines again") == 1
 
 
+def test_what_a_full_disk_never_took_is_in_mlflow_all_the_same(tiny_disk: Path, server: Server) -> None:
+    said = io.StringIO()
+    tracker = track(recipe_for(server.uri, tiny_disk / "run"), said)
+    wait_until(lambda: tracker.run_id)
+    with contextlib.suppress(OSError):
+        (tiny_disk / "filler").write_bytes(b"x" * 2**20)
+    for step in range(300):  # the file's last page has room for some
+        tracker.metrics({"train/loss": 1.0}, step)
+    tracker.evaluation("town", 300, {"protocol": "25 m"}, {"recall_1": 50.0})
+    tracker.close("FINISHED")
+    assert "lines are not in it, MLflow has them" in said.getvalue()
+    client = MlflowClient(server.uri)
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert steps_of(client, tracker.run_id) == list(range(300))
+    (child,) = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
+    assert (child.info.status, child.data.metrics) == ("FINISHED", {"recall_1": 50.0})
+
+
+def test_a_clock_that_is_set_back_leaves_no_run_open(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a training, and between two starts of it."""
+    recipe, now_ns = recipe_for(server.uri, tmp_path / "run"), time.time_ns
+    for hours, status in ((0, "KILLED"), (-1, "FAILED"), (-3, "FINISHED")):
+        monkeypatch.setattr(time, "time_ns", lambda hours=hours: now_ns() + hours * 3600 * 10**9)
+        tracker = track(recipe)
+        monkeypatch.setattr(time, "time_ns", lambda hours=hours: now_ns() + (hours - 1) * 3600 * 10**9)
+        tracker.metrics({"train/loss": 1.0}, 1)
+        tracker.close(status)
+        assert MlflowClient(server.uri).get_run(tracker.run_id).info.status == status
+    times = [record["time_ms"] for _, _, record in read_records(recipe.output / "metrics.jsonl") if record]
+    assert times == sorted(times)
+
+
 # The server
 
 
@@ -281,7 +316,7 @@ def test_what_a_store_refuses_holds_nothing_up(server: Server, tmp_path: Path, m
     for step in range(6):
         with monkeypatch.context() as patch:
             if step in (2, 4):
-                patch.setattr(tracking, "_now_ms", lambda: -1)  # a clock before 1970
+                patch.setattr(tracker, "_now_ms", lambda: -1)  # a clock before 1970
             tracker.metrics({"train/loss": 1.0, "bad$name": 2.0}, step)
     tracker.metrics({"train/loss": 10**400}, 6)  # MLflow holds no such number
     tracker.metrics({"train/loss": 1.0}, 2**63)

@@ -190,3 +190,34 @@ def test_a_run_of_two_ranks_goes_on_with_one(workplace: Path, straight: Path, st
     for name, tensor in ours.items():
         # a key bias has no true gradient (softmax does not see it), so that Adam moves it by rounding alone
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=2.5e-3 if "qkv.bias" in name else 1e-5)
+
+
+def test_a_disk_full_at_the_end_and_a_clock_that_jumps_change_nothing(
+    workplace: Path, straight: Path, small_disk: Path
+) -> None:
+    """Rank 0's clock is set an hour forward, later to an hour back, and no file of the last evaluation finds room."""
+    output = small_disk / "run"
+    faults = {
+        "clock": {"rank": 0, "jumps": {"3": 3600, "7": -7200}},
+        "full_at_the_end": {"rank": 0, "folder": str(small_disk)},
+    }
+    text = finish(faulty_ranks(workplace, output, faults, "--tracking.experiment", "full at the end"))
+    assert re.search(r"^trained: town .* R@1/5/10 .*re-ranked", text, re.MULTILINE), text
+    for name in ("results.json", "predictions.parquet", "pictures"):
+        assert re.search(rf"^.*{output}/{name}.*", text, re.MULTILINE), (name, text)
+    assert text.count("No space left on device") >= 3
+    assert not (output / "results.json").exists()
+    assert "Traceback" not in text
+    one, other = logged(straight), logged(output)
+    assert [other[step]["train/loss"] for step in other] == [one[step]["train/loss"] for step in other]
+    times = [json.loads(line)["time_ms"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert times == sorted(times)
+    assert times[-1] - times[0] < 1000 * TIMEOUT_S
+
+    client = MlflowClient(f"sqlite:///{workplace}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("full at the end").experiment_id])
+    (run,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    assert run.info.status == "FINISHED"
+    assert {"eval/town/recall_1", "eval/town/reranked_recall_1"} <= run.data.metrics.keys()
+    evaluated = {child.data.params["weights"] for child in runs if child.info.run_id != run.info.run_id}
+    assert {"untrained", "trained"} <= evaluated

@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -169,10 +169,19 @@ def same_run(a: Path, b: Path, steps: int) -> None:
     assert [one[s]["train/loss"] for s in sorted(one)] == [other[s]["train/loss"] for s in sorted(other)]
 
 
-def train_with_kills(workplace: Path, output: str, *flags: str, kills: int, within_s: float, seed: int = 0) -> int:
-    """A training on two ranks to its end, with SIGKILL to all processes up to `kills` times; how often it was killed.
+def train_with_kills(
+    workplace: Path,
+    output: str,
+    *flags: str,
+    kills: int,
+    within_s: float,
+    seed: int = 0,
+    kill: Callable[[forked.Command], None] = kill_all,
+) -> int:
+    """A training on two ranks to its end, killed up to `kills` times, by SIGKILL to all processes; how often it was.
 
-    Each comes at a random moment within `within_s` after a step since the last one: a resumption has to get on.
+    Each comes at a random moment within `within_s` after a step since the last one: a resumption has to get on. `kill`
+    is another way to end the training.
     """
     rng, folder = random.Random(seed), workplace / output
     metrics = folder / "metrics.jsonl"
@@ -183,7 +192,9 @@ def train_with_kills(workplace: Path, output: str, *flags: str, kills: int, with
         time.sleep(rng.uniform(0.0, within_s))
         if process.poll() is not None:
             break  # came to its end between two kills
-        kill_all(process)
+        kill(process)
+        if process.returncode == 0:
+            return done  # in its last moment, when all was done
         done += 1
         print(f"kill {done}: at step {max(logged(folder), default=0) if metrics.exists() else 0}", flush=True)
         process = two_ranks(workplace, output, *flags, "--resume")

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated, cast
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from configs.full_disk import LossyStream
 from configs.recipe_flags import RecipeCommand, parse_over_recipe
 from configs.schema import Recipe
 from trainer.errors import TrainingError, leave, one_line_errors
@@ -92,7 +93,8 @@ def main(argv: list[str]) -> int:
     from trainer.start_time import StartTime
     from trainer.stop_signal import REQUEUE_STATUS, Stopped, StoppedInEvaluation
 
-    console = Console()
+    log = LossyStream(sys.stdout)  # may be on the disk that the training fills
+    console = Console(file=cast("IO[str]", log))
     with one_line_errors(TooManyBadImagesError, TrainingError, folder=recipe.output):
         start_time = StartTime()
         rank = start_process_group(recipe.engine.collective_timeout_s, tf32=recipe.engine.tf32)
@@ -106,8 +108,10 @@ def main(argv: list[str]) -> int:
             if isinstance(stopped, StoppedInEvaluation):
                 leave(REQUEUE_STATUS)
             stop_process_group()
+            log.give_up()
             return REQUEUE_STATUS
         if rank.is_main:
             console.print(f"trained {summary.steps} steps; newest checkpoint {summary.checkpoint}", soft_wrap=True)
         stop_process_group()
+        log.give_up()
     return 0

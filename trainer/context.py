@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from configs.files import write_whole
 from configs.load import recipe_text
 from configs.schema import Recipe
 from trainer.process_group import Rank
@@ -65,7 +66,7 @@ def open_context(
         changes=changes,
     )
     if rank.is_main:
-        (recipe.output / "recipe.yaml").write_text(recipe_text(recipe))
+        write_whole(recipe.output / "recipe.yaml", recipe_text(recipe))
         tracker.artifact(recipe.output / "recipe.yaml")
         for copy in keep_plugins(recipe):
             for file in sorted(copy.rglob("*.py")) if copy.is_dir() else [copy]:

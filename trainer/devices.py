@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 HIDDEN = ("", "-1", "NoDevFiles")  # the last is SLURM's, for a job without GPUs on a node that has some
 SLURM_GPUS = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS")
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # versions 2 and 1
+GB = 10**9
 
 
 def promised_gpu() -> str:
@@ -68,3 +71,27 @@ def rank_device() -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Bytes of a device's memory; on a CPU the machine's, or its container's if a cgroup gives that less."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such version, or `max`
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
+
+
+def check_room(what: str, num_bytes: int, device: torch.device) -> None:
+    """Raises ValueError if `what`, a key and its value, takes more than a device's memory: no rank could hold it."""
+    room = memory_bytes(device)
+    if num_bytes > room:
+        where = "on a GPU that" if device.type == "cuda" else "on a machine that"
+        raise ValueError(f"{what}: takes {_shown(num_bytes)} GB of a rank, {where} has {_shown(room)}; give less")
+
+
+def _shown(num_bytes: int) -> str:
+    """Bytes in GB with one decimal, also of a number that no float holds."""
+    return f"{num_bytes // GB:,}.{num_bytes % GB * 10 // GB}"

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from configs.full_disk import FULL
 from configs.plugins import described
-from configs.reading import FULL, NO_THREAD, is_out_of_memory, reason, shown
+from configs.reading import NO_THREAD, is_out_of_memory, reason, said_by, shown
 from configs.secrets import without_secrets
 
 USER_ERRORS = (ValueError, OSError)
@@ -69,7 +70,7 @@ def lines_of(error: Exception) -> list[str]:
     """What a user reads of an error: bounded lines, one a fault."""
     if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
         return [f"{error.strerror}: stdout, or a file that was being written, is not whole"]
-    lines = without_secrets(str(error)).splitlines() or [type(error).__name__]
+    lines = without_secrets(said_by(error)).splitlines() or [type(error).__name__]
     more = [f"and {len(lines) - MOST_LINES} more lines"] if len(lines) > MOST_LINES else []
     return [_middle_out(line) for line in lines[:MOST_LINES]] + more
 

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 
 NAME = "metrics.jsonl"
 HELD_LINES = 10_000
+_TAIL_BYTES = 1 << 16
+_DAMAGED_MS = 366 * 86_400_000  # a line that is so far ahead was not written by a clock
 
 
 class MetricsLog:
@@ -56,6 +59,11 @@ class MetricsLog:
                 file = os.dup(self._file)  # lines may be appended while the disk is waited for
                 opened.callback(os.close, file)
             os.fsync(file)
+
+    def unwritten(self) -> list[dict[str, Any]]:
+        """Records that the disk has not taken, oldest first."""
+        with self._lock:
+            return [json.loads(line) for line, _ in self._held]
 
     def close(self) -> int:
         """Ends the log; the number of lines that the disk never took."""
@@ -125,6 +133,34 @@ class MetricsLog:
             with contextlib.suppress(OSError):
                 os.close(self._file)
             self._file = None
+
+
+class LogClock:
+    """Milliseconds since 1970 for a log's lines: later than any line before, whatever the machine's clock does.
+
+    That is read once; then time passes by the monotonic clock. MLflow's run has the later of two statuses: the end of a
+    training whose clock was set back would be earlier than its start, and the run would stay RUNNING.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._began_s = time.monotonic()
+        self._began_ms = time.time_ns() // 1_000_000
+        self._began_ms = max(self._began_ms, _last_ms(log, before_ms=self._began_ms + _DAMAGED_MS) + 1)
+
+    def __call__(self) -> int:
+        return self._began_ms + int(1000 * (time.monotonic() - self._began_s))
+
+
+def _last_ms(log: Path, before_ms: int) -> int:
+    """The latest time among a log's last lines, those from `before_ms` on apart; 0 if there is none."""
+    latest = 0
+    with contextlib.suppress(OSError):
+        start = max(0, log.stat().st_size - _TAIL_BYTES)
+        for _, _, record in read_records(log, start):
+            time_ms = record.get("time_ms") if record else None
+            if isinstance(time_ms, int) and latest < time_ms < before_ms:
+                latest = time_ms
+    return latest
 
 
 def read_records(path: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str, Any] | None]]:

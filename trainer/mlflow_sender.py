@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -121,10 +121,27 @@ class Sender:
         self._experiment_id = run.info.experiment_id
         return True
 
+    def send_unwritten(self, records: Sequence[Record]) -> None:
+        """Sends records that no disk took, once all that is in the file is sent. Raises what `send` raises."""
+        done = 0
+        while done < len(records):
+            # The time, below 0, stands for the line of a record that is in no file.
+            rest = ((-one["time_ms"], number, one) for number, one in enumerate(records[done:], done + 1))
+            done = self._send_first(rest, done)
+
     def _send_next(self) -> bool:
+        reached = self._send_first(read_records(self.log, self.offset), self.offset)
+        moved = reached > self.offset
+        if moved:
+            self.offset = reached
+            self._keep_state()
+        return moved
+
+    def _send_first(self, records: Iterable[tuple[int, int, Record | None]], reached: int) -> int:
+        """Sends the first of these lines, a thousand metrics or one event; where the next one begins."""
         lines: list[list[Any]] = []
-        reached, num_metrics = self.offset, 0
-        for start, end, record in read_records(self.log, self.offset):
+        num_metrics = 0
+        for start, end, record in records:
             if record and "event" in record:
                 if not lines:
                     self._send_event(record, start)
@@ -138,11 +155,7 @@ class Sender:
             reached = end
         if lines:
             self._send_metrics(lines)
-        moved = reached > self.offset
-        if moved:
-            self.offset = reached
-            self._keep_state()
-        return moved
+        return reached
 
     def _send_metrics(self, lines: list[list[Any]]) -> None:
         """In one call; where the store refuses that, line by line."""
@@ -253,7 +266,8 @@ class Sender:
             send(path)
         except Exception as error:  # noqa: BLE001 - each kind of artifact store has its own; told, and tried again
             self._client.get_run(self.run_id)  # raises where the whole store does not answer
-            self.left.append(offset)
+            if offset >= 0:
+                self.left.append(offset)
             self._say(f"{path} could not be sent ({first_line(error)}); the rest is sent")
 
     def _artifact(self, path: Path, folder: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from configs.schema import Recipe
 from data_pipeline.mixture import PlaceMixture
@@ -12,6 +13,9 @@ from memory.near_places import NearPlaces
 from memory.place_sets import PlaceSets
 from memory.queue import MemoryQueue
 from memory.set_queues import SetQueues
+from trainer.devices import check_room
+
+ENTRY_BYTES = 16  # of place and step, on every rank
 
 
 def place_sets(recipe: Recipe, places: PlaceMixture) -> PlaceSets | None:
@@ -35,8 +39,14 @@ def build_loss(recipe: Recipe, places: PlaceMixture, sets: PlaceSets | None, dev
 def build_queue(
     recipe: Recipe, descriptor_size: int, device: torch.device, sets: PlaceSets | None
 ) -> MemoryQueue | SetQueues:
-    """The recipe's empty queue; one for each set if they have an own part, in proportion to their places of a batch."""
+    """The recipe's empty queue; one for each set if they have an own part, in proportion to their places of a batch.
+
+    Raises ValueError if no rank could hold its part.
+    """
     memory, data = recipe.memory, recipe.data
+    shards = dist.get_world_size() if memory.placement == "sharded" else 1
+    num_bytes = memory.size * (4 * descriptor_size // shards + ENTRY_BYTES)
+    check_room(f"memory.size {memory.size}", num_bytes, device)
     if sets is None or memory.queue_over == "all":
         return MemoryQueue(memory.size, descriptor_size, device, placement=memory.placement)
     sizes = [memory.size * places // data.places_per_batch for places in data.places_of_sets.values()]

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from configs.schema import Recipe
 from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
+from trainer.devices import memory_bytes
 from trainer.feeding import RANKS_OF_A_NODE, Feeding, feeding_lines, find_feeding, stream_line
 from trainer.first_checks import images_per_rank
 from trainer.flops import model_flops, peak_tflops, step_flops
@@ -54,7 +55,7 @@ class Machine:
 def find_machine(assumed: Assumed, recipe: Recipe, ranks: int) -> Machine:
     """The device of a rank: this process's, or one as it is assumed."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = memory_bytes(torch.device("cpu"))
     if torch.cuda.is_available() or assumed.device_gb:
         known, peak, on_this = None, None, torch.cuda.is_available()
         if on_this:

@@ -16,6 +16,7 @@ from memory.place_sets import PlaceSets
 from memory.queue import MemoryQueue
 from memory.set_queues import SetQueues
 from model.network import PlaceModel, build_model
+from trainer.devices import check_room
 from trainer.engine import build_engine, partitioner, whole_numel
 from trainer.place_loss import build_queue
 from trainer.process_group import Rank
@@ -66,7 +67,8 @@ class TrainingState:
 def build_state(recipe: Recipe, rank: Rank, *, images_per_rank: int, sets: PlaceSets | None = None) -> TrainingState:
     """The state of a training before its first step, on this rank; torch's random state becomes the rank's own.
 
-    `sets` are the data sets that have a loss each. Raises what `build_model` raises. Every rank must call this.
+    `sets` are the data sets that have a loss each. Raises what `build_model` raises, and
+    ValueError for a queue or a probe that no rank could hold. Every rank must call this.
     """
     model = build_model(recipe.model, seed=recipe.seed, partition=partitioner(recipe.engine))
     model.activation_checkpointing = recipe.engine.activation_checkpointing
@@ -82,11 +84,14 @@ def _drift_probe(recipe: Recipe, descriptor_size: int, device: torch.device) -> 
     memory, data = recipe.memory, recipe.data
     if not (memory.size and memory.drift_every):
         return None
+    image_shape = (3, *height_width(data.image_size))
+    num_bytes = memory.drift_images * (math.prod(image_shape) + 4 * descriptor_size)
+    check_room(f"memory.drift_images {memory.drift_images}", num_bytes, device)
     return DriftProbe(
         every=memory.drift_every,
         num_images=memory.drift_images,
         queue_steps=math.ceil(memory.size / (data.places_per_batch * data.images_per_place)),
-        image_shape=(3, *height_width(data.image_size)),
+        image_shape=image_shape,
         descriptor_size=descriptor_size,
         device=device,
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,8 +18,8 @@ from configs.load import shareable
 from configs.schema import Recipe
 from configs.secrets import without_secrets
 from trainer import metrics_log
-from trainer.metrics_log import MetricsLog, read_records
-from trainer.mlflow_sender import Sender, first_line
+from trainer.metrics_log import LogClock, MetricsLog, read_records
+from trainer.mlflow_sender import Record, Sender, first_line
 from trainer.mlflow_store import DeletedError
 from trainer.system_metrics import SystemMetrics
 
@@ -62,6 +61,7 @@ class Tracker:
         if not active:
             return
         path, tracking = folder / metrics_log.NAME, recipe.tracking
+        self._now_ms: Callable[[], int] = LogClock(path)
         self._log = MetricsLog(path, self._say)
         self.training = training or _training_id(path)
         self._event(
@@ -93,7 +93,7 @@ class Tracker:
         """Values of one step, as they are named."""
         if self._active:
             self._step = max(step, self._step)
-            self._log.append({"step": step, "time_ms": _now_ms(), **values})
+            self._log.append({"step": step, "time_ms": self._now_ms(), **values})
 
     def evaluation(self, name: str, step: int, params: dict[str, Any], metrics: dict[str, float]) -> None:
         """The evaluation of one benchmark: `eval/<name>/<metric>` of the run, and a run of its own under it."""
@@ -120,6 +120,7 @@ class Tracker:
         """Ends the run as FINISHED, FAILED or KILLED, and waits for MLflow: 10 s, 120 s for FINISHED.
 
         It waits no longer than for one answer where MLflow fails; what is left is told with the command that sends it.
+        Lines that the disk has not taken by then go to MLflow from memory.
         """
         if not self._active:
             return
@@ -127,10 +128,12 @@ class Tracker:
             self._system.stop()
         self._event("end", status=status)
         self._log.flush()
-        sent_all = self._sending is None or self._sending.finish(CLOSE_S[status])
-        lost = self._log.close()
+        lost, unwritten = self._log.close(), self._log.unwritten()
+        sent_all = self._sending is None or self._sending.finish(CLOSE_S[status], unwritten)
         if lost:
-            self._say(f"{self._folder / metrics_log.NAME}: the disk took no more; {lost} lines are lost")
+            has_them = self._sending is not None and sent_all and lost == len(unwritten)
+            where = "MLflow has them" if has_them else "they are lost"
+            self._say(f"{self._log.path}: the disk took no more; {lost} lines are not in it, {where}")
         if not sent_all:
             uri = self._recipe.tracking.uri
             store = "" if is_own_store(uri) else f" --uri {without_secrets(uri, is_address=True)}"
@@ -141,7 +144,7 @@ class Tracker:
 
     def _event(self, kind: str, **content: Any) -> None:
         if self._active:
-            self._log.append({"event": kind, "time_ms": _now_ms(), **content})
+            self._log.append({"event": kind, "time_ms": self._now_ms(), **content})
 
     def _relative(self, path: Path) -> str:
         """A path as seen from the output folder, which may move; absolute where it is outside."""
@@ -169,6 +172,7 @@ class _SenderThread(threading.Thread):
         super().__init__(name="MLflow sender", daemon=True)
         self.sender, self._say = sender, say
         self._finish = threading.Event()
+        self._unwritten: Sequence[Record] = ()
         self._sent_all = False
 
     def run(self) -> None:
@@ -184,6 +188,8 @@ class _SenderThread(threading.Thread):
             finishing = self._finish.is_set()  # asked before the last look at the file
             try:
                 sent = self.sender.send()
+                if finishing and not sent:
+                    self.sender.send_unwritten(self._unwritten)
             except Exception as error:  # noqa: BLE001 - whatever the store raises, a training must not end of it
                 if not pause:
                     deleted = isinstance(error, DeletedError)
@@ -204,15 +210,12 @@ class _SenderThread(threading.Thread):
                 return
             self._finish.wait(SEND_EVERY_S)
 
-    def finish(self, limit_s: float) -> bool:
-        """Whether everything in the file was sent, after at most `limit_s` seconds."""
+    def finish(self, limit_s: float, unwritten: Sequence[Record]) -> bool:
+        """Whether everything in the file was sent, and then `unwritten`, after at most `limit_s` seconds."""
+        self._unwritten = unwritten
         self._finish.set()
         self.join(limit_s)
         return self._sent_all
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def _training_id(log: Path) -> str:
@@ -224,8 +227,9 @@ def _training_id(log: Path) -> str:
 
 
 def _params(recipe: Recipe) -> dict[str, str]:
-    """All keys of a recipe as MLflow takes them; no secrets."""
-    return {key: str(shareable(value))[:500] for key, value in recipe.as_flat().items() if key != "tracking.uri"}
+    """All keys of a recipe as MLflow takes them: UTF-8, no secrets."""
+    texts = {key: str(shareable(value))[:500] for key, value in recipe.as_flat().items() if key != "tracking.uri"}
+    return {key: text.encode(errors="backslashreplace").decode() for key, text in texts.items()}
 
 
 def is_own_store(uri: str) -> bool:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from configs.full_disk import is_disk_full
 from configs.progress import OnProgress
 from configs.ranks import USER_ERRORS
-from configs.reading import is_disk_full, reason
+from configs.reading import reason
 from configs.schema import EvalConfig
 from eval.benchmarks.benchmark import Benchmark
 from eval.evaluate import evaluate

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from configs.reading import reading
+from data_pipeline.dates import years_and_months
 from data_pipeline.listing import PlaceListing, build_listing
 from data_pipeline.positions import from_lat_lon, from_metres
 from data_pipeline.sources.cells import Grid, place_of_images
@@ -45,13 +45,17 @@ def read_msls(
     for city in cities or []:
         if city not in found:
             raise ValueError(f"{root}: no city {city}; there are {', '.join(found)}")
-    tables = [_read_city(source, root / city, grid or Grid()) for city in cities or found]
+    read = [_read_city(source, root / city, grid or Grid()) for city in cities or found]
     return build_listing(
-        source, pa.concat_tables(tables), min_images_per_place=min_images_per_place, names_say_all=False
+        source,
+        pa.concat_tables([images for images, _ in read]),
+        min_images_per_place=min_images_per_place,
+        names_say_all=False,
+        notes=[note for _, notes in read for note in notes],
     )
 
 
-def _read_city(source: Path, folder: Path, grid: Grid) -> pa.Table:
+def _read_city(source: Path, folder: Path, grid: Grid) -> tuple[pa.Table, list[str]]:
     parts = [_read_part(source, folder / name) for name in ("database", "query") if (folder / name).is_dir()]
     images = pa.concat_tables(parts)
     suffix, place = place_of_images(
@@ -60,15 +64,15 @@ def _read_city(source: Path, folder: Path, grid: Grid) -> pa.Table:
         images["ca"].to_numpy().astype(np.float64),
         grid,
     )
-    dates = [re.match(r"(\d{4})-(\d{2})", text or "") for text in images["captured_at"].to_pylist()]
-    headings = images["ca"].to_pylist()
-    return pa.table(
+    year, month, odd = years_and_months(images["captured_at"].to_pylist(), f"values of captured_at in {folder.name}")
+    headings = [h if h is not None and np.isfinite(h) else None for h in images["ca"].to_pylist()]
+    table = pa.table(
         {
             "city": [f"{folder.name}{s}" for s in suffix],
             "place": place,
-            "year": pa.array([int(d[1]) if d else None for d in dates], pa.int64()),
-            "month": pa.array([int(d[2]) if d else None for d in dates], pa.int64()),
-            "northdeg": pa.array([None if h is None or np.isnan(h) else round(h) % 360 for h in headings], pa.int64()),
+            "year": year,
+            "month": month,
+            "northdeg": pa.array([None if h is None else round(h) % 360 for h in headings], pa.int64()),
             "lat": images["lat"],
             "lon": images["lon"],
             "panoid": images["key"],
@@ -77,6 +81,7 @@ def _read_city(source: Path, folder: Path, grid: Grid) -> pa.Table:
             "row": images["row"],
         }
     )
+    return table, odd
 
 
 def _read_part(source: Path, folder: Path) -> pa.Table:

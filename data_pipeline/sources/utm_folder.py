@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from data_pipeline.dates import years_and_months
 from data_pipeline.listing import PlaceListing, build_listing, plain_city
 from data_pipeline.photographs import list_photographs
 from data_pipeline.positions import from_utm_names
@@ -39,13 +39,13 @@ def read_utm_folder(
     base = city or plain_city(source.resolve().name)
     east, north, zone_suffix = plane(positions)
     suffix, place = place_of_images(east, north, heading, grid or Grid())
-    dates = [re.match(r"(\d{4})-?(\d{2})", f[_TIME]) for f in fields]
+    year, month, odd = years_and_months([f[_TIME] for f in fields], "timestamps")
     images = pa.table(
         {
             "city": [f"{base}{a}{b}" for a, b in zip(zone_suffix, suffix, strict=True)],
             "place": place,
-            "year": pa.array([int(d[1]) if d else None for d in dates], pa.int64()),
-            "month": pa.array([int(d[2]) if d else None for d in dates], pa.int64()),
+            "year": year,
+            "month": month,
             "northdeg": pa.array([None if np.isnan(h) else round(h) % 360 for h in heading], pa.int64()),
             "lat": pa.array([_known(f[_LAT]) for f in fields], pa.float64()),
             "lon": pa.array([_known(f[_LON]) for f in fields], pa.float64()),
@@ -55,7 +55,7 @@ def read_utm_folder(
             "row": np.arange(len(files)),
         }
     )
-    notes = [note for note in (found.note(), *positions.notes) if note]
+    notes = [note for note in (found.note(), *positions.notes, *odd) if note]
     return build_listing(source, images, min_images_per_place=min_images_per_place, names_say_all=False, notes=notes)
 
 

@@ -13,11 +13,10 @@ import csv
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from configs.files import partial_of, remove_abandoned
 from configs.progress import OnProgress, untold
+from data_pipeline.shared_locks import process_pool, why_no_locks
 from data_pipeline.town.conditions import Kind, draw_conditions
 from data_pipeline.town.places import build_place
 from data_pipeline.town.views import render_view
@@ -199,8 +199,7 @@ def render_town(
     spots = list(_spots(town))
     rows: dict[int, list[dict[str, str]]] = {}
     done = 0
-    # spawn: a fork of a process that has already run torch's threads may hang
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    pool: Executor = ThreadPoolExecutor(1) if why_no_locks() else process_pool(processes)
     try:
         futures = {pool.submit(_render_spot, partial, town, spot): spot for spot in spots}
         for future in as_completed(futures):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from configs.reading import read_regular
@@ -17,6 +19,7 @@ from eval.features import digest, files_digest
 from eval.index.images import unknown_positions
 
 _COLUMNS = "path and, where it is known, lat and lon, or east and north (metres) and zone"
+LAST_YEAR, MONTHS = 9999, 12
 
 
 @dataclass(frozen=True)
@@ -161,10 +164,7 @@ def of_shards(location: str) -> PhotoList:
         for city, place, view in zip(*(table[c].to_pylist() for c in ("city", "city_place_id", "view")), strict=True)
     ]
     lat, lon = (table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in ("lat", "lon"))
-    months = [
-        np.datetime64("NaT") if not year else np.datetime64(f"{year:04d}-{month or 1:02d}-01")
-        for year, month in zip(table["year"].to_pylist(), table["month"].to_pylist(), strict=True)
-    ]
+    when, odd = _months(table)
     place_of = np.repeat(np.arange(index.num_places), index.num_views)
     versions = {shard.name: shard.sha256 for shard in index.metadata.shards}
     shards = [index.metadata.shards[int(number)].name for number in index.place_shard]
@@ -180,5 +180,19 @@ def of_shards(location: str) -> PhotoList:
         positions=from_lat_lon(lat, lon, location, missing_ok=True),
         identity=index.digest,
         read=read,
-        when=np.array(months, dtype="datetime64[s]"),
+        when=when,
+        notes=tuple(odd),
     )
+
+
+def _months(table: pa.Table) -> tuple[NDArray[np.datetime64], list[str]]:
+    """The first second of each image's month, NaT where its year is not known, and a note on those of no calendar."""
+    year, month = (pc.fill_null(table[name], 0).to_numpy().astype(np.int64) for name in ("year", "month"))
+    odd = (year < 0) | (year > LAST_YEAR) | (month < 0) | (month > MONTHS)
+    when = np.full(len(year), np.datetime64("NaT"), dtype="datetime64[s]")
+    known = (year > 0) & ~odd
+    first = (year[known] - 1970).astype("datetime64[Y]").astype("datetime64[M]") + np.maximum(month[known] - 1, 0)
+    when[known] = first.astype("datetime64[s]")
+    if not (count := int(odd.sum())):
+        return when, []
+    return when, [f"{count} photographs have a year or month that is none: when they were taken is not known"]

@@ -68,7 +68,7 @@ def _number(value: Any) -> Any:
 @contextmanager
 def _text(path: Path) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         yield file
 
 
@@ -161,9 +161,15 @@ def _h5(path: Path) -> Iterator[Write]:
 
         def write(_: Path, location: Location) -> None:
             if location.descriptor is not None:
-                file.create_group(location.query).create_dataset("global_descriptor", data=location.descriptor)
+                group = file.create_group(_as_utf_8(location.query))
+                group.create_dataset("global_descriptor", data=location.descriptor)
 
         yield write
+
+
+def _as_utf_8(name: str) -> str:
+    """A file's name, bytes that are not UTF-8 as escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs.files import PARTIAL
+from configs.schema import Recipe
+from launch.cli import VERBS
+from tests import forked
+from tests.checkpoints import write_checkpoint
 from tests.photos import jpeg, write_gsv_cities
 from tests.training import make_workplace
 
@@ -99,3 +106,91 @@ def test_export_leaves_nothing_in_part(workplace: Path, out: str) -> None:
     assert status == 128 + signal.SIGINT
     assert err == "rerankvpr: export: stopped by SIGINT; no export is there in part; the same command begins again\n"
     assert set(workplace.iterdir()) == before
+
+
+# Every verb, at any moment
+
+COMMANDS = {
+    "shard": "shard gsv-cities many_places {new} --shard-mb 1",
+    "verify": "verify made/set",
+    "inspect": "inspect made/set --out {new}",
+    "plan": "plan recipe.yaml",
+    "train": "train recipe.yaml --output {new} --tracking.enabled False",
+    "launch": "launch --nproc-per-node 2 -- train recipe.yaml --output {new} --tracking.enabled False",
+    "submit": "submit --dry-run --nodes 2 --gpus-per-node 1 -- train recipe.yaml --output {new}",
+    "doctor": "doctor",
+    "eval": "eval --checkpoint made/run --benchmarks folder:many --image-size 28 --no-rerank --out {new}",
+    "index": "index build many/images/test/database --checkpoint made/run --out {new}",
+    "locate": "locate many/images/test/queries --index made/index --json {new}.json",
+    "show": "show pca town/images/test/database --model made/run --out {new}.png",
+    "report": "report made/results --out {new}.html",
+    "serve": "serve --index made/index",
+    "sync": "sync made/tracked",
+    "export": "export made/run {new}.pt2",
+    "demo": "demo",
+}
+
+
+@pytest.fixture(scope="module")
+def made(workplace: Path) -> Path:
+    """What verbs read: a run, a shard set, an index, results, a training that MLflow has not got."""
+    made = workplace / "made"
+    write_checkpoint(made / "run", Recipe.model_validate({"model": {"backbone": "tiny14", "weights": "random"}}))
+    shards = shutil.copytree(workplace / "shards", made / "set")
+    assert shards
+    town = ("--image-size", "28", "--no-rerank")
+    for words in (
+        ("index", "build", "town/images/test/database", "--checkpoint", "made/run", "--out", "made/index", *town),
+        ("eval", "--checkpoint", "made/run", "--benchmarks", "folder:town", "--out", "made/results", *town),
+    ):
+        forked.run(workplace, "rerankvpr", *words).check_returncode()
+    flags = ("--output", "made/tracked", "--trainer.max-steps", "2", "--eval.benchmarks")
+    forked.run(workplace, "rerankvpr", "train", "recipe.yaml", *flags, "--tracking.uri", "http://127.0.0.1:9")
+    return made
+
+
+def test_all_verbs_are_here() -> None:
+    assert COMMANDS.keys() == VERBS.keys() - {"rank"}  # which `launch` starts
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_a_verb_that_is_asked_to_stop_ends_with_a_line(
+    workplace: Path, made: Path, verb: str, number: signal.Signals
+) -> None:
+    """At two random moments from the one on at which it knows what to do."""
+    rng = random.Random(f"{verb} {number}")
+    for attempt in range(2):
+        command = COMMANDS[verb].format(new=f"new/{verb}-{number}-{attempt}").split()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rerankvpr", *command],
+            cwd=workplace,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not _catches(process.pid, signal.SIGTERM) and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 5))
+        process.send_signal(number)
+        out, err = process.communicate(timeout=PATIENCE_S)
+        said = f"{command}, status {process.returncode}:\n{out}\n{err}"
+        assert "Traceback" not in out + err, said
+        if process.returncode in (0, 75):  # it was done before, or a training has saved
+            continue
+        assert process.returncode == 128 + number, said
+        lines = [line for line in err.splitlines() if line.startswith("rerankvpr: ") and "stopped by" in line]
+        assert len(lines) == 1, said
+        assert lines[0].startswith(f"rerankvpr: {verb}: stopped by {number.name}"), said
+    assert not [path for path in (workplace / "new").rglob("*") if path.name.endswith(PARTIAL)] or verb == "shard"
+
+
+def _catches(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import forked, training
+from tests.test_trust_limits import FULL, NONE, with_shm
 from trainer.checkpoint import checkpoint_weights
 from trainer.checkpoint_folder import newest_valid
 
-KILLS = 20
 LONG = ("--trainer.epochs", "12", "--trainer.keep-last", "3", "--tracking.enabled", "False")
 
 
@@ -24,11 +28,57 @@ def unbroken(workplace: Path) -> Path:
     return workplace / "unbroken"
 
 
-def test_killed_twenty_times_it_ends_with_the_same_bits(workplace: Path, unbroken: Path) -> None:
-    """SIGKILL at random moments, in steps, saves and evaluations; each resumption has to get on before the next."""
-    killed = training.train_with_kills(workplace, "killed", *LONG, kills=KILLS, within_s=1.2)
-    assert killed >= KILLS // 2
-    training.same_run(unbroken, workplace / "killed", 4 * training.STEPS)
+@pytest.mark.parametrize(
+    ("victim", "kills", "seed"),
+    [("everything", 20, 0), ("one rank", 10, 1), ("all ranks", 10, 2), ("launcher", 10, 3)],
+)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(
+    workplace: Path, unbroken: Path, victim: str, kills: int, seed: int
+) -> None:
+    """SIGKILL in steps, saves and evaluations; each resumption has to get on before the next."""
+    name, rng = f"killed {victim}", random.Random(seed)
+    kill = training.kill_all if victim == "everything" else lambda process: _kill(process, victim, rng)
+    killed = training.train_with_kills(workplace, name, *LONG, kills=kills, within_s=1.2, seed=seed, kill=kill)
+    assert killed >= kills // 2
+    training.same_run(unbroken, workplace / name, 4 * training.STEPS)
+
+
+def _kill(process: forked.Command, victim: str, rng: random.Random) -> None:
+    """SIGKILL to some of a launch; all others end by themselves, the launcher with the rank and the signal."""
+    family, ranks = psutil.Process(process.pid).children(recursive=True), training.ranks_of(process)
+    chosen = {"one rank": rng.sample(ranks, min(1, len(ranks))), "all ranks": ranks, "launcher": []}[victim]
+    for rank in chosen:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
+    if not chosen:
+        process.send_signal(signal.SIGKILL)
+    text, _ = process.communicate(timeout=180)
+    assert not psutil.wait_procs(family, timeout=60)[1], text
+    assert "Traceback" not in text
+    if process.returncode and chosen:  # else it came to its end at that moment
+        assert "(SIGKILL): out of memory, if nobody sent it" in text or "is gone" in text, text
+
+
+def test_a_rank_without_memory_is_one_line(workplace: Path) -> None:
+    process = training.faulty_ranks(workplace, workplace / "no_memory", {"memory": {"rank": 1, "step": 2}}, *LONG)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (line,) = [line for line in text.splitlines() if line.startswith("rerankvpr: ")]
+    assert line.startswith("rerankvpr: rank 1: out of memory (")
+
+
+@pytest.mark.parametrize("options", [NONE, FULL])
+def test_two_ranks_train_and_evaluate_without_shared_memory(workplace: Path, options: str) -> None:
+    launch = ("-m", "rerankvpr", "launch", "--nproc-per-node", "2", "--")
+    output = str(workplace / f"no_shm {options}")
+    flags = ("--output", output, "--trainer.max-steps", "2", "--tracking.enabled", "False")
+    done = with_shm(options, *launch, "train", str(workplace / "recipe.yaml"), *flags)
+    assert done.returncode == 0, done.stderr
+    assert "ranks start cold: /dev/shm, where processes share locks, cannot be used" in done.stderr
+    assert "trained 2 steps" in done.stdout
+    evaluated = ("--benchmarks", f"folder:{workplace / 'town'}", "--image-size", "28")
+    done = with_shm(options, *launch, "eval", "--checkpoint", output, *evaluated)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
