@@ -74,8 +74,8 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         partial.replace(path)
     except BaseException as error:
         remove(partial)
-        if isinstance(error, OSError) and _is_of(partial, error):
-            error.filename, error.filename2 = str(path), None
+        if isinstance(error, OSError) and error.errno and _is_of(partial, error):
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
     if durable:
         sync(path.parent)
@@ -83,7 +83,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 def _is_of(partial: Path, error: OSError) -> bool:
     """Whether an error is of a partial file: it names that, or is of a full disk and names none, as writes do."""
-    return error.filename == str(partial) or (error.errno in FULL and error.filename is None)
+    return partial.name in str(error) or (error.errno in FULL and error.filename is None)
 
 
 def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> None:

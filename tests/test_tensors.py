@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from configs.files import replacing
 from configs.tensors import save_tensors
 
 TENSORS = {"b": torch.arange(3), "a": torch.ones(2, 2)}
@@ -39,3 +40,11 @@ def test_the_order_of_metadata_does_not_change_the_bytes(tmp_path: Path) -> None
         assert {name: opened.get_tensor(name).tolist() for name in opened.keys()} == {  # noqa: SIM118 - no mapping
             name: tensor.tolist() for name, tensor in TENSORS.items()
         }
+
+
+def test_a_full_disk_is_the_systems_error_and_names_the_file(tiny_disk: Path) -> None:
+    file = tiny_disk / "net.safetensors"
+    with pytest.raises(OSError, match="No space left on device") as caught, replacing(file) as partial:
+        save_tensors({"a": torch.zeros(10**6)}, partial)
+    assert caught.value.filename == str(file)
+    assert list(tiny_disk.iterdir()) == []

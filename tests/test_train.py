@@ -201,7 +201,8 @@ def test_a_disk_full_at_the_end_and_a_clock_that_jumps_change_nothing(
         "clock": {"rank": 0, "jumps": {"3": 3600, "7": -7200}},
         "full_at_the_end": {"rank": 0, "folder": str(small_disk)},
     }
-    text = finish(faulty_ranks(workplace, output, faults, "--tracking.experiment", "full at the end"))
+    flags = ("--trainer.keep-last", "1", "--trainer.validate-every-epochs", "0")  # room for all before the end
+    text = finish(faulty_ranks(workplace, output, faults, *flags, "--tracking.experiment", "full at the end"))
     assert re.search(r"^trained: town .* R@1/5/10 .*re-ranked", text, re.MULTILINE), text
     for name in ("results.json", "predictions.parquet", "pictures"):
         assert re.search(rf"^.*{output}/{name}.*", text, re.MULTILINE), (name, text)
