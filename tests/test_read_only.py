@@ -30,7 +30,7 @@ COMMANDS = {
     "inspect": "inspect set --out locked/seen",
     "inspect a plan": "inspect set --places-per-batch 2 --plan locked/plan.parquet",
     "eval": "eval --checkpoint run --benchmarks folder:town --recall-at 1 --image-size 28 --out locked/out",
-    "eval, features": "eval --checkpoint run --recall-at 1 --benchmarks folder:town --image-size 28 --features locked/f",
+    "features": "eval --checkpoint run --recall-at 1 --benchmarks folder:town --image-size 28 --features locked/f",
     "index": "index build town/images/test/database --checkpoint run --out locked/index",
     "export": "export run locked/net.safetensors",
     "export a folder": "export run locked/net",
