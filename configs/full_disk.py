@@ -46,7 +46,7 @@ class LossyStream:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            self.why_lost = error.strerror
+            self.why_lost = error.strerror or "full"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
