@@ -30,14 +30,13 @@ import tyro
 from benchmarks.loader_peers import images_per_second
 from benchmarks.loader_stores import endless_batches
 from benchmarks.report import print_table, write_json
+from configs.node import GPUS, IMAGES_PER_GPU_S
 from configs.schema import DataConfig
 from data_pipeline import decoders, images
 from data_pipeline.decode_cost import example_jpegs
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.town.render import Town, render_town
-
-GPUS, IMAGES_PER_GPU_S = 8, 3000
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def main(options: Options) -> dict[str, float]:
         f"an image takes {cpu_us:.0f} us of a core, {held_us:.0f} us of them with the interpreter's lock at most "
         f"({held_us / cpu_us:.0%}): one process delivers {1e6 / held_us:,.0f} images/s at most; two threads in the "
         f"calls that release it are {figures['released_speedup']:.2f} times as fast as one\n"
-        f"a node of {GPUS} GPUs at {IMAGES_PER_GPU_S:,} images/s takes {demand * cpu_us / 1e6:.0f} such cores"
+        f"a node of {GPUS} GPUs at {IMAGES_PER_GPU_S:,.0f} images/s takes {demand * cpu_us / 1e6:.0f} such cores"
     )
     write_json(options.json, figures)
     return figures

@@ -66,13 +66,16 @@ def main() -> None:
                     "believed_right": right_Q[believed_Q],
                     "right_believed": believed_Q[right_Q & inside_Q],
                     "outside_believed": believed_Q[~inside_Q],
+                    "unbelieved_outside": ~inside_Q[~believed_Q],
+                    "outside_unbelieved": ~believed_Q[~inside_Q],
                 }
                 told = {name: 100 * float(share.mean()) if len(share) else 0.0 for name, share in shares.items()}
                 figures |= {f"{span}_{walk}_{name}": value for name, value in told.items()}
                 figures[f"{span}_{walk}_threshold"] = index.threshold
                 rows.append([f"{span}, {walk}", f"{index.threshold:.3f}", *(f"{value:.1f}" for value in told.values())])
     columns = ["map, queries", "threshold", "believed: in map", "in map: believed", "believed: right"]
-    print_table("Verdicts, percent", [*columns, "right: believed", "outside: believed"], rows)
+    columns += ["right: believed", "outside: believed", "not believed: outside", "outside: not believed"]
+    print_table("Verdicts, percent", columns, rows)
     write_json(options.json, figures)
     dist.destroy_process_group()
 

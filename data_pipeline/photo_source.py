@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from configs.progress import OnProgress, untold
 from configs.reading import read_regular
 from data_pipeline.storage import RangeReader
 
@@ -27,8 +28,11 @@ class PhotoSource(Protocol):
     def read_threads(self) -> int:
         """Threads that fetch photographs ahead of the decoders; 0 where decoders read for themselves."""
 
-    def stats(self, images: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Bytes of each image (-1 where there is none), and when it changed last, in nanoseconds."""
+    def stats(self, images: pa.Table, on_progress: OnProgress = untold) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Bytes of each image (-1 where there is none), and when it changed last, in nanoseconds.
+
+        A source that has to ask a server for them tells `on_progress` how many it has.
+        """
 
     def part(self, images: pa.Table) -> PhotoSource:
         """The source of these images alone, cheap to send to another process."""
@@ -50,7 +54,11 @@ class Folder:
     def __str__(self) -> str:
         return str(self.path)
 
-    def stats(self, images: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def stats(
+        self,
+        images: pa.Table,
+        on_progress: OnProgress = untold,  # noqa: ARG002
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return file_stats(self.path, images["file"].to_pylist())
 
     def part(self, images: pa.Table) -> Folder:  # noqa: ARG002

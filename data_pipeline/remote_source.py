@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from configs.progress import OnProgress, untold
 from configs.secrets import without_secrets
 from data_pipeline.photo_source import READ_THREADS, RETRY_S, shared_reader
 from data_pipeline.storage import is_remote, join
@@ -42,7 +43,7 @@ class Bucket:
         """Where a file lies."""
         return file if is_remote(file) or not self.root else join(self.root, file.removeprefix("./"))
 
-    def stats(self, images: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def stats(self, images: pa.Table, on_progress: OnProgress = untold) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Bytes of each file (-1 where there is none) and its last change by the server's clock, in nanoseconds."""
         if self.sizes is not None and self.changed_ns is not None:
             rows = images["row"].to_numpy()
@@ -75,9 +76,11 @@ class Bucket:
             for folder, numbers in folders.items()
             for start in (range(0, len(numbers), step) if folder.startswith("http") else (0,))
         ]
+        done = 0
         with ThreadPoolExecutor(self.threads, "stat") as pool:
-            for _ in pool.map(lambda piece: ask(*piece), pieces):
-                pass
+            for (_, numbers), _ in zip(pieces, pool.map(lambda piece: ask(*piece), pieces), strict=True):
+                done += len(numbers)
+                on_progress(done, len(urls))
         return sizes, changed_ns
 
     def part(self, images: pa.Table) -> Bucket:  # noqa: ARG002

@@ -108,7 +108,11 @@ def write_shards(
         if not Path(str(source), folder).is_dir():
             raise FileNotFoundError(f"{listing.source}: no folder {folder}, which the CSV's city_id names")
     files = listing.images["file"].to_pylist()
-    sizes, changed_ns = source.stats(listing.images)
+
+    def asked(done: int, total: int | None = None, note: str = "") -> None:  # noqa: ARG001
+        on_progress(0, listing.num_images, f"lengths of {done:,} are known")
+
+    sizes, changed_ns = source.stats(listing.images, asked)
     said = options.digest_text(FORMAT_VERSION, listing.min_images_per_place)
     set_digest = _digest("\n".join([said, *files]), *([listing.details] if listing.details else []))
     fingerprint = _digest(set_digest, sizes.tobytes())

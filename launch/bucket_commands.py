@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich.console import Console
 
 from launch.data_commands import Gridded, Places, Writing
+from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help and mistakes should not wait for pyarrow
     from data_pipeline.listing import PlaceListing
@@ -79,11 +81,13 @@ class ShardBucketCommand(Remote, Writing, _Bucket):
     def listing(self) -> PlaceListing:
         from data_pipeline.sources.bucket import read_bucket
 
-        return read_bucket(
-            self.url,
-            depth=self.depth,
-            city=self.city,
-            min_images_per_place=self.min_images_per_place,
-            threads=self.read_threads,
-            retry_s=self.remote_retry_s,
-        )
+        with progress_bar(Console(), "folders") as update:
+            return read_bucket(
+                self.url,
+                depth=self.depth,
+                city=self.city,
+                min_images_per_place=self.min_images_per_place,
+                threads=self.read_threads,
+                retry_s=self.remote_retry_s,
+                on_progress=update,
+            )

@@ -81,7 +81,7 @@ def check(
 ) -> Checked:
     """Examines all ranks' machines; every rank calls this and gets the same findings. `quick` measures less.
 
-    `images_per_s` is what each rank is to take; without it IMAGES_PER_S of one with a GPU.
+    `images_per_s` is what each rank is to take; without it IMAGES_PER_GPU_S of one with a GPU.
     """
     import torch.distributed as dist
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from configs.node import IMAGES_PER_GPU_S
 from trainer.routes import has_infiniband
 
 PACKAGES = ("torch", "deepspeed", "numpy", "faiss-gpu", "faiss-cpu", "timm", "mlflow", "pyarrow", "safetensors")
 SOURCES = ("configs", "data_pipeline", "model", "memory", "trainer", "eval", "launch")
-IMAGES_PER_S = 3000.0  # that a GPU takes: ViT-B/14 at 224 px at 40 % of an H100's peak
 IMAGE_SIZE = 224
 NVIDIA_SMI_S = 30.0  # without its persistence daemon the driver takes seconds for each GPU
 
@@ -82,7 +82,7 @@ def gather_facts(rank: int, shared: list[Path], scratch: list[Path], tokens: dic
 
 def with_feeding(facts: Facts, images_per_s: float | None) -> Facts:
     """The facts with what a core decodes, measured in a moment, if it is known how many images a rank is to take."""
-    demand = images_per_s or (IMAGES_PER_S if facts.gpu else 0.0)
+    demand = images_per_s or (IMAGES_PER_GPU_S if facts.gpu else 0.0)
     if not demand:
         return facts
     from data_pipeline.decode_cost import example_jpegs, images_per_core_second

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.node import MORE_DECODING
 from launch.facts import Facts
 
 CLOCK_S = 1.0
@@ -16,10 +17,6 @@ BANDWIDTH_MB_S = 50.0
 CORES_A_RANK = 2  # fewer than these, where the host has more, starve a rank's decoder
 SHM_GB = 0.5  # Docker's default is 64 MB, of which NCCL uses up to 10 for each pair of GPUs
 MEMLOCK_GB = 1.0
-MORE_DECODING = (
-    "ask for more cores (--cpus-per-task), write smaller photographs (`rerankvpr shard --max-side`), or let the GPUs "
-    "decode (data.decode nvjpeg)"
-)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class ShardTarsCommand(Remote, Gridded, Writing, _Archives):
         def say(text: str) -> None:
             console.print(escape(text), highlight=False, soft_wrap=True)
 
-        with progress_bar(console, "members, MB") as update:
+        with progress_bar(console, "archives, MB") as update:
             return read_tars(
                 self.paths[:-1],
                 self.table,

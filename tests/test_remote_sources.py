@@ -82,7 +82,14 @@ def test_keys_of_a_table_below_a_bucket_or_a_web_server(landmarks, expected, buc
     for number, url in enumerate((bucket, server.url)):
         listing = read_manifest(landmarks.loose_table, root=Bucket(f"{url}/gldv2/loose"))
         out = tmp_path / str(number)
-        write_shards(listing, out, SMALL)
+        said: list[str] = []
+
+        def told(done: int, total: int | None = None, note: str = "", said: list[str] = said) -> None:
+            said.append(note)
+
+        write_shards(listing, out, SMALL, on_progress=told)
+        assert f"lengths of {listing.num_images} are known" in said
+        assert said[-1] == ""
         assert of_set(out) == expected
         assert write_shards(listing, out, SMALL).was_complete
 
@@ -110,7 +117,15 @@ def test_the_folders_of_a_bucket_are_places(landmarks, bucket, tmp_path):
     (folder / "000" / "high.jpg").write_bytes(b"x")
     with bucket_of(folder, "scenes") as url:
         shared_reader.cache_clear()
-        listing = read_bucket(f"{url}", depth=2)
+        seen: list[tuple[int, int | None, str]] = []
+
+        def told(done: int, total: int | None = None, note: str = "") -> None:
+            seen.append((done, total, note))
+
+        listing = read_bucket(f"{url}", depth=2, on_progress=told)
+        assert [done for done, _, _ in seen] == list(range(1, 17))
+        assert seen[0] == (1, 4, "0 photographs")
+        assert seen[-1] == (16, 16, "40 photographs")
         write_shards(listing, tmp_path / "set", SMALL)
         assert listing.num_places == 6
         assert listing.notes == ("left out: .txt 1, above the places' folders 1",)

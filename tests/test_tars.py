@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import tarfile
 import threading
 import zipfile
@@ -102,12 +103,32 @@ def test_the_command_resumes_and_is_done_at_once_when_it_comes_again(landmarks, 
     assert "4 archives" in out
     assert "by ranges" in out
     assert "120 of 120 rows have a member" in out
+    assert "archives, MB: 1/1  120 members" in out
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.*") if path.name != "left_out.csv"}
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "4 of 4 archives are listed by an earlier run" in out
     assert "complete already" in out
     assert before.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.*")}.items()
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_progress_is_told_within_an_archive(landmarks, tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr("data_pipeline.archives.gather._TOLD_EVERY_S", -1.0)
+    path = tmp_path / f"all.{suffix}"
+    write_tar(path, landmarks, landmarks.names * 10, mode="w:gz" if suffix == "tar.gz" else "w")
+    seen: list[tuple[int, int | None, str]] = []
+
+    def told(done: int, total: int | None = None, note: str = "") -> None:
+        seen.append((done, total, note))
+
+    shard(landmarks, tmp_path / "set", words=[str(path)], spill_bytes=2**22, on_progress=told)
+    total = -(-path.stat().st_size >> 20)
+    assert [note for _, _, note in seen[:-1]] == [f"{number:,} members" for number in range(1, 1201)]
+    assert {done for done, _, _ in seen} == set(range(total + 1))
+    assert seen[-1] == (total, total, "1,200 members")
+    assert all(one[0] <= other[0] for one, other in itertools.pairwise(seen))
+    assert {one[1] for one in seen} == {total}
 
 
 def test_parts_share_the_archives_and_a_last_run_writes_the_index(landmarks, expected, tmp_path):

@@ -21,7 +21,7 @@ from trainer.engine_state import keepers
 from trainer.feeding import stream_line
 from trainer.flops import forward_flops, model_flops, peak_tflops, step_flops
 from trainer.memory_plan import parameter_sizes, plan_memory
-from trainer.plan import Assumed, advice, plan, shortfall
+from trainer.plan import Assumed, advice, plan, shortfall, summary_lines
 from trainer.sent_bytes import bytes_sent
 
 
@@ -278,7 +278,23 @@ def test_what_feeds_a_node_is_printed(tmp_path: Path, capsys: pytest.CaptureFixt
     assert figures["feeding/images_s"] == pytest.approx(8 * 64 * 4 / 16 / figures["step_seconds"])
     assert figures["feeding/cores"] == pytest.approx(figures["feeding/images_s"] / figures["feeding/core_images_s"])
     assert 15 < figures["feeding/gb_s"] / figures["feeding/images_s"] * 1e6 < 60  # kB of an image
-    assert "feeding: 8 rank(s) of a node take" in capsys.readouterr().out
+    assert figures["feeding/full_node_cores"] == pytest.approx(24_000 / figures["feeding/core_images_s"])
+    per_image = figures["feeding/gb_s"] / figures["feeding/images_s"]
+    assert figures["feeding/full_node_gb_s"] == pytest.approx(24_000 * per_image)
+    said = capsys.readouterr().out
+    assert "feeding: 8 rank(s) of a node take" in said
+    assert "feeding: 8 GPUs of a node at 3,000 images/s each take 24,000 images/s: " in said
+
+
+def test_a_full_node_is_reckoned_where_the_seconds_of_a_step_are_not_known() -> None:
+    on_gpus = Assumed(ranks=8, device_gb=80)
+    lines = list(summary_lines(plan(recipe(), on_gpus)))
+    assert any("give --tflops" in line for line in lines)
+    (line,) = [line for line in lines if line.startswith("feeding: ")]
+    assert "8 GPUs of a node at 3,000 images/s each take 24,000 images/s: " in line
+    assert " GB/s" in line
+    (line,) = [line for line in summary_lines(plan(recipe(data={"decode": "nvjpeg"}), on_gpus)) if "feeding" in line]
+    assert "which its GPUs decode" in line
 
 
 @pytest.mark.parametrize(("ranks", "times"), [(1, "1.00"), (2, "1.00"), (4, "1.00"), (8, "2.00"), (16, "4.00")])

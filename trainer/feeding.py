@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from configs.node import GPUS, IMAGES_PER_GPU_S, MORE_DECODING
 from configs.schema import Recipe
 from data_pipeline.decode_cost import EXAMPLE_SIZE, example_jpegs, images_per_core_second
 from data_pipeline.mixture import PlaceMixture
 from data_pipeline.storage import RangeReader, is_remote
 
-RANKS_OF_A_NODE = 8
+FULL_NODE_IMAGES_S = GPUS * IMAGES_PER_GPU_S
 _SAMPLED_PLACES = 8
 
 
@@ -21,31 +22,36 @@ _SAMPLED_PLACES = 8
 class Feeding:
     """Images that a rank takes and a core decodes in a second, bytes of an image, and what was decoded to find out."""
 
-    rank_images_s: float
+    rank_images_s: float | None  # None where it is not known how long a step takes
     core_images_s: float
     image_bytes: float
     measured_on: str
 
-    def cores(self, ranks: int) -> float:
-        """Cores that decode for so many ranks."""
-        return ranks * self.rank_images_s / self.core_images_s
+    def cores(self, images_s: float) -> float:
+        """Cores that decode so many images a second."""
+        return images_s / self.core_images_s
 
-    def gb_s(self, ranks: int) -> float:
-        """GB (10^9 bytes) of photographs in a second for so many ranks."""
-        return ranks * self.rank_images_s * self.image_bytes / 1e9
+    def gb_s(self, images_s: float) -> float:
+        """GB (10^9 bytes) of photographs in a second for so many images a second."""
+        return images_s * self.image_bytes / 1e9
 
     def figures(self, ranks: int) -> dict[str, float]:
-        """Flat, for --json, of a node with so many ranks."""
-        return {
+        """Flat, for --json: a node with so many ranks, and a full one."""
+        out = {
             "feeding/ranks_of_node": float(ranks),
-            "feeding/images_s": ranks * self.rank_images_s,
             "feeding/core_images_s": self.core_images_s,
-            "feeding/cores": self.cores(ranks),
-            "feeding/gb_s": self.gb_s(ranks),
+            "feeding/full_node_images_s": FULL_NODE_IMAGES_S,
+            "feeding/full_node_cores": self.cores(FULL_NODE_IMAGES_S),
+            "feeding/full_node_gb_s": self.gb_s(FULL_NODE_IMAGES_S),
         }
+        if self.rank_images_s is None:
+            return out
+        images_s = ranks * self.rank_images_s
+        own = {"images_s": images_s, "cores": self.cores(images_s), "gb_s": self.gb_s(images_s)}
+        return out | {f"feeding/{name}": value for name, value in own.items()}
 
 
-def find_feeding(recipe: Recipe, rank_images_s: float, places: PlaceMixture | None) -> Feeding:
+def find_feeding(recipe: Recipe, rank_images_s: float | None, places: PlaceMixture | None) -> Feeding:
     """What a recipe's ranks take, if each takes so many images a second; decoding is measured in a moment.
 
     Photographs are those of `places` if they are on this machine, else some as large as GSV-Cities'.
@@ -74,27 +80,28 @@ def _sample(places: PlaceMixture | None) -> list[bytes]:
 
 
 def feeding_lines(recipe: Recipe, feeding: Feeding, ranks: int, *, is_this_machine: bool) -> Iterator[str]:
-    """What a node with so many ranks needs, a line each; a warning if this machine is one and has too few cores."""
-    if recipe.data.decode == "nvjpeg":
-        yield (
-            f"feeding: {ranks} rank(s) of a node take {ranks * feeding.rank_images_s:,.0f} images/s, which its GPUs "
-            f"decode: {feeding.gb_s(ranks):.2f} GB/s of photographs"
+    """What a node with so many ranks needs, and a full one, a line each.
+
+    With a warning if this machine is to be such a node, as far as is known how much its ranks take, and has too few
+    cores.
+    """
+
+    def line(who: str, images_s: float) -> str:
+        gb_s = feeding.gb_s(images_s)
+        if recipe.data.decode == "nvjpeg":
+            return f"feeding: {who} {images_s:,.0f} images/s, which its GPUs decode: {gb_s:.2f} GB/s of photographs"
+        return (
+            f"feeding: {who} {images_s:,.0f} images/s: {feeding.cores(images_s):.1f} cores that decode "
+            f"{feeding.core_images_s:,.0f} images/s each ({feeding.measured_on}), {gb_s:.2f} GB/s"
         )
-        return
-    cores, gb_s = feeding.cores(ranks), feeding.gb_s(ranks)
-    yield (
-        f"feeding: {ranks} rank(s) of a node take {ranks * feeding.rank_images_s:,.0f} images/s: {cores:.1f} cores "
-        f"that decode {feeding.core_images_s:,.0f} images/s each ({feeding.measured_on}), {gb_s:.2f} GB/s"
-    )
-    here = len(os.sched_getaffinity(0))
-    if is_this_machine and cores > here:
-        yield f"feeding: this machine has {here} core(s) for them, so training waits for data; {REMEDY}"
 
-
-REMEDY = (
-    "ask for more cores (--cpus-per-task), write smaller photographs (`rerankvpr shard --max-side`), or let the GPUs "
-    "decode (data.decode nvjpeg)"
-)
+    if feeding.rank_images_s is not None:
+        images_s = ranks * feeding.rank_images_s
+        yield line(f"{ranks} rank(s) of a node take", images_s)
+        here = len(os.sched_getaffinity(0))
+        if is_this_machine and recipe.data.decode == "cpu" and feeding.cores(images_s) > here:
+            yield f"feeding: this machine has {here} core(s) for them, so training waits for data; {MORE_DECODING}"
+    yield line(f"{GPUS} GPUs of a node at {IMAGES_PER_GPU_S:,.0f} images/s each take", FULL_NODE_IMAGES_S)
 
 
 def stream_line(recipe: Recipe, ranks: int, shard_bytes: float) -> str:

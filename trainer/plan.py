@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from configs.node import GPUS
 from configs.schema import Recipe
 from data_pipeline.mixture import EpochPlans, PlaceMixture, read_mixture
 from trainer.devices import memory_bytes
-from trainer.feeding import RANKS_OF_A_NODE, Feeding, feeding_lines, find_feeding, stream_line
+from trainer.feeding import Feeding, feeding_lines, find_feeding, stream_line
 from trainer.first_checks import images_per_rank
 from trainer.flops import model_flops, peak_tflops, step_flops
 from trainer.hard_cost import hard_lines, num_candidates
@@ -125,13 +126,13 @@ class TrainingPlan:
     flops: float  # of a rank in a step, with what is computed again
     seconds: float | None  # a step, computing alone
     shard_bytes: float
-    feeding: Feeding | None  # None where the seconds are not known
+    feeding: Feeding
     memory_of: Callable[[Recipe], MemoryPlan]  # of the same ranks, the engine's settings being others
 
     @property
     def ranks_of_node(self) -> int:
         """Ranks of a node: this launch's, else as many as there are up to eight."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or min(self.ranks, RANKS_OF_A_NODE)
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or min(self.ranks, GPUS)
 
     def figures(self) -> dict[str, float]:
         """Flat, for --json: bytes, steps, seconds."""
@@ -154,8 +155,7 @@ class TrainingPlan:
             "step_seconds": self.seconds,
             "tflops": self.machine.tflops,
         }
-        if self.feeding:
-            out |= self.feeding.figures(self.ranks_of_node)
+        out |= self.feeding.figures(self.ranks_of_node)
         return out | {name: float(value) for name, value in known.items() if value is not None}
 
 
@@ -204,7 +204,7 @@ def plan(recipe: Recipe, assumed: Assumed, sizes: Sizes | None = None) -> Traini
         flops=flops,
         seconds=seconds,
         shard_bytes=shard_bytes,
-        feeding=find_feeding(recipe, images / seconds, places) if seconds else None,
+        feeding=find_feeding(recipe, images / seconds if seconds else None, places),
         memory_of=memory_of,
     )
 
@@ -325,9 +325,14 @@ def summary_lines(planned: TrainingPlan) -> Iterator[str]:
     if planned.recipe.data.access == "stream":
         yield stream_line(planned.recipe, planned.ranks, planned.shard_bytes)
     yield f"each rank sends {sum(planned.sent.values()) / 1e6:.1f} MB a step" + (f": {sent}" if sent else "")
+    yield _time_line(planned)
+    here = planned.machine.host_bytes is not None or planned.machine.on_cpu
+    yield from feeding_lines(planned.recipe, planned.feeding, planned.ranks_of_node, is_this_machine=here)
+
+
+def _time_line(planned: TrainingPlan) -> str:
     if planned.seconds is None:
-        yield f"a rank computes {planned.flops / 1e12:.2f} TFLOP a step; give --tflops for an estimate of time"
-        return
+        return f"a rank computes {planned.flops / 1e12:.2f} TFLOP a step; give --tflops for an estimate of time"
     hours = "" if planned.total_steps is None else f", {planned.total_steps * planned.seconds / 3600:.2f} h in all"
     assert planned.machine.tflops is not None
     useful = (
@@ -337,14 +342,11 @@ def summary_lines(planned: TrainingPlan) -> Iterator[str]:
         * model_flops(planned.recipe)
     )
     again = planned.flops / useful - 1
-    yield (
+    return (
         f"time: {planned.seconds:.3f} s a step{hours}, if a rank sustains {planned.machine.tflops:.3g} TFLOP/s "
         f"({planned.machine.tflops_from}) and waits neither for data nor for other ranks; evaluation not counted"
         + (f"; {again:.0%} of it is computed again to save memory" if again > 0.005 else "")
     )
-    if planned.feeding:
-        here = planned.machine.host_bytes is not None or planned.machine.on_cpu
-        yield from feeding_lines(planned.recipe, planned.feeding, planned.ranks_of_node, is_this_machine=here)
 
 
 def check_fit(planned: TrainingPlan) -> None:

@@ -8,6 +8,7 @@ set reads a piece of each.
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import time
 from collections import Counter
@@ -37,6 +38,7 @@ from data_pipeline.storage import RangeReader, is_remote
 MEMBERS_A_CHUNK = 100_000
 LOCAL_WINDOW, LOCAL_SEQUENCE, REMOTE_SEQUENCE, SEQUENCE_AHEAD = 4096, 2**19, 4 * 2**20, 2
 _WAIT_S = 1.0
+_TOLD_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -60,30 +62,25 @@ class Gathering:
 def gather(archives: Sequence[Archive], how: Gathering, first: int = 0, on_progress: OnProgress = untold) -> None:
     """Lists the members of all archives, beginning with the `first`; returns when all are listed, by whomever.
 
-    Progress counts MB. Raises OSError, StorageError for what cannot be read; an archive that is cut off or damaged is
-    listed as far as it goes, with its fault.
+    Progress counts MB of the archives, with the members as its note. Raises OSError, StorageError for what cannot be
+    read; an archive that is cut off or damaged is listed as far as it goes, with its fault.
     """
     how.folder.mkdir(parents=True, exist_ok=True)
     waiting = [*archives[first:], *archives[:first]]
-    total = _mb(sum(archive.size for archive in archives))
-    done = 0
-    lock, stop = threading.Lock(), threading.Event()
+    told, stop = _Told(archives, on_progress), threading.Event()
 
     def take(archive: Archive) -> Archive | None:
         """The archive, if it is listed at the end."""
-        nonlocal done
         if not _is_done(archive, how):
             try:
                 with FolderLock(how.folder, "rerankvpr shard tars", name=f".{stem(archive)}.lock"):
-                    _read(archive, how, stop)
+                    _read(archive, how, stop, told)
             except (LockedError, _StoppedError):
                 return None
             except BaseException:
                 stop.set()
                 raise
-        with lock:
-            done += archive.size
-            on_progress(_mb(done), total)
+        told.ended(archive)
         return archive
 
     with ThreadPoolExecutor(how.threads, "archive") as pool:
@@ -103,6 +100,42 @@ def _mb(count: int) -> int:
     return -(-count >> 20)
 
 
+class _Told:
+    """How far all archives are listed, told every now and then, whichever thread reads them."""
+
+    def __init__(self, archives: Sequence[Archive], on_progress: OnProgress) -> None:
+        self._on_progress, self._all = on_progress, sum(archive.size for archive in archives)
+        self._passed: dict[str, int] = {}
+        self._bytes = self._members = 0
+        self._told = time.monotonic()
+        self._lock = threading.Lock()
+
+    def passed(self, archive: Archive, member: Member, raw: io.RawIOBase) -> None:
+        """Counts a member. In what is compressed as a whole its bytes lie where the file is read."""
+        at = raw.tell() if archive.is_compressed else member.offset + member.length
+        with self._lock:
+            self._members += 1
+            self._set(archive, at)
+            if time.monotonic() - self._told > _TOLD_EVERY_S:
+                self._tell()
+
+    def ended(self, archive: Archive) -> None:
+        """Counts an archive that is listed as a whole."""
+        with self._lock:
+            self._set(archive, archive.size)
+            self._tell()
+
+    def _set(self, archive: Archive, at: int) -> None:
+        at = max(min(at, archive.size), before := self._passed.get(archive.location, 0))
+        self._bytes += at - before
+        self._passed[archive.location] = at
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        done = self._bytes >> 20 if self._bytes < self._all else _mb(self._all)
+        self._on_progress(done, _mb(self._all), f"{self._members:,} members" if self._members else "")
+
+
 class _StoppedError(Exception):
     """Another archive failed, or the user stopped the run."""
 
@@ -111,7 +144,7 @@ def _is_done(archive: Archive, how: Gathering) -> bool:
     return any(chunk.is_last for chunk in chunks_of(how.folder, archive, need_spill=how.need_spill))
 
 
-def _read(archive: Archive, how: Gathering, stop: threading.Event) -> None:
+def _read(archive: Archive, how: Gathering, stop: threading.Event, told: _Told) -> None:
     """Lists an archive from where its last chunk ended."""
     done = list(chunks_of(how.folder, archive, need_spill=how.need_spill))
     if done and done[-1].is_last:
@@ -135,6 +168,7 @@ def _read(archive: Archive, how: Gathering, stop: threading.Event) -> None:
                     file.seek(member.offset)
                     stored = file.read(member.length) or b""
                 chunk.add(member, stored)
+                told.passed(archive, member, raw)
                 if chunk.is_full:
                     chunk = chunk.write(is_last=False)
         except DamagedArchiveError as error:

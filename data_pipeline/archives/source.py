@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from configs.progress import OnProgress, untold
 from data_pipeline.archives.members import unpack
 from data_pipeline.photo_source import RETRY_S, shared_reader
 from data_pipeline.storage import is_remote
@@ -47,7 +48,11 @@ class ArchivedPhotos:
         """Threads that fetch ranges; none for files of this machine."""
         return self.threads if any(map(is_remote, self.containers)) else 0
 
-    def stats(self, images: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def stats(
+        self,
+        images: pa.Table,
+        on_progress: OnProgress = untold,  # noqa: ARG002
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Bytes of each image (-1 where there is none), and when its archive changed last."""
         at = self._at(images["row"].to_numpy())
         there = self.container[at] != NOWHERE

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import pyarrow as pa
 
+from configs.progress import OnProgress, untold
 from data_pipeline.formats import SUFFIXES
 from data_pipeline.listing import PlaceListing, build_listing, plain_city
 from data_pipeline.photo_source import READ_THREADS, RETRY_S, shared_reader
@@ -26,10 +27,12 @@ def read_bucket(
     min_images_per_place: int = 4,
     threads: int = READ_THREADS,
     retry_s: float = RETRY_S,
+    on_progress: OnProgress = untold,
 ) -> PlaceListing:
     """The places of a bucket: its folders `depth` levels below `url`, with all photographs below each.
 
-    Raises FileNotFoundError where there is no photograph, ValueError for a depth below 1, StorageError.
+    Progress counts folders, of those that are known by then, with the photographs in them as its note. Raises
+    FileNotFoundError where there is no photograph, ValueError for a depth below 1, StorageError.
     """
     if not is_remote(url):
         raise ValueError(f"{url}: expected the URL of a bucket's folder, such as s3://bucket/images")
@@ -39,7 +42,7 @@ def read_bucket(
         )
     if depth < 1:
         raise ValueError(f"depth is {depth}; a place is a folder, 1 level below {url} or more")
-    files, sizes, changed_ns, left_out = _listed(url, depth, threads, retry_s)
+    files, sizes, changed_ns, left_out = _listed(url, depth, threads, retry_s, on_progress)
     if not files:
         raise FileNotFoundError(
             f"{url}: no photographs {depth} folders below it ({counted(left_out) or 'nothing there'})"
@@ -71,13 +74,16 @@ def read_bucket(
     )
 
 
-def _listed(url: str, depth: int, threads: int, retry_s: float) -> tuple[list[str], list[int], list[int], Counter[str]]:
+def _listed(
+    url: str, depth: int, threads: int, retry_s: float, on_progress: OnProgress
+) -> tuple[list[str], list[int], list[int], Counter[str]]:
     """Photographs at least `depth` folders below a URL: names, bytes, times; and how many files are none, by suffix."""
     reader = shared_reader(retry_s)
     files: list[str] = []
     sizes: list[int] = []
     changed_ns: list[int] = []
     left_out: Counter[str] = Counter()
+    listed, known = 0, 1
     with ThreadPoolExecutor(threads, "list") as pool:
         level = [""]
         while level:
@@ -98,5 +104,8 @@ def _listed(url: str, depth: int, threads: int, retry_s: float) -> tuple[list[st
                         files.append(f"{prefix}{name}")
                         sizes.append(file.size)
                         changed_ns.append(file.changed_ns)
+                listed += 1
+                on_progress(listed, known + len(below), f"{len(files):,} photographs")
+            known += len(below)
             level = below
     return files, sizes, changed_ns, left_out

@@ -45,12 +45,13 @@ async function ask(file) {
 }
 
 function show(file, answer) {
-  const verdict = { true: "in the map", false: "not in the map", null: "no verdict" }[String(answer.in_map)];
+  const verdict = { true: "in the map", false: "uncertain, may not be in the map", null: "no verdict" }[String(answer.in_map)];
+  const held = answer.in_map === null ? "" : ` (confidence ${answer.confidence.toFixed(3)}, from ${answer.threshold.toFixed(3)})`;
   const place = answer.position;
   const where = !place ? "no position is known"
     : place.lat !== null ? `${place.lat.toFixed(6)}, ${place.lon.toFixed(6)}` : `${place.east.toFixed(1)} E ${place.north.toFixed(1)} N`;
   const spread = place ? `, spread ${metres(place.spread_m)}` : "";
-  say(`${file.name}: ${verdict}; ${where}${spread}`);
+  say(`${file.name}: ${verdict}${held}; ${where}${spread}`);
   const list = at("candidates");
   list.replaceChildren();
   answer.candidates.forEach((candidate, rank) => list.append(item(candidate, rank, answer)));
