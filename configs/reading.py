@@ -92,6 +92,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
+def as_utf_8(name: str) -> str:
+    """A file's name for tables and pictures: bytes that are not UTF-8 become escapes, as \\udcff."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: one printable line of at most `LONGEST` characters."""
     text = str(value)[: LONGEST + 1]

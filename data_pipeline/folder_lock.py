@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from configs.reading import shown
+
 LOCK = ".rerankvpr.lock"
 PART_LOCK = f"{LOCK}.part-"  # of one of several that write parts of a folder together
 BEAT_S = 5.0
@@ -96,10 +98,15 @@ class FolderLock:
     def acquire(self) -> None:
         """Takes the lock; makes the folder if it is not there.
 
-        Raises LockedError if another process holds it, and OSError naming the folder if nothing can be written there.
+        Raises LockedError if another process holds it, OSError naming the folder if nothing can be written there, and
+        ValueError for a name that is not UTF-8: checkpoints and tables could be written under it, but not be read.
         """
         if self._file is not None:
             return
+        try:
+            str(self._of).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{shown(self._of)}: a name that is not UTF-8; give another") from error
         try:
             self._make_folder()
             self._file = self._take()

@@ -14,6 +14,7 @@ import pytest
 
 from configs.files import write_whole
 from data_pipeline.dates import years_and_months
+from data_pipeline.folder_lock import FolderLock, lock_of
 from data_pipeline.index import INDEX, INDEX_DIGEST, read_table, write_table
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.sources.manifest import read_manifest
@@ -24,6 +25,7 @@ from data_pipeline.sources.utm_folder import read_utm_folder
 from eval.benchmarks.load import load_benchmarks
 from eval.features import files_digest
 from eval.index.photo_list import list_source
+from eval.report.show import _name
 from launch.locate_command import _queries
 from launch.show_command import ShowCommand, _images
 from tests.fuzz_places import msls_folder
@@ -80,7 +82,17 @@ def test_a_city_whose_name_is_not_utf_8_is_one_line_that_names_it(tmp_path: Path
     assert "is not UTF-8" in line
 
 
+@pytest.mark.parametrize("name", [b"\xff", b"caf\xe9/run"])
+def test_no_output_has_such_a_name(name: bytes, tmp_path: Path) -> None:
+    """A training would write checkpoints there that no library reads."""
+    for lock in (FolderLock(tmp_path / os.fsdecode(name), "test"), lock_of(tmp_path / os.fsdecode(name), "test")):
+        with pytest.raises(ValueError, match=r"a name that is not UTF-8; give another"):
+            lock.acquire()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_report_writes_such_a_name_as_escapes(tmp_path: Path) -> None:
+    assert _name(tmp_path / os.fsdecode(b"caf\xe9") / "a.jpg", 0) == "caf\\udce9/a.jpg"
     write_whole(tmp_path / "page.html", f"<h1>{os.fsdecode(bytes([0xFF]))}</h1>")
     assert (tmp_path / "page.html").read_text() == "<h1>\\udcff</h1>"
 

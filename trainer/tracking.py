@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs.load import shareable
+from configs.reading import as_utf_8
 from configs.schema import Recipe
 from configs.secrets import without_secrets
 from trainer import metrics_log
@@ -229,7 +230,7 @@ def _training_id(log: Path) -> str:
 def _params(recipe: Recipe) -> dict[str, str]:
     """All keys of a recipe as MLflow takes them: UTF-8, no secrets."""
     texts = {key: str(shareable(value))[:500] for key, value in recipe.as_flat().items() if key != "tracking.uri"}
-    return {key: text.encode(errors="backslashreplace").decode() for key, text in texts.items()}
+    return {key: as_utf_8(text) for key, text in texts.items()}
 
 
 def is_own_store(uri: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from configs.names import nearest
+from configs.reading import as_utf_8
 from configs.registry import BENCHMARKS, NOT_RUN
 from data_pipeline.positions import Positions, metres_between, suspicions
 from eval.benchmarks.benchmark import NO_LABELS, RADIUS_M, Benchmark, BenchmarkError
@@ -64,7 +65,7 @@ def load_benchmarks(
         _refuse_radius(spec, radius_m)
         found += _of_catalogue(spec, data_root)
     if pair:
-        name = f"{pair[1].resolve().name} in {pair[0].resolve().name}"
+        name = as_utf_8(f"{pair[1].resolve().name} in {pair[0].resolve().name}")
         benchmark = two_folders(name, *pair, radius_m or RADIUS_M, labels=labels != "unused")
         found.append(replace(benchmark, layout=f"{pair[0]}, {pair[1]}, {benchmark.layout}"))
     return _told_apart([_checked(benchmark, labels) for benchmark in found])
@@ -100,7 +101,7 @@ def _of_path(spec: str, kind: str, rest: str, data_root: Path, radius_m: float |
     is_there = Path.is_file if kind == "manifest" else Path.exists if kind == "folder" else _is_there_or_a_stem
     taken_apart = _taken_apart(spec, rest, data_root, radius_m, is_there)
     path, radius_m = taken_apart.path, taken_apart.radius_m
-    name = path.stem if kind == "manifest" else path.resolve().name
+    name = as_utf_8(path.stem if kind == "manifest" else path.resolve().name)
     if kind == "folder":
         found = [any_folder(name, path, radius_m, labels=labels)]
     elif kind == "manifest":

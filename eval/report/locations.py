@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from configs.files import replacing
+from configs.reading import as_utf_8
 from eval.index.index import Index
 from eval.index.location import Location
 
@@ -161,15 +162,10 @@ def _h5(path: Path) -> Iterator[Write]:
 
         def write(_: Path, location: Location) -> None:
             if location.descriptor is not None:
-                group = file.create_group(_as_utf_8(location.query))
+                group = file.create_group(as_utf_8(location.query))
                 group.create_dataset("global_descriptor", data=location.descriptor)
 
         yield write
-
-
-def _as_utf_8(name: str) -> str:
-    """A file's name, bytes that are not UTF-8 as escapes."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 @contextmanager

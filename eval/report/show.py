@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from configs.reading import as_utf_8
 from data_pipeline.images import normalise
 from eval.describer import Describer
 from eval.given_images import GivenImage, pixels_of
@@ -217,7 +218,7 @@ def _name(given: GivenImage, number: int) -> str:
     """An image's file and the folder that it is in: traverses of a route have files of the same names."""
     if not isinstance(given, str | Path):
         return f"image {number}"
-    folder, name = ("", *Path(given).parts)[-2:]
+    folder, name = ("", *Path(as_utf_8(str(given))).parts)[-2:]
     if len(name) > LONGEST_NAME:
         half = LONGEST_NAME // 2
         name = f"{name[:half]}...{name[-half:]}"
