@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from configs.files import file_sha256
 from configs.load import load_recipe, recipe_text
 from configs.schema import Recipe
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -166,9 +167,7 @@ def write_demo(home: Path) -> None:
 @pytest.mark.slow
 def test_notebooks_run(tmp_path: Path) -> None:
     write_demo(tmp_path)
-    command = [sys.executable, str(DOCS / "run_notebooks.py"), "--home", str(tmp_path), "--check"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = forked.run(tmp_path, "docs.run_notebooks", "--home", str(tmp_path), "--check")
     assert done.returncode == 0, done.stderr[-3000:]
     outputs = dict(re.findall(r"^(\S+)\.ipynb: (\d+) outputs$", done.stdout, re.MULTILINE))
     assert len(outputs) == 7
