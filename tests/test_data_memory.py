@@ -56,6 +56,7 @@ print(json.dumps(ends))
 """
 
 
+@pytest.mark.slow
 def test_a_photograph_that_memory_does_not_hold_is_not_damaged(tmp_path: Path) -> None:
     small, large = tmp_path / "small.jpg", tmp_path / "large.jpg"
     Image.new("RGB", (64, 48)).save(small)

@@ -189,6 +189,7 @@ def test_nvjpeg_decodes_as_the_cpu_does(rank: Rank) -> None:
             assert (image.cpu().float() - decode(jpeg, 56).float()).abs().mean() < 1.5
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_eager_descriptors(rank: Rank) -> None:
     """Within 1e-4: fused kernels round elsewhere."""
     model = build_model(ModelConfig(backbone="tiny14", weights="random", finetune="all")).to(rank.device).train()

@@ -26,6 +26,8 @@ from tests.pretend_device import HERE, Device, moved
 from tests.pretend_step import Steps, pretend_training_device, recipe_of, steps_elsewhere, steps_on_cpu
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.slow
+
 READ = "trainer/step.py: read = torch.cat([numbers, sums.double()]).tolist()"
 NORM = "trainer/engine.py: norm = float(total)"
 DEEPSPEED = "trainer/engine.py: engine.step()"  # whether the gradient overflowed, and the norm of its groups

@@ -84,7 +84,7 @@ def test_vpr_bench_ground_truth(name: str) -> None:
     [
         ("essex3in1", "ESSEX", "ESSEX", "ESSEX3IN1_dataset", 1.0),
         ("sped", "SPED", "SPED", "SPEDTEST", 1.0),
-        ("nordland", "Nordland", "Nordland", "Nordland", 2.9996),
+        pytest.param("nordland", "Nordland", "Nordland", "Nordland", 2.9996, marks=pytest.mark.slow),
     ],
 )
 def test_gsv_lists_with_their_real_counts(
@@ -107,6 +107,7 @@ def test_gsv_lists_with_their_real_counts(
     np.testing.assert_array_equal(lists.positive_ids, bench.positive_ids)
 
 
+@pytest.mark.slow
 @published
 def test_msls_lists_pick_740_of_747(tmp_path: Path) -> None:
     folder = tmp_path / "msls_val"
@@ -122,6 +123,7 @@ def test_msls_lists_pick_740_of_747(tmp_path: Path) -> None:
     assert "names 747 queries, of which 740 count" in benchmark.notes[0]
 
 
+@pytest.mark.slow
 @published
 @pytest.mark.parametrize(("name", "stem"), [("pitts30k", "pitts30k_test"), ("tokyo247", "tokyo247")])
 def test_patch_netvlad_positions(tmp_path: Path, name: str, stem: str) -> None:

@@ -83,6 +83,7 @@ def directives(job: Job) -> list[str]:
 @example("/runs/a\ntouch PWNED", ["demo"], "python", "", "/home")
 @example("/runs/a", ["demo"], "python", "", "/home/me\ntouch PWNED\n")
 @example("/runs/a --exclusive", ["demo", "it's"], "my python", "a b.sqsh", "/home/x #y")
+@pytest.mark.slow
 def test_no_value_of_a_training_is_read_as_code(
     stubs: Path, folder: str, verb: list[str], python: str, image: str, cwd: str
 ) -> None:
