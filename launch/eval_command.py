@@ -154,6 +154,7 @@ def main(argv: list[str]) -> int:
     from data_pipeline.folder_lock import held_by_rank_0
     from eval.benchmarks.load import load_benchmarks
     from eval.evaluate import check_depth
+    from trainer import flight_recorder
     from trainer.process_group import start_process_group, stop_process_group
 
     benchmarks = load_benchmarks(
@@ -166,6 +167,8 @@ def main(argv: list[str]) -> int:
     check_depth(benchmarks, command.eval)
     if command.sweep and (unlabelled := [b.name for b in benchmarks if not b.num_labelled]):
         raise ValueError(f"eval --sweep needs ground truth; {unlabelled[0]} has none")
+    if command.out:
+        flight_recorder.switch_on(command.out)
     rank: Rank = start_process_group(recipe.engine.timeout_s, tf32=recipe.engine.tf32)
     with held_by_rank_0(command.out, "rerankvpr eval") if command.out else nullcontext():
         not_written = _evaluate(console, command, checkpoint, recipe, rank, benchmarks)

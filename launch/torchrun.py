@@ -8,9 +8,11 @@ import re
 import shlex
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -22,6 +24,7 @@ from configs.secrets import hidden, without_secrets
 from launch import fork_server
 from launch.rendezvous import end_when_cut_off
 from launch.stages import resuming, split_at_dashes
+from trainer import flight_recorder
 from trainer.command import TrainCommand
 from trainer.routes import has_infiniband, interface_environment, loopback, route_to
 from trainer.stop_signal import REQUEUE_STATUS
@@ -32,6 +35,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 CUT_OFF_S = 120
 STOPPING = (15, 10)  # SIGTERM, SIGUSR1
 OF_EVERY_RANK = ("torch.distributed", "launch.rank", "launch.doctor")
+STALLED_STATUS = 74  # of trainer.watchdog, which imports torch
 SERVER_GONE = 255  # how multiprocessing reports a process whose fork server has ended
 
 
@@ -41,7 +45,7 @@ class LaunchCommand:
 
     Other flags go to torchrun as they are. Unless they are set already, OMP_NUM_THREADS becomes cores / processes,
     GLOO_SOCKET_IFNAME the interface that leads to HOST, or loopback on one node, and NCCL_SOCKET_IFNAME the same if
-    there is no InfiniBand. SIGTERM and SIGUSR1 are passed on: train saves, and the status is 75 (run me again).
+    there is no InfiniBand; torch's flight recorder is on. SIGTERM and SIGUSR1 are passed on: train saves, and the status is 75 (run me again).
 
       rerankvpr launch --nproc-per-node 2 -- train demo --output runs/two
 
@@ -86,6 +90,7 @@ class Launch:
     environment: dict[str, str] = field(default_factory=dict)
     start_method: str = "forkserver"
     rendezvous: tuple[str, int] | None = None  # another host's, which this node must reach
+    output: Path | None = None  # of a training: where its ranks leave what they know of a standstill
 
     def command(self) -> str:
         """The command that a person can paste, without secrets."""
@@ -113,6 +118,7 @@ def main(argv: list[str]) -> int:
     if verb[0] == "train" and not ours.dry_run:  # a mistake is reported once, not by each rank after each restart
         recipe = parse_over_recipe(TrainCommand, verb[1:], verb="train")[0].recipe
     launch = plan_launch(ours, others, verb)
+    launch = replace(launch, output=recipe.output) if recipe else launch
     print(launch.command(), flush=True)
     if ours.dry_run:
         return 0
@@ -143,7 +149,7 @@ def plan_launch(ours: LaunchCommand, others: list[str], verb: list[str]) -> Laun
     arguments = [f"--nnodes={ours.nnodes}", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     arguments += [f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={ours.shutdown_timeout}"]
     # A store that torchrun keeps over restarts gives ranks the addresses of dead ones.
-    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **flight_recorder.settings()}
     interface, rendezvous = "", None
     if any(flag.startswith(("--master", "--rdzv-backend", "--standalone")) for flag in others):
         pass  # the caller's own rendezvous
@@ -254,10 +260,15 @@ def start(launch: Launch, warm: bool) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+    began = time.time()
     try:
         _run_agent(launch, warm)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        # The watchdog has told it already; where NCCL ended the ranks, nobody has.
+        if launch.output and failure.exitcode != STALLED_STATUS:
+            if recorded := flight_recorder.report(launch.output, since=began):
+                print(f"rerankvpr: flight recorder: {recorded}", file=sys.stderr)
         gone = ", or the fork server that it came from was killed" if warm and failure.exitcode == SERVER_GONE else ""
         how = gone or _what_killed(failure.exitcode)
         print(f"rerankvpr: rank {rank} ended the job with status {failure.exitcode}{how}", file=sys.stderr)

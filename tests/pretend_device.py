@@ -5,6 +5,9 @@ of it meets a CPU tensor only where CUDA allows that: a number (0-dim), or an in
 for. Each time the host would wait for a GPU is noted with file and line: a value read (`item`, `tolist`, a condition),
 a size that depends on values (`nonzero`, a boolean mask, `unique`), a copy back, a copy there unless it is non-blocking
 and from pinned memory.
+
+`pretend_device(numerics=False)` computes nothing: tensors there have shapes alone, so that a network of any size is run in
+seconds. A value that is read is 0, and a collective operation is told to `Device.watcher` instead of being run.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._C._distributed_c10d import FakeWork, Work
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -61,14 +66,33 @@ class Wait:
         return f"{self.file}:{self.line}: {self.what}{by}"
 
 
+class Watcher(Protocol):
+    """Who is told of what happens on a device."""
+
+    def made(self, held: torch.Tensor) -> None:
+        """A tensor, or a view of one, is there."""
+
+    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """An operation, on tensors as they are `held`."""
+
+    def collective(self, func: Any, args: tuple[Any, ...]) -> None:
+        """An operation of torch.distributed."""
+
+
 @dataclass
 class Device:
     """What a pretend device has seen."""
 
     waits: list[Wait] = field(default_factory=list)
     num_operations: int = 0
-    numerics: bool = True  # False: nothing is computed where shapes alone will do
+    numerics: bool = True  # False: tensors have shapes alone
+    watcher: Watcher | None = None
     _pinned: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+
+    @property
+    def inner(self) -> torch.device:
+        """Where tensors are held."""
+        return torch.device("cpu" if self.numerics else "meta")
 
     def by_code(self) -> Counter[str]:
         """Waits of each line of the project."""
@@ -129,6 +153,8 @@ class Elsewhere(torch.Tensor):
             requires_grad=held.requires_grad,
         )
         made.held = held
+        if _current and _current[-1].watcher:
+            _current[-1].watcher.made(held)
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -180,23 +206,54 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = _current[-1]
     packet = func.overloadpacket
     device.num_operations += 1
+    if func.namespace == "c10d" and device.watcher:
+        device.watcher.collective(func, args)
+    if func.namespace == "c10d" and not device.numerics:
+        done = Work.boxed(FakeWork())
+        return done if len(func._schema.returns) == 1 else (args[0], done)
     if packet in (aten._to_copy, aten.copy_):
         return _copy(func, packet, args, kwargs, device)
     _check_meeting(func, packet, args, kwargs, device)
     _note_waits(packet, args, kwargs, device)
+    if not device.numerics and (packet in READS or packet in VALUES_GIVE_SIZES):
+        return _guessed(packet, args)
     to_host = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
     if kwargs.get("device") is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+        kwargs = {**kwargs, "device": torch.device("cpu") if to_host else device.inner}
     kwargs.pop("pin_memory", None)
 
     def inner(x: Any) -> Any:
-        return x.held if isinstance(x, Elsewhere) else x
+        if isinstance(x, Elsewhere):
+            return x.held
+        return _held(x, device) if isinstance(x, torch.Tensor) else x
 
-    out = func(*tree_map(inner, args), **tree_map(inner, kwargs))
+    args_inside, kwargs_inside = tree_map(inner, args), tree_map(inner, kwargs)
+    out = func(*args_inside, **kwargs_inside)
+    if device.watcher:
+        device.watcher.ran(func, args_inside, kwargs_inside, out)
     if to_host or not tree_leaves(out):
         return out
     wrapped = tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) else x, out)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if func.namespace == "aten" else wrapped
+
+
+def _held(host: torch.Tensor, device: Device) -> torch.Tensor:
+    """What a device holds of a CPU tensor."""
+    return host if device.numerics else host.to(device.inner)
+
+
+def _there(host: torch.Tensor, device: Device) -> torch.Tensor:
+    """A CPU tensor on the device, for who is not inside one of its operations."""
+    return Elsewhere(host) if device.numerics else host.to(HERE)
+
+
+def _guessed(packet: Any, args: tuple[Any, ...]) -> Any:
+    """What is read of a tensor without numbers. Raises NotImplementedError for a size that depends on them."""
+    if packet in VALUES_GIVE_SIZES:
+        raise NotImplementedError(f"{packet}: its size depends on values, of which there are none")
+    if packet is aten._local_scalar_dense:
+        return torch.zeros((), dtype=args[0].dtype).item()
+    return packet is aten.equal
 
 
 def _copy(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: Device) -> Any:
@@ -207,7 +264,11 @@ def _copy(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
         there = isinstance(target, Elsewhere)
         if there != isinstance(source, Elsewhere):
             _note_copy(source if there else target, blocks, device, there=there)
-        (target.held if there else target).copy_(source.held if isinstance(source, Elsewhere) else source)
+        given = source.held if isinstance(source, Elsewhere) else source
+        if not device.numerics and not there and isinstance(source, Elsewhere):
+            target.zero_()
+        else:
+            (target.held if there else target).copy_(_held(given, device) if there else given)
         return target
     source, asked = args[0], kwargs.get("device")
     there = isinstance(source, Elsewhere) if asked is None else torch.device(asked).type == HERE.type
@@ -216,7 +277,9 @@ def _copy(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
         blocks = not kwargs.get("non_blocking", False)
         _note_copy(source, blocks, device, there=there)
     kwargs = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory", "non_blocking")}
-    made = func(source.held if was_there else source, **kwargs)
+    if was_there and not there and not device.numerics:
+        return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+    made = func(source.held if was_there else _held(source, device) if there else source, **kwargs)
     return Elsewhere(made) if there else made
 
 
@@ -255,9 +318,11 @@ class _Dispatch(TorchDispatchMode):
             device.num_operations += 1
             if func.overloadpacket is aten._to_copy:
                 return _copy(func, aten._to_copy, args, kwargs, device)
-            kwargs |= {"device": torch.device("cpu")}
+            kwargs |= {"device": device.inner}
             kwargs.pop("pin_memory", None)
             return Elsewhere(func(*args, **kwargs))
+        if func.namespace == "c10d" and _current[-1].watcher:
+            _current[-1].watcher.collective(func, args)
         return func(*args, **kwargs)
 
 
@@ -279,17 +344,22 @@ class _Functions(TorchFunctionMode):
             data = args[0] if args else kwargs.get("data")
             if there and not isinstance(data, torch.Tensor):
                 device.wait("a host tensor is copied over")
-                return Elsewhere(func(*args, **{**kwargs, "device": "cpu"}))
+                return _there(func(*args, **{**kwargs, "device": "cpu"}), device)
         if func is torch.Tensor.new_tensor and isinstance(args[0], Elsewhere) and not isinstance(args[1], torch.Tensor):
             device.wait("a host tensor is copied over")
-            return Elsewhere(torch.tensor(args[1], **{"dtype": args[0].dtype, **kwargs, "device": "cpu"}))
+            host = torch.tensor(args[1], **{"dtype": args[0].dtype, **kwargs, "device": "cpu"})
+            return _there(host, device)
         if func == torch.Tensor.data.__set__ and isinstance(args[0], Elsewhere):  # type: ignore[attr-defined]
             func(*args, **kwargs)
             args[0].held = args[1].held
             return None
         if func is torch.Tensor.tolist and isinstance(args[0], Elsewhere):
             device.wait("values are read")
-            return args[0].held.tolist()
+            held = args[0].held
+            return (held if device.numerics else torch.zeros(held.shape, dtype=held.dtype)).tolist()
+        if func is F.scaled_dot_product_attention and isinstance(args[0], Elsewhere) and not device.numerics:
+            # As a GPU does it, without the matrix of attention; torch would give "meta" the plain formula.
+            return aten._scaled_dot_product_flash_attention_for_cpu(*args[:3], scale=kwargs.get("scale"))[0]
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and isinstance(args[0], Elsewhere):
             raise TypeError("can't convert a tensor of the pretend device to numpy; use Tensor.cpu() first")
         if func is torch.Tensor.pin_memory:
@@ -302,9 +372,9 @@ class _Functions(TorchFunctionMode):
 
 
 @contextmanager
-def pretend_device() -> Iterator[Device]:
+def pretend_device(*, numerics: bool = True, watcher: Watcher | None = None) -> Iterator[Device]:
     """Inside, device "meta" (see `HERE`) is a pretend accelerator; its waits are in what this gives."""
-    device = Device()
+    device = Device(numerics=numerics, watcher=watcher)
     _current.append(device)
     autocast = torch.autocast
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from torch import nn
 
 import trainer.state
+from configs.image_size import height_width
 from configs.schema import Recipe
 from data_pipeline import images, warp
 from data_pipeline.loader import PlaceBatch
@@ -23,7 +25,7 @@ from memory.global_loss import GlobalLoss
 from memory.near_places import NearPlaces
 from memory.place_sets import PlaceSets
 from model.network import PlaceModel, build_model
-from tests.pretend_device import HERE, Device, moved, pretend_device
+from tests.pretend_device import HERE, Device, Watcher, moved, pretend_device
 from trainer.batches import draw_augmentation
 from trainer.process_group import Rank
 from trainer.state import TrainingState, build_state
@@ -49,12 +51,12 @@ class PretendAccelerator(CPU_Accelerator):  # type: ignore[misc]  # ships no typ
 
 
 @contextmanager
-def pretend_training_device() -> Iterator[Device]:
+def pretend_training_device(*, numerics: bool = True, watcher: Watcher | None = None) -> Iterator[Device]:
     """`pretend_device`, for DeepSpeed too."""
     before = get_accelerator()
     set_accelerator(PretendAccelerator())
     try:
-        with pretend_device() as device:
+        with pretend_device(numerics=numerics, watcher=watcher) as device:
             yield device
     finally:
         set_accelerator(before)
@@ -88,7 +90,7 @@ def batch_of(recipe: Recipe, number: int, *, rank: int = 0, world_size: int = 1,
     own = slice(rank * share * data.images_per_place, (rank + 1) * share * data.images_per_place)
     ids_B, views_B = ids_N[own].clone(), torch.arange(data.images_per_place).repeat(share)
     generator = torch.Generator().manual_seed(number * world_size + rank)
-    shape = (len(ids_B), 3, SIDE, SIDE)
+    shape = (len(ids_B), 3, *height_width(data.image_size))
     pixels_B3HW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     drawn = draw_augmentation(data, recipe.seed, 0, ids_B, views_B) if data.augmentation != "none" else None
     return PlaceBatch(pixels_B3HW.pin_memory() if pin else pixels_B3HW, ids_B, views_B, ids_N, drawn)
@@ -116,8 +118,10 @@ def _places_of(recipe: Recipe, number: int) -> torch.Tensor:
 class Steps:
     """A training's steps without what surrounds them."""
 
-    def __init__(self, recipe: Recipe, model: PlaceModel, rank: Rank) -> None:
-        """`model` is the recipe's, where it shall be."""
+    def __init__(
+        self, recipe: Recipe, model: PlaceModel, rank: Rank, enter: Callable[[str, int], None] = lambda *_: None
+    ) -> None:
+        """`model` is the recipe's, where it shall be; `enter` is told of each section of a step."""
         self.recipe, self.rank = recipe, rank
         sets, near = None, None
         if names := list(recipe.data.places_of_sets):
@@ -125,14 +129,20 @@ class Steps:
         if metres := recipe.memory.min_negative_m:
             points = torch.rand(_first_places(recipe)[-1], 3, generator=torch.Generator().manual_seed(0))
             near = NearPlaces(1000 * points, metres).to(rank.device)
-        built, trainer.state.build_model = trainer.state.build_model, lambda *_, **__: model  # type: ignore[assignment]
+
+        def given(*_: Any, partition: Callable[[nn.Module], None] | None = None, **__: Any) -> PlaceModel:
+            for part in reversed(list(model.modules())) if partition else ():
+                if partition and [*part.parameters(recurse=False)]:
+                    partition(part)
+            return model
+
+        images = recipe.data.places_per_batch * recipe.data.images_per_place // rank.world_size
+        built, trainer.state.build_model = trainer.state.build_model, given
         try:
-            self.state: TrainingState = build_state(
-                recipe, rank, images_per_rank=PLACES * VIEWS // rank.world_size, sets=sets
-            )
+            self.state: TrainingState = build_state(recipe, rank, images_per_rank=images, sets=sets)
         finally:
             trainer.state.build_model = built
-        watchdog = SimpleNamespace(enter=lambda *_: None)
+        watchdog = SimpleNamespace(enter=enter)
         context: Any = SimpleNamespace(recipe=recipe, watchdog=watchdog)
         loss = GlobalLoss(recipe.loss, recipe.memory, near=near, sets=sets)
         self.step = TrainingStep(context, loss, self.state, steps_per_epoch=100)
@@ -152,10 +162,10 @@ def steps_on_cpu(recipe: Recipe) -> Steps:
     return Steps(recipe, build_model(recipe.model), _rank(torch.device("cpu")))
 
 
-def steps_elsewhere(recipe: Recipe, model: PlaceModel) -> Steps:
+def steps_elsewhere(recipe: Recipe, model: PlaceModel, enter: Callable[[str, int], None] = lambda *_: None) -> Steps:
     """Inside `pretend_training_device`; `model` was built outside of it."""
     moved(model)
-    return Steps(recipe, model, _rank(HERE))
+    return Steps(recipe, model, _rank(HERE), enter)
 
 
 def _rank(device: torch.device) -> Rank:

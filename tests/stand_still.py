@@ -1,4 +1,4 @@
-"""`python -m tests.stand_still RANK FOLDER LIMIT_S`: one of two ranks, of which the first waits for the second."""
+"""`python -m tests.stand_still RANK FOLDER LIMIT_S [FIRST_LIMIT_S]`: one of two ranks; the first waits for the second."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def main() -> None:
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=300))
     stop = StopSignal()
-    watchdog = Watchdog(limit_s=float(sys.argv[3]), first_limit_s=300.0, folder=folder, asked_to_stop=stop.noticed)
+    limit_s, first_limit_s = float(sys.argv[3]), float((sys.argv[4:] or ["300"])[0])
+    watchdog = Watchdog(limit_s=limit_s, first_limit_s=first_limit_s, folder=folder, asked_to_stop=stop.noticed)
     with stop, watchdog:
         (folder / f"ready{rank}").touch()
         watchdog.enter("step", 7)

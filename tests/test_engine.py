@@ -20,7 +20,16 @@ IMAGES = 8
 Layout = tuple[int, str]  # ZeRO stage, offload
 
 
-def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1, timeout_s: int = 60) -> Any:
+def build(
+    layout: Layout,
+    name: str,
+    precision: str = "fp32",
+    chunks: int = 1,
+    timeout_s: int = 60,
+    *,
+    fused: bool = False,
+    overlap: bool = False,
+) -> Any:
     from trainer.engine import build_engine, partitioner
 
     torch.manual_seed(0)
@@ -37,13 +46,15 @@ def build(layout: Layout, name: str, precision: str = "fp32", chunks: int = 1, t
             "precision": precision,
             "encode_chunks": chunks,
             "timeout_s": timeout_s,
+            "overlap": overlap,
         }
     )
     if part := partitioner(engine):  # as the network is built
         for module in model:
             part(module)
     optim = OptimConfig(name=name, lr=1e-2, weight_decay=0.05)
-    return build_engine(model, engine=engine, optim=optim, images_per_rank=IMAGES // dist.get_world_size())
+    images = IMAGES // dist.get_world_size()
+    return build_engine(model, engine=engine, optim=optim, images_per_rank=images, fused=fused)
 
 
 def step(engine: Any, number: int) -> float:
@@ -104,6 +115,28 @@ def check_stages_agree_and_their_state_moves_between_them() -> None:
     dist.barrier()
     if rank == 0:
         shutil.rmtree(folder)
+
+
+def check_fused_adam_trains_as_the_other_does_at_every_stage() -> None:
+    """As on GPUs, where it is the default. Tolerance: float32 in another order."""
+    for layout in ((0, "none"), (1, "none"), (2, "optimizer"), (3, "none")):
+        for name in ("adamw", "adam"):
+            engines = [build(layout, name, fused=fused) for fused in (False, True)]
+            inner = getattr(engines[1].optimizer, "optimizer", engines[1].optimizer)
+            assert inner.param_groups[0]["fused"] is True
+            losses = [[step(engine, number) for number in range(4)] for engine in engines]
+            torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+def check_gradients_reduced_beside_backward_are_those_reduced_after_it() -> None:
+    """With and without chunks. Tolerance: buckets have other borders, and with them gloo's order of addition."""
+    for stage, chunks in ((1, 1), (1, 2), (2, 1), (2, 2)):
+        losses = []
+        for overlap in (False, True):
+            engine = build((stage, "none"), "adamw", chunks=chunks, overlap=overlap)
+            assert engine.optimizer.overlap_comm == overlap
+            losses.append([step(engine, number) for number in range(4)])
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
 
 
 def check_groups_that_deepspeed_makes_have_the_recipe_s_timeout() -> None:

@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
 
     from data_pipeline.loader import TooManyBadImagesError
+    from trainer import flight_recorder
     from trainer.loop import train
     from trainer.process_group import start_process_group, stop_process_group
     from trainer.resume import Resume
@@ -97,6 +98,7 @@ def main(argv: list[str]) -> int:
     console = Console(file=cast("IO[str]", log))
     with one_line_errors(TooManyBadImagesError, TrainingError, folder=recipe.output):
         start_time = StartTime()
+        flight_recorder.switch_on(recipe.output)
         rank = start_process_group(recipe.engine.collective_timeout_s, tf32=recipe.engine.tf32)
         start_time.part_done("group")
         try:

@@ -207,7 +207,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     moments = {"adamw": 2, "adam": 2, "sgd": 1 if recipe.optim.beta1 else 0}[recipe.optim.name]
     share = 1 / ranks if stage else 1.0
     # A bucket on a GPU is taken whole; on a CPU only what is written to it takes memory.
-    bucket = (min(BUCKET, trained) if on_cpu else BUCKET) * each
+    bucket = (min(BUCKET, trained) if on_cpu else BUCKET) * each * (2 if engine.overlap and stage < 3 else 1)
     sent = each + FP32 if sends_wide(recipe) else each  # bytes of an element of the copies that are sent
     flattened = min(BUCKET, trained) * sent
     # torch's Adam makes its denominator of one flat group at a time: in two steps on a CPU, in one on a GPU.

@@ -8,6 +8,7 @@ is asked to stop while it waits for one that is gone would wait until a launcher
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -24,11 +25,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from trainer import flight_recorder
+
 # In the order of a step.
 SECTIONS = ("start", "compose", "data", "forward", "loss", "step", "save", "evaluation", "end")
 LONG_SECTIONS = ("compose", "evaluation")  # that the first limit holds for
 STALLED_STATUS = 74  # EX_IOERR of sysexits.h: something outside the program gave no answer
 OTHERS_WAIT_S = 3.0
+RECORDS_S = 1.5  # for the other ranks' records, while these wait
 PATIENCE_S = 10.0  # with the store
 
 T = TypeVar("T")
@@ -104,7 +108,7 @@ class Watchdog:
         self._first_step: int | None = None
         self._warm = False
         self._beat = 0
-        self._ended = threading.Event()
+        self._ended, self._began = threading.Event(), time.time()
         self._thread: threading.Thread | None = None
         if limit_s:
             self._store = _open_store()
@@ -177,14 +181,14 @@ class Watchdog:
                 self._end(*blame, asked="" if stalled else asked)
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """A call to the store; TimeoutError where it hangs, as a client does whose server is stopped."""
+        """A call that may hang, as one to a store whose server is stopped; TimeoutError then."""
         answers: list[T] = []
-        errors: list[RuntimeError] = []
+        errors: list[Exception] = []
 
         def run() -> None:
             try:
                 answers.append(call())
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 errors.append(error)
 
         thread = threading.Thread(target=run, name="watchdog store", daemon=True)
@@ -206,6 +210,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
         except OSError:
             pass
+        self._dump()
         if self.rank == (1 if rank == 0 and self.world_size > 1 else 0):
             why = f"{asked} came, and nothing can be saved" if asked else f"{self._setting} {self.limit_s:g}"
             print(
@@ -214,9 +219,26 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
+            if recorded := self._recorded():
+                print(f"rerankvpr: flight recorder: {recorded}", file=sys.stderr, flush=True)
         else:
             time.sleep(OTHERS_WAIT_S)  # a launcher ends the others as soon as one has ended
         os._exit(STALLED_STATUS)
+
+
+    def _dump(self) -> None:
+        """Leaves this rank's record of collective operations beside its stack traces, if torch gives it."""
+        with contextlib.suppress(TimeoutError, RuntimeError, OSError):
+            self._ask(lambda: flight_recorder.dump(self.folder, self.rank))
+
+    def _recorded(self) -> str:
+        """What the records say that ranks have left by now; others are given a moment, not a stopped one."""
+        deadline = time.monotonic() + RECORDS_S
+        while time.monotonic() < deadline:
+            if len(flight_recorder.collected(self.folder, since=self._began)) == self.world_size:
+                break
+            time.sleep(0.1)
+        return flight_recorder.report(self.folder, since=self._began)
 
 
 def _open_store() -> dist.Store:

@@ -32,6 +32,11 @@ class EngineConfig(Section):
         description="Precision in which gradients add up over ranks; same is engine.precision: half the bytes, and of "
         "bf16 an error of 1 % at 64 ranks, 3 % and more at 1,024.",
     )
+    overlap: bool = Field(
+        False,
+        description="Gradients add up over ranks while backward runs, for a second reduce bucket of memory; at "
+        "zero_stage 1 and 2 (3 always does).",
+    )
     tf32: bool = Field(
         False, description="fp32 products on NVIDIA's TF32 units: faster, and rounded to 10 bits of mantissa."
     )
@@ -63,6 +68,8 @@ class EngineConfig(Section):
     def _deepspeed_can_do_it(self) -> EngineConfig:
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("bf16 at zero_stage 0 departs from fp32 in DeepSpeed 0.19; use zero_stage 1 or 2")
+        if self.overlap and self.zero_stage == 0:
+            raise ValueError("overlap needs zero_stage 1 or 2; at 0 DeepSpeed reduces gradients after backward")
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload optimizer needs zero_stage 1, 2 or 3; DeepSpeed ignores it at 0")
         if self.offload == "all" and self.zero_stage < 3:
