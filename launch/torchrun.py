@@ -45,7 +45,8 @@ class LaunchCommand:
 
     Other flags go to torchrun as they are. Unless they are set already, OMP_NUM_THREADS becomes cores / processes,
     GLOO_SOCKET_IFNAME the interface that leads to HOST, or loopback on one node, and NCCL_SOCKET_IFNAME the same if
-    there is no InfiniBand; torch's flight recorder is on. SIGTERM and SIGUSR1 are passed on: train saves, and the status is 75 (run me again).
+    there is no InfiniBand; torch's flight recorder is on. SIGTERM and SIGUSR1 are passed on: train saves, and the
+    status is 75 (run me again).
 
       rerankvpr launch --nproc-per-node 2 -- train demo --output runs/two
 
@@ -266,9 +267,9 @@ def start(launch: Launch, warm: bool) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         # The watchdog has told it already; where NCCL ended the ranks, nobody has.
-        if launch.output and failure.exitcode != STALLED_STATUS:
-            if recorded := flight_recorder.report(launch.output, since=began):
-                print(f"rerankvpr: flight recorder: {recorded}", file=sys.stderr)
+        told = launch.output is None or failure.exitcode == STALLED_STATUS
+        if launch.output and not told and (recorded := flight_recorder.report(launch.output, since=began)):
+            print(f"rerankvpr: flight recorder: {recorded}", file=sys.stderr)
         gone = ", or the fork server that it came from was killed" if warm and failure.exitcode == SERVER_GONE else ""
         how = gone or _what_killed(failure.exitcode)
         print(f"rerankvpr: rank {rank} ended the job with status {failure.exitcode}{how}", file=sys.stderr)

@@ -6,8 +6,8 @@ for. Each time the host would wait for a GPU is noted with file and line: a valu
 a size that depends on values (`nonzero`, a boolean mask, `unique`), a copy back, a copy there unless it is non-blocking
 and from pinned memory.
 
-`pretend_device(numerics=False)` computes nothing: tensors there have shapes alone, so that a network of any size is run in
-seconds. A value that is read is 0, and a collective operation is told to `Device.watcher` instead of being run.
+`pretend_device(numerics=False)` computes nothing: tensors there have shapes alone, so that a network of any size runs
+in seconds. A value that is read is 0, and a collective operation is told to `Device.watcher` instead of being run.
 """
 
 from __future__ import annotations
@@ -159,6 +159,16 @@ class Elsewhere(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Elsewhere({self.held})"
+
+    @property  # type: ignore[override]
+    def data(self) -> torch.Tensor:
+        """As any tensor's; set in hooks of backward too, where no mode of functions is active."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+    @data.setter
+    def data(self, other: Elsewhere) -> None:
+        torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.held = other.held
 
     @classmethod
     def __torch_dispatch__(
@@ -349,10 +359,6 @@ class _Functions(TorchFunctionMode):
             device.wait("a host tensor is copied over")
             host = torch.tensor(args[1], **{"dtype": args[0].dtype, **kwargs, "device": "cpu"})
             return _there(host, device)
-        if func == torch.Tensor.data.__set__ and isinstance(args[0], Elsewhere):  # type: ignore[attr-defined]
-            func(*args, **kwargs)
-            args[0].held = args[1].held
-            return None
         if func is torch.Tensor.tolist and isinstance(args[0], Elsewhere):
             device.wait("values are read")
             held = args[0].held

@@ -1,4 +1,4 @@
-"""`python -m tests.stand_still RANK FOLDER LIMIT_S [FIRST_LIMIT_S]`: one of two ranks; the first waits for the second."""
+"""`python -m tests.stand_still RANK FOLDER LIMIT_S [FIRST_LIMIT_S]`: one of two ranks: 0 waits for 1."""
 
 from __future__ import annotations
 

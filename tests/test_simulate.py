@@ -133,7 +133,9 @@ def test_time_on_links() -> None:
     assert cluster.seconds(Sent("all_reduce", 400 * 10**6, 16, "", "")) == pytest.approx(2 * 15 / 16 * 1e-3)
     assert cluster.seconds(Sent("all_reduce", 10**9, 1, "", "")) == 0
     slow = Cluster()
-    assert slow.seconds(Sent("all_reduce", 4, 1024, "", "")) < slow.seconds(Sent("all_gather", 4, 1024, "", ""))  # a tree
+    assert slow.seconds(Sent("all_reduce", 4, 1024, "", "")) < slow.seconds(
+        Sent("all_gather", 4, 1024, "", "")
+    )  # a tree
     reduced = Sent("reduce_scatter", 10**9, 8, "backward", "deepspeed/runtime/zero/stage3.py:reduce")
     counted = Simulated(sent=Counter({reduced: 1}), flops=Counter({("forward", "bfloat16"): 10**12}))
     exposed, hidden = (step_time(counted, slow, zero_stage=stage) for stage in (1, 3))
@@ -154,5 +156,3 @@ def test_each_operation_has_its_purpose() -> None:
     }
     for (kind, section, place), purpose in at.items():
         assert Sent(kind, 1, 4, section, place).purpose == purpose
-
-

@@ -70,7 +70,7 @@ def whole_numel(parameter: nn.Parameter) -> int:
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the trained parameters; Adam `fused` updates them in one kernel, without temporaries."""
+    """The recipe's optimizer over the trained parameters; `fused` Adam updates them in one kernel."""
     groups = parameter_groups(model, optim)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.beta1)

@@ -18,6 +18,7 @@ from typing import Any
 
 PREFIX = "flight-recorder-rank-"
 ENTRIES = "2000"  # operations that a rank remembers: some hundred steps at ZeRO 1, some ten at 3
+WHOLE = "default_pg"  # what torch calls the group of all ranks
 NAMED = 8  # ranks in a line
 
 
@@ -70,8 +71,12 @@ class Record:
     """What a rank recorded: operations by group and number, and who is in each group."""
 
     calls: Mapping[str, Mapping[int, Call]]
-    ranks: Mapping[str, tuple[int, ...]]
+    ranks: Mapping[str, tuple[int, ...]]  # gloo records those of the whole group alone, under no name
     described: Mapping[str, str]
+
+    def members(self, group: str) -> tuple[int, ...]:
+        """The ranks of a group, as far as they are recorded."""
+        return self.ranks.get(group, self.ranks.get("", ()) if self.described.get(group) == WHOLE else ())
 
 
 class _PlainValues(pickle.Unpickler):
@@ -88,23 +93,26 @@ def read(file: Path) -> Record:
             found = _PlainValues(stream).load()
         if str(found["version"]).partition(".")[0] != "2":
             raise ValueError(f"version {found['version']}, expected 2.x")
-        groups = {str(one["name"]): one for one in found["pg_config"].values()}
+        ranks = {str(one["name"]): _ranks_in(str(one["ranks"])) for one in found["pg_config"].values()}
         calls: dict[str, dict[int, Call]] = {}
+        described: dict[str, str] = {}
         for entry in found["entries"]:
+            group, described_as = (str(part) for part in entry["process_group"])
+            described[group] = described_as if described_as != "undefined" else group
+            backend, _, name = str(entry["profiling_name"]).rpartition(":")
+            # gloo says of an operation that it is retired when it is done, and no more; NCCL retires what timed out.
+            done = entry["state"] == "completed" or (backend == "gloo" and bool(entry["retired"]))
             if not entry.get("is_p2p"):
-                call = Call(
-                    str(entry["profiling_name"]).rpartition(":")[2],
-                    str(entry["input_sizes"]),
-                    entry["state"] == "completed",
-                )
-                calls.setdefault(str(entry["process_group"][0]), {})[int(entry["collective_seq_id"])] = call
-        return Record(
-            calls,
-            {name: tuple(int(rank) for rank in ast.literal_eval(str(one["ranks"]))) for name, one in groups.items()},
-            {name: str(one["desc"]) for name, one in groups.items()},
-        )
+                call = Call(name, str(entry["input_sizes"]), done)
+                calls.setdefault(group, {})[int(entry["collective_seq_id"])] = call
+        return Record(calls, ranks, described)
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
         raise ValueError(f"{file}: no dump of torch's flight recorder ({type(error).__name__}: {error})") from error
+
+
+def _ranks_in(text: str) -> tuple[int, ...]:
+    """Ranks from a text such as [0, 1]."""
+    return tuple(int(rank) for rank in ast.literal_eval(text))
 
 
 def collected(folder: Path, *, since: float = 0.0) -> dict[int, Record]:
@@ -128,8 +136,9 @@ def blame(records: Mapping[int, Record]) -> tuple[tuple[int, ...], str]:
     several groups the one is told of that says most.
     """
     found: list[tuple[int, tuple[int, ...], str]] = []
-    for group in sorted({name for record in records.values() for name in record.ranks}):
-        members = {rank for record in records.values() for rank in record.ranks.get(group, ())}
+    for group in sorted({name for record in records.values() for name in record.calls}):
+        members = {rank for record in records.values() for rank in record.members(group)}
+        members |= {rank for rank, record in records.items() if group in record.calls}
         calls = {rank: records[rank].calls.get(group, {}) for rank in sorted(members & set(records))}
         open_calls = [number for of_rank in calls.values() for number, call in of_rank.items() if not call.done]
         if not open_calls:
@@ -169,5 +178,5 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def report(folder: Path, *, since: float = 0.0) -> str:
-    """The line of `blame` on the dumps in a folder that were written after `since`; empty if there is nothing to say."""
+    """The line of `blame` on the dumps in a folder that were written after `since`; empty if nobody waits."""
     return blame(collected(folder, since=since))[1]

@@ -225,7 +225,6 @@ class Watchdog:
             time.sleep(OTHERS_WAIT_S)  # a launcher ends the others as soon as one has ended
         os._exit(STALLED_STATUS)
 
-
     def _dump(self) -> None:
         """Leaves this rank's record of collective operations beside its stack traces, if torch gives it."""
         with contextlib.suppress(TimeoutError, RuntimeError, OSError):
