@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,9 +93,11 @@ def simulate_all(recipes: dict[Setting, Recipe]) -> dict[Setting, Simulated]:
     """Counts of a step of rank 0 of each, every one in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.simulated_step"])
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        running = {setting: pool.submit(simulate, recipe, setting[0]) for setting, recipe in recipes.items()}
-        return {setting: one.result() for setting, one in running.items()}
+    counted = {}
+    for setting, recipe in recipes.items():
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            counted[setting] = pool.submit(simulate, recipe, setting[0]).result()
+    return counted
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,9 @@ def compare(recipe: Recipe, ranks: int, sizes: Sizes, counted: Simulated) -> Com
     return Compared(sent, memory)
 
 
-def _sum(pairs: object) -> tuple[float, float]:
-    counted, planned = zip(*pairs, strict=True)  # type: ignore[call-overload]
-    return sum(counted), sum(planned)
+def _sum(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    both = list(pairs)
+    return sum(counted for counted, _ in both), sum(planned for _, planned in both)
 
 
 def _off(counted: float, planned: float) -> float:
@@ -158,7 +161,7 @@ def print_bytes(compared: dict[Setting, Compared]) -> None:
     for setting, one in compared.items():
         counted, planned = _sum(one.sent.values())
         of_loss, _ = _sum(one.sent[name] for name in LOSS if name in one.sent)
-        ranks, _, placement, _ = setting
+        _ranks, _, _placement, _ = setting
         rows.append([*_named(setting), *(f"{x / MIB:,.1f}" for x in (counted, planned)), f"{one.off['sent']:+.1%}"])
         rows[-1] += [f"{of_loss / MIB:,.1f}", f"{one.off['sent for the loss']:+.1%}"]
     columns = ["GPUs", "ZeRO", "placement", "chunks", "MiB sent", "planned", "off", "of it for the loss", "off "]
@@ -200,7 +203,7 @@ def print_scaling(times: dict[Setting, StepTime], images: int) -> dict[str, floa
     """Time of a step on H100s, on paper, and images/s per GPU as a share of those of the fewest GPUs; the shares."""
     rows, shares = [], {}
     for setting, time in times.items():
-        ranks, stage, placement, chunks = setting
+        _ranks, stage, placement, chunks = setting
         fewest = times[min(one[0] for one in times), stage, placement, chunks]
         share = fewest.total / time.total
         shares["/".join(map(str, setting))] = share

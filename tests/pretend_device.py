@@ -160,13 +160,14 @@ class Elsewhere(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Elsewhere({self.held})"
 
-    @property  # type: ignore[override]
+    @property
     def data(self) -> torch.Tensor:
         """As any tensor's; set in hooks of backward too, where no mode of functions is active."""
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
-    def data(self, other: Elsewhere) -> None:
+    def data(self, other: torch.Tensor) -> None:
+        assert isinstance(other, Elsewhere)
         torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.held = other.held
 
