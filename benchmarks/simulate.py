@@ -23,7 +23,8 @@ from benchmarks.memory_scaling import bytes_sent as bytes_of_loss
 from benchmarks.report import print_table, write_json
 from benchmarks.simulated_step import Simulated, simulate
 from configs.schema import Recipe
-from trainer.memory_plan import Sizes, bytes_sent, parameter_sizes, plan_memory
+from trainer.memory_plan import Sizes, parameter_sizes, plan_memory
+from trainer.sent_bytes import bytes_sent
 
 MIB = 2**20
 SECTIONS = {"forward": ("forward",), "loss": ("loss",), "backward": ("backward", "reduce"), "update": ("update",)}
