@@ -92,9 +92,7 @@ def main() -> int:
     """Runs what is not there yet; 1 if something failed."""
     failed: list[str] = []
     try:
-        options = tyro.cli(
-            Options, prog="python -m benchmarks.ablation", description=__doc__, config=(tyro.conf.FlagConversionOff,)
-        )
+        options = parsed()
         plan = PLANS[options.set]
         if options.rows == ("help",):
             print("\n".join(f"{row.name:18} {row.what}" for row in plan.rows))
@@ -117,6 +115,12 @@ def main() -> int:
         print(f"failed: {line}", file=sys.stderr)
     print(f"{options.page} is written")
     return 1 if failed else 0
+
+
+def parsed(argv: Sequence[str] | None = None) -> Options:
+    """The options of these arguments, else of this process's."""
+    switches = (tyro.conf.FlagCreatePairsOff,)
+    return tyro.cli(Options, args=argv, prog="python -m benchmarks.ablation", description=__doc__, config=switches)
 
 
 class Work:

@@ -249,3 +249,10 @@ def test_runs_go_side_by_side_and_one_that_fails_says_why(tmp_path: Path) -> Non
     assert not (tmp_path / "good" / "train" / "checkpoints").exists()
     assert "optim.lr" in found["bad"][0]
     assert "(ended with status 2; " in found["bad"][0]
+
+
+def test_the_commands_that_the_pages_name_are_understood() -> None:
+    assert ablation.parsed(["--set", "town", "--steps", "60", "--at-once", "2", "--seeds", "1", "--drift"]).drift
+    named = ablation.parsed(["--set", "town", "--seeds", "3", "--rows", "base", "no-queue"])
+    assert (named.rows, named.drift, named.page_only) == (("base", "no-queue"), False, False)
+    assert ablation.parsed(["--page-only", "--page", "page.md"]).page_only
