@@ -74,18 +74,19 @@ def main(argv: list[str]) -> int:
     command = parse_flags(LocateCommand, argv, prog=PROG)
     load_plugins(command.plugins)
     streamed = command.photos == ("-",)
-    queries = [] if streamed else list(_queries(command.photos))
+    queries = [] if streamed else _told_apart(list(_queries(command.photos)))
     if not streamed and not queries:
         raise ValueError(f"{' '.join(command.photos)}: no photograph there")
     if streamed and command.sequence:
         raise ValueError("--sequence needs all frames at once; name them instead of reading names from stdin")
     from eval.index.index import Index
+    from eval.index.location import Tally
     from eval.report.locations import writers
     from trainer.pretrained import load
 
     network = load(command.checkpoint, plugins=command.plugins) if command.checkpoint else None
     index = Index.open(command.index, network=network)
-    unread, console = 0, Console(soft_wrap=True)
+    tally, console = Tally(), Console(soft_wrap=True)
     targets = {kind: getattr(command, kind) for kind in ("json", "csv", "geojson", "pairs", "h5", "html")}
     errors = Console(stderr=True)
     answers_scroll = sys.stdout.isatty() and not command.quiet
@@ -96,16 +97,18 @@ def main(argv: list[str]) -> int:
         for done, (path, location) in enumerate(_located(index, command, queries, streamed=streamed), 1):
             write(path, location)
             update(done, len(queries))
+            tally.add(location)
             if location.error:
-                unread += 1
                 print(f"rerankvpr: {location.error}", file=sys.stderr, flush=True)
             elif not command.quiet:
                 for line in lines_of(location):
                     console.print(line, highlight=False, markup=False)
+    if tally.counts.total() > 1 and not command.quiet:
+        console.print(str(tally), highlight=False, markup=False)
     for kind, target in targets.items():
         if target and not command.quiet:
             console.print(f"{kind}: {target}", highlight=False, markup=False)
-    return int(unread > 0)
+    return int(tally.counts["not readable"] > 0)
 
 
 def _queries(photos: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
@@ -125,6 +128,14 @@ def _queries(photos: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
             yield from ((name, Path(name)) for name in found if Path(name).is_file())
         else:
             yield photo, path
+
+
+def _told_apart(queries: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The queries, under their files' whole names if two of different folders have one name."""
+    of_name = dict(queries)
+    if all(of_name[name] == path for name, path in queries):
+        return queries
+    return [(str(path), path) for _, path in queries]
 
 
 def _located(
@@ -161,7 +172,7 @@ def lines_of(location: Location) -> Iterator[str]:
     if not location.candidates:
         yield "  the index is empty"
     if place := location.position:
-        of = f"{place.candidates} candidates, {place.support:.0%} of the weight"
+        of = f"{place.candidates} candidate{'s' if place.candidates != 1 else ''}, {place.support:.0%} of the weight"
         yield f"  at {_position(place)}, spread {_metres(place.spread_m)} ({of})"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,9 @@ def test_every_file_can_be_read_again(
     assert main(["locate", str(place / "queries"), "--index", str(place / "index"), "--top", "3", *flags]) == 1
     printed = capsys.readouterr()
     assert "text.jpg" in printed.err
+    count = len(list((place / "queries").iterdir()))
+    tally = f"{count} photographs: {count - 1} without a verdict, 1 not readable"
+    assert f"\n{tally}\n" in printed.out
     found = json.loads(files["json"].read_text())
     names = sorted(path.name for path in (place / "queries").iterdir())
     assert [one["query"] for one in found] == names
@@ -71,8 +75,24 @@ def test_every_file_can_be_read_again(
     page = files["html"].read_text()
     assert page.rstrip().endswith("</html>")
     assert all(name in page for name in names)
+    assert f"<p>{tally}</p>" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_names_that_two_folders_share_are_told_apart(place: Path, tmp_path: Path) -> None:
+    (name, *_) = (path.name for path in (place / "queries").glob("@*"))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copy(place / "queries" / name, folder / name)
+    h5, pairs = tmp_path / "found.h5", tmp_path / "pairs.txt"
+    argv = ["locate", *map(str, folders), str(folders[0] / name), "--index", str(place / "index"), "--top", "1"]
+    assert main([*argv, "--h5", str(h5), "--pairs", str(pairs)]) == 0
+    whole = [str(folder / name) for folder in folders]
+    assert [line.split(" ")[0] for line in pairs.read_text().splitlines()] == [*whole, whole[0]]
+    with h5py.File(h5, "r") as stored:
+        assert all(stored[one]["global_descriptor"].ndim == 1 for one in whole)
 
 
 def test_a_photograph_that_matches_nothing_still_has_an_answer(place: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
@@ -63,6 +64,23 @@ class Location:
     def best(self) -> Candidate | None:
         """The first candidate."""
         return self.candidates[0] if self.candidates else None
+
+
+@dataclass
+class Tally:
+    """How many photographs were located, in words of a line."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, location: Location) -> None:
+        """Counts one."""
+        verdict = {True: "in the map", False: "uncertain", None: "without a verdict"}[location.in_map]
+        self.counts["not readable" if location.error else verdict] += 1
+
+    def __str__(self) -> str:
+        order = ("in the map", "uncertain", "without a verdict", "not readable")
+        told = ", ".join(f"{self.counts[what]:,} {what}" for what in order if self.counts[what])
+        return f"{self.counts.total():,} photograph{'s' if self.counts.total() != 1 else ''}: {told}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from data_pipeline.photographs import decode_rgb
 from eval.describer import Match
 from eval.index.index import Index
-from eval.index.location import Candidate, Location
+from eval.index.location import Candidate, Location, Tally
 from eval.index.stored_local import stored_local
 
 DRAWN = 100  # photographs with pictures; the others are lines
@@ -41,7 +41,7 @@ class LocatedPage:
     """Writes the page as locations come; `end` closes it."""
 
     def __init__(self, file: TextIO, index: Index) -> None:
-        self.file, self.index, self.count = file, index, 0
+        self.file, self.index, self.count, self.tally = file, index, 0, Tally()
         title = f"Located by {escape(index.folder.name)}"
         file.write(
             "<!doctype html>\n<html lang='en'><meta charset='utf-8'>"
@@ -54,39 +54,42 @@ class LocatedPage:
     def write(self, path: Path, location: Location) -> None:
         """Adds a photograph."""
         self.count += 1
+        self.tally.add(location)
         self.file.write("<section>\n<h2>" + escape(location.query) + " " + _verdict(location) + "</h2>\n")
         if location.error:
             self.file.write(f"<p class='out'>{escape(location.error)}</p>\n")
         elif location.best is None:
             self.file.write("<p>The index is empty.</p>\n")
         else:
-            if self.count <= DRAWN:
-                self._draw(path, location, location.best)
-            self.file.write(_candidates_line(location))
+            drawn = self.count <= DRAWN and self._draw(path, location, location.best)
+            self.file.write(_words(location, candidates=not drawn))
         self.file.write("</section>\n")
 
     def end(self) -> None:
         """Closes the page."""
+        self.file.write(f"<p>{escape(str(self.tally))}</p>\n")
         if self.count > DRAWN:
             self.file.write(f"<p class='soft'>Pictures of the first {DRAWN} of {self.count:,} photographs.</p>\n")
         self.file.write("</html>\n")
 
-    def _draw(self, path: Path, location: Location, best: Candidate) -> None:
+    def _draw(self, path: Path, location: Location, best: Candidate) -> bool:
+        """Writes the pictures, and whether they show every candidate."""
         files = [self.index.path_of(candidate.number) for candidate in location.candidates]
         if files[0] is not None:
             match, units = None, (1, 1)
             if self.index.config.rerank.enabled:
                 stored = stored_local(self.index, self.index.features, best.number, files[0])
                 match, units = self.index.describer.match(path, stored), stored.size
-            self.file.write(_pair(path, files[0], match, units, location.query, best.name))
+            self.file.write(_pair(path, files[0], match, units, location.query, f"1. {_told(best)}"))
         else:
             self.file.write("<p class='soft'>The candidates' files are not on this machine.</p>\n")
         figures = [
-            f"<figure>{_picture(file, SMALL, one.name)}<figcaption>{escape(_told(one))}</figcaption></figure>"
-            for file, one in zip(files[1:], location.candidates[1:], strict=True)
+            f"<figure>{_picture(file, SMALL, one.name)}<figcaption>{rank}. {escape(_told(one))}</figcaption></figure>"
+            for rank, (file, one) in enumerate(zip(files[1:], location.candidates[1:], strict=True), 2)
             if file is not None
         ]
         self.file.write("<div class='row'>" + "".join([*figures, self._map(location)]) + "</div>\n")
+        return None not in files
 
     def _map(self, location: Location) -> str:
         """The index's photographs as dots, candidates as rings, the estimate as a cross; empty without positions."""
@@ -115,7 +118,7 @@ class LocatedPage:
         )
         x, y = at_X2[-1]
         cross = f"<path d='M{x - 6:.1f} {y:.1f}h12M{x:.1f} {y - 6:.1f}v12' stroke='#cc3b3b' stroke-width='2.5'/>"
-        told = escape(f"spread {place.spread_m:.0f} m, {place.candidates} candidates; {1 / scale * 50:.0f} m")
+        told = escape(f"spread {place.spread_m:.0f} m, {place.candidates} candidate(s); {1 / scale * 50:.0f} m")
         bar = f"<path d='M10 {MAP_SIDE - 4}h50' stroke='currentColor'/>"
         return (
             f"<figure style='max-width:{MAP_SIDE}px'><svg width='{MAP_SIDE}' height='{MAP_SIDE}' role='img' "
@@ -130,22 +133,24 @@ def _verdict(location: Location) -> str:
     return f"<small class='{kind}'>{text} (confidence {location.confidence:.3f}, from {location.threshold:.3f})</small>"
 
 
-def _candidates_line(location: Location) -> str:
-    place = location.position
-    told = "; ".join(f"{rank}. {_told(one)}" for rank, one in enumerate(location.candidates, 1))
-    at = ""
+def _words(location: Location, *, candidates: bool) -> str:
+    """The position, after the candidates if they are not drawn."""
+    place, lines = location.position, []
+    if candidates:
+        told = "; ".join(f"{rank}. {_told(one)}" for rank, one in enumerate(location.candidates, 1))
+        lines.append(escape(told))
     if place is not None:
         where = (
             f"{place.lat:.6f}, {place.lon:.6f}" if place.lat == place.lat else f"{place.east:.1f}, {place.north:.1f}"
         )
-        at = f"<br>at {where}, spread {place.spread_m:.0f} m ({place.support:.0%} of the weight)"
-    return f"<p><small>{escape(told)}{at}</small></p>\n"
+        lines.append(f"at {where}, spread {place.spread_m:.0f} m ({place.support:.0%} of the weight)")
+    return f"<p><small>{'<br>'.join(lines)}</small></p>\n" if lines else ""
 
 
 def _told(one: Candidate) -> str:
     matches = "" if one.matches is None else f", {one.matches:g} matches"
     apart = "" if not one.apart_m > 0 else f", {one.apart_m:.0f} m away"
-    return f"{one.name}: {one.similarity:.3f}{matches}{apart}"
+    return f"{one.name}: similarity {one.similarity:.3f}{matches}{apart}"
 
 
 def _picture(file: Path, side: int, name: str) -> str:
@@ -162,8 +167,8 @@ def _jpeg(file: Path, side: int) -> tuple[str, int, int]:
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}", image.width, image.height
 
 
-def _pair(query: Path, candidate: Path, match: Match | None, units: tuple[int, int], name: str, other: str) -> str:
-    """The query beside its best candidate, with the matches that count as lines.
+def _pair(query: Path, candidate: Path, match: Match | None, units: tuple[int, int], name: str, told: str) -> str:
+    """The query `name` beside its best candidate, with the matches that count as lines; `told` is of the candidate.
 
     Points in the candidate are counted in `units` of its height and width.
     """
@@ -176,9 +181,9 @@ def _pair(query: Path, candidate: Path, match: Match | None, units: tuple[int, i
             (ax, ay), (bx, by) = match.points_a_M2[i], match.points_b_M2[i]
             ax, ay, bx, by = ax * w / sides[0][0], ay * h / sides[0][1], bx * v / sides[1][0], by * g / sides[1][1]
             lines += f"<line x1='{ax:.1f}' y1='{ay:.1f}' x2='{w + gap + bx:.1f}' y2='{by:.1f}'/>"
-    told = f"{name} and {other}" + ("" if match is None else f": {match.score:g} matches")
+    label = escape(f"{name} and {told}", quote=True)
     return (
-        f"<svg class='pair' viewBox='0 0 {w + gap + v} {max(h, g)}' role='img' aria-label='{escape(told, quote=True)}'>"
+        f"<svg class='pair' viewBox='0 0 {w + gap + v} {max(h, g)}' role='img' aria-label='{label}'>"
         f"<image href='{left}' width='{w}' height='{h}'/><image href='{right}' x='{w + gap}' width='{v}' height='{g}'/>"
         f"{lines}</svg>\n<p><small>{escape(told)}</small></p>\n"
     )

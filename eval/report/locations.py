@@ -161,8 +161,9 @@ def _h5(path: Path) -> Iterator[Write]:
     with replacing(path) as partial, h5py.File(partial, "w") as file:
 
         def write(_: Path, location: Location) -> None:
-            if location.descriptor is not None:
-                group = file.create_group(as_utf_8(location.query))
+            name = as_utf_8(location.query)
+            if location.descriptor is not None and name not in file:  # one name twice is one file
+                group = file.create_group(name)
                 group.create_dataset("global_descriptor", data=location.descriptor)
 
         yield write
