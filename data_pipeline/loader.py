@@ -39,6 +39,7 @@ class PlaceBatch:
     views_B: torch.Tensor  # int64
     place_ids_N: torch.Tensor | None = None  # int64, of the global step, in the order of ranks
     drawn: Drawn | None = None  # the augmentation of each image, if it was asked for
+    views_N: torch.Tensor | None = None  # int64, of the global step, beside place_ids_N
 
 
 Draw = Callable[[torch.Tensor, torch.Tensor], Drawn]  # of place ids and views
@@ -63,6 +64,7 @@ class _Step:
     views_PK: NDArray[np.int64]
     ranges: list[PlaceRange]
     all_places: NDArray[np.int64]  # of the global step
+    all_views_PK: NDArray[np.int64]
     draw: Draw | None = None
     drawn: Future[Drawn] | None = None
     reads: Sequence[Future[bytes] | Reading] = field(default_factory=list)
@@ -81,7 +83,8 @@ class _Step:
             hand_over(self.images_B3HW)
         place_ids_N = torch.from_numpy(np.repeat(self.all_places, self.views_PK.shape[1]))
         drawn = self.drawn.result() if self.drawn else self.draw_now() if self.draw else None
-        return PlaceBatch(self.images_B3HW, self.place_ids_B, self.views_B, place_ids_N, drawn)
+        views_N = torch.from_numpy(self.all_views_PK.reshape(-1))
+        return PlaceBatch(self.images_B3HW, self.place_ids_B, self.views_B, place_ids_N, drawn, views_N)
 
     @property
     def place_ids_B(self) -> torch.Tensor:
@@ -206,9 +209,11 @@ class PlaceLoader:
         step.decoded = [decoders.submit(decode_one, number, out) for number, out in enumerate(self._empty(step))]
 
     def _plan_step(self, plan: EpochPlan, number: int, draw: Draw | None) -> _Step:
-        places, views_PK = plan.rank_slice(number, self.rank, self.world_size)
-        ranges = [self.places.place_range(int(place)) for place in places]
-        return _Step(places, views_PK, ranges, plan.places_SP[number], draw)
+        all_places, all_views_PK = plan.rank_slice(number, 0, 1)
+        share = len(all_places) // self.world_size
+        own = slice(self.rank * share, (self.rank + 1) * share)
+        ranges = [self.places.place_range(int(place)) for place in all_places[own]]
+        return _Step(all_places[own], all_views_PK[own], ranges, all_places, all_views_PK, draw)
 
     def _empty(self, step: _Step) -> torch.Tensor:
         """The step's batch to be filled, as [P, K, 3, H, W]."""

@@ -26,6 +26,7 @@ from eval.image_names import name_images
 from eval.pixels import interpolation_of, pixel_rule
 from eval.recall import gain_of, recall_of
 from eval.rerank import Reranked, margins, rerank
+from eval.rerank_rule import rerank_rule
 from eval.result import Result
 from eval.search import agreement, search_ranks
 from eval.train_index import train_together
@@ -118,6 +119,8 @@ def evaluate(
         num_labelled=None if benchmark.labelled_Q is None else benchmark.num_labelled,
         similarities_QK=found.similarities_QK,
         matches_QT=reranked.scores_QT if reranked else None,
+        rerank=config.rerank.model_dump(exclude={"memory_mb"}) if reranked else None,
+        rerank_rule=rerank_rule(config.rerank) if reranked else "",
     )
 
 

@@ -48,6 +48,16 @@ class Result:
     """Cosines of the retrieved predictions."""
     matches_QT: NDArray[np.float32] | None = None
     """Match scores of the first T retrieved predictions, NaN where nothing was matched; None if not re-ranked."""
+    rerank: dict[str, Any] | None = None
+    """The settings of the re-ranking; None if not re-ranked."""
+    rerank_rule: str = ""
+    """The same in a line."""
+
+    @property
+    def images_per_s(self) -> float:
+        """Images encoded in a second."""
+        seconds = self.timings.get("extraction_s_per_image", 0.0)
+        return 1 / seconds if seconds else 0.0
 
     def stages(self) -> dict[str, Recall]:
         """What was measured, by name: retrieved and, if there is any, re-ranked and gain."""
@@ -65,24 +75,33 @@ class Result:
             "recall_reranked": self.reranked.values if self.reranked else None,
             "recall_interval": self.retrieved.intervals,
             "reranked_interval": self.reranked.intervals if self.reranked else {},
+            "images_per_s": self.images_per_s,
             "gain": {k: (figure.value, *(figure.interval or ())) for k, figure in gain.items()},
         }
 
-    def metrics(self) -> dict[str, float]:
-        """Flat figures for a tracker."""
+    def recalls(self) -> dict[str, float]:
+        """Recalls and gains in percent by flat names: `recall_1`, `reranked_recall_1`, `gain_1`."""
         names = {"retrieved": "recall", "re-ranked": "reranked_recall", "gain": "gain"}
-        flat = {
+        return {
             f"{names[stage]}_{k}": value
             for stage, recall in self.stages().items()
             for k, value in recall.values.items()
         }
-        return flat | self.timings | {"mb_per_image": self.mb_per_image}
+
+    def metrics(self) -> dict[str, float]:
+        """Flat figures for a tracker: recalls and what they cost."""
+        speed = {"images_per_s": self.images_per_s} if self.images_per_s else {}
+        return self.recalls() | self.timings | speed | {"mb_per_image": self.mb_per_image}
 
     def line(self) -> str:
-        """Recalls in one line, with protocol, pixels and precision."""
+        """Recalls and gains in one line, with protocol, pixels and precision."""
         what = f"{self.name} ({self.protocol}, {self.pixels}, {self.precision})"
         if not self.retrieved:
             return what
         ks = "/".join(str(k) for k in self.retrieved.by_k)
         text = f"{what} R@{ks} {self.retrieved}"
-        return f"{text}, re-ranked {self.reranked}" if self.reranked else text
+        if self.reranked:
+            text += f", re-ranked {self.reranked}"
+        if self.gain:
+            text += f" ({'/'.join(f'{value:+.1f}' for value in self.gain.values.values())})"
+        return text

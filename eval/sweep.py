@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from configs.files import write_whole
 from configs.progress import OnProgress, untold
 from configs.ranks import on_all_ranks
+from configs.reading import read_regular, reading
 from configs.schema import RerankConfig
 from eval.benchmarks.benchmark import Benchmark
+from eval.evaluate import FirstStage
 from eval.features import StoredFeatures
 from eval.matching import mutual_matches, score_matches, similarities
 from eval.pairs import Candidates, pair_blocks
 from eval.recall import recall_at
 from eval.rerank import fuse, reorder
+from eval.rerank_rule import rerank_rule
 
 SALIENCY = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 MATCH = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
@@ -94,3 +100,51 @@ def sweep_thresholds(
     dist.all_reduce(scores_SMQT)
     dist.all_reduce(patches_SQ)
     return Sweep(swept, tuple(match), scores_SMQT.cpu().numpy(), patches_SQ.cpu().numpy())
+
+
+@dataclass(frozen=True)
+class SweptRecall:
+    """Recall@k in percent at each pair of thresholds of one benchmark, and what it was made with."""
+
+    benchmark: str
+    k: int
+    retrieved: float  # without re-ranking
+    saliency: list[float]
+    match: list[float]
+    recall: list[list[float]]  # a row for each saliency threshold
+    own: list[float]  # the settings' own saliency and match thresholds; saliency 0 if all patches are kept
+    rule: str  # of the re-ranking
+
+    def write(self, path: Path) -> None:
+        """As JSON; the file appears whole or not at all."""
+        write_whole(path, json.dumps(asdict(self), indent=1))
+
+
+def sweep_recall(
+    found: FirstStage, benchmark: Benchmark, config: RerankConfig, k: int, device: torch.device
+) -> SweptRecall:
+    """Recall@k over the grid, from a benchmark's features and candidates; the same on every rank, which all call it."""
+    candidates_QT = found.predictions_QK[:, : config.top_k]
+    sweep = sweep_thresholds(found.queries, found.database, candidates_QT, config, device)
+    recall_SM = sweep.recall(benchmark, found.predictions_QK, found.similarities_QK, config.global_weight, k)
+    return SweptRecall(
+        benchmark=benchmark.name,
+        k=k,
+        retrieved=recall_at(found.predictions_QK, benchmark, [k])[k],
+        saliency=list(sweep.saliency),
+        match=list(sweep.match),
+        recall=recall_SM.tolist(),
+        own=[config.saliency_thresh or 0.0, config.nn_match_thresh],
+        rule=rerank_rule(config),
+    )
+
+
+def read_swept(path: Path) -> SweptRecall:
+    """What `SweptRecall.write` wrote. Raises ValueError naming the file if that is not what it holds."""
+    with reading(path, "a sweep of rerankvpr eval --sweep"):
+        swept = SweptRecall(**json.loads(read_regular(path)))
+        shape = np.array(swept.recall, dtype=np.float64).shape
+        if shape != (len(swept.saliency), len(swept.match)) or 0 in shape or len(swept.own) != 2:
+            raise ValueError(f"{shape} recalls of {len(swept.saliency)} x {len(swept.match)} thresholds")
+        np.array([swept.retrieved, *swept.own, *swept.saliency, *swept.match], dtype=np.float64)
+    return swept

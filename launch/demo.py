@@ -91,11 +91,14 @@ def _table(results: dict[str, Any]) -> Table:
     """Untrained, trained, trained and re-ranked, side by side with their cost."""
     (before,), (after,) = results["before"], results["results"]
     counts = f"{after['num_queries']} queries in {after['num_database']} images"
-    table = Table(title=f"{after['name']}: {after['protocol']}, {counts}; recall in %")
+    title = f"{after['name']}: {after['protocol']}, {counts}; recall in %"
+    if after.get("rerank_rule"):
+        title += f"\nre-ranked: {after['rerank_rule']}"
+    table = Table(title=title)
     table.add_column("")
     for column in (
         *(f"R@{k}" for k in after["recall"]),
-        "features\ns/image",
+        "features\ns/image\n(images/s)",
         "retrieval\ns/query",
         "re-rank\ns/query",
     ):
@@ -109,6 +112,7 @@ def _table(results: dict[str, Any]) -> Table:
         timings = result["timings"]
         rerank = f"{timings['rerank_s_per_query']:.5f}" if key == "recall_reranked" else "-"
         costs = [f"{timings[name]:.5f}" for name in ("extraction_s_per_image", "retrieval_s_per_query")]
+        costs[0] += f"\n({1 / timings['extraction_s_per_image']:,.0f})"
         table.add_row(label, *(f"{v:.1f}" for v in result[key].values()), *costs, rerank)
     gains = (f"{after['gain'][k][0]:+.1f}" for k in after["recall"])
     table.add_row("gain by re-ranking", *gains)

@@ -310,26 +310,20 @@ def _evaluate(
 
 def _sweep(console: Console, command: EvalCommand, benchmark: Benchmark, rank: Rank) -> OnFeatures:
     """What to do with a benchmark's features and candidates: the sweep, its table, its picture."""
-    from eval.recall import recall_at
     from eval.report.heat_map import draw_heat_map
-    from eval.sweep import sweep_thresholds
-
-    rerank, k = command.eval.rerank, command.eval.recall_at[0]
+    from eval.sweep import sweep_recall
 
     def run(found: FirstStage) -> None:
-        depth = min(rerank.top_k, found.predictions_QK.shape[1])
-        candidates = found.predictions_QK[:, :depth]
-        sweep = sweep_thresholds(found.queries, found.database, candidates, rerank, rank.device)
-        recall_SM = sweep.recall(benchmark, found.predictions_QK, found.similarities_QK, rerank.global_weight, k)
+        swept = sweep_recall(found, benchmark, command.eval.rerank, command.eval.recall_at[0], rank.device)
         if not rank.is_main:
             return
-        first_stage = recall_at(found.predictions_QK, benchmark, [k])[k]
-        title = f"{benchmark.name}: R@{k} re-ranked; retrieved {first_stage:.1f}"
-        table = Table("saliency \\ match", *(f"{m:g}" for m in sweep.match), title=title, title_justify="left")
-        for thresh, row in zip(sweep.saliency, recall_SM, strict=True):
+        title = f"{swept.benchmark}: R@{swept.k} re-ranked; retrieved {swept.retrieved:.1f}\n{swept.rule}"
+        table = Table("saliency \\ match", *(f"{m:g}" for m in swept.match), title=title, title_justify="left")
+        for thresh, row in zip(swept.saliency, swept.recall, strict=True):
             table.add_row(f"{thresh:g}", *(f"{value:.1f}" for value in row))
         console.print(table)
         if command.out:
-            draw_heat_map(command.out / "sweeps" / f"{benchmark.name}.png", recall_SM, sweep, title, first_stage)
+            draw_heat_map(command.out / "sweeps" / f"{benchmark.name}.png", swept)
+            swept.write(command.out / "sweeps" / f"{benchmark.name}.json")
 
     return run

@@ -15,7 +15,9 @@ from configs.load import shareable
 from configs.secrets import without_secrets
 from eval.report.tables import write_csv, write_results
 from eval.result import Result
+from trainer.mlflow_page import LONGEST, NOTE, log_picture, prepare_experiment
 from trainer.mlflow_store import DeletedError, active_experiment, check_active, metric_name, open_client
+from trainer.tracking import cut, means_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def _log(uri: str, experiment: str, evaluation: Evaluation, parent: str | None, 
     client = open_client(uri, retries=2)
     from mlflow.entities import Metric, Param
 
-    tags = {"mlflow.source.name": "rerankvpr eval"}
+    names = ", ".join(result.name for result in results)
+    tags = {"mlflow.source.name": "rerankvpr eval", NOTE: _note(model, results)}
     experiment_id = _experiment_of(client, parent) if parent else None
     if experiment_id:
         tags["mlflow.parentRunId"] = str(parent)
@@ -60,17 +63,16 @@ def _log(uri: str, experiment: str, evaluation: Evaluation, parent: str | None, 
         if parent:
             console.print("MLflow: the training's run is not in this store; the evaluation gets a run of its own")
         experiment_id = active_experiment(client, experiment)
-    run: str = client.create_run(experiment_id, run_name=f"eval {model}", tags=tags).info.run_id
+    prepare_experiment(client, experiment_id)
+    run: str = client.create_run(experiment_id, run_name=f"eval {names} of {model}", tags=tags).info.run_id
     texts = {"model": model} | {
         name: json.dumps(shareable(value), default=str) for name, value in evaluation.params.items()
     }
     now = int(time.time() * 1000)
-    metrics = [
-        Metric(metric_name(f"eval/{result.name}/{name}"), value, now, 0)
-        for result in results
-        for name, value in result.metrics().items()
-    ]
-    client.log_batch(run, params=[Param(name, text[:500]) for name, text in texts.items()])
+    named = {f"eval/{result.name}/{name}": v for result in results for name, v in result.metrics().items()}
+    named |= means_of([result.recalls() for result in results])
+    metrics = [Metric(metric_name(name), value, now, 0) for name, value in named.items()]
+    client.log_batch(run, params=[Param(name, cut(text)) for name, text in texts.items()])
     for start in range(0, len(metrics), 1000):
         client.log_batch(run, metrics=metrics[start : start + 1000])
     with tempfile.TemporaryDirectory() as name:
@@ -83,8 +85,19 @@ def _log(uri: str, experiment: str, evaluation: Evaluation, parent: str | None, 
     for pictures in ("pictures", "sweeps"):
         if out and (out / pictures).is_dir():
             client.log_artifacts(run, str(out / pictures), pictures)
+            for picture in sorted((out / pictures).rglob("*.png")):
+                shown = {"image": str(picture.relative_to(out).with_suffix("")), "step": 0, "time_ms": now}
+                log_picture(client, run, picture, shown)
     client.set_terminated(run)
     return run
+
+
+def _note(model: str, results: list[Result]) -> str:
+    """What was evaluated and what came of it, as Markdown."""
+    lines = [f"`{model}` on {len(results)} benchmarks; `report.html` among the artifacts shows the mistakes.", ""]
+    lines += [f"- {result.line()}" for result in results]
+    rules = dict.fromkeys(result.rerank_rule for result in results if result.rerank_rule)
+    return "\n".join([*lines, *(f"- re-ranked: {rule}" for rule in rules)])[:LONGEST]
 
 
 def _experiment_of(client: object, run: str) -> str | None:

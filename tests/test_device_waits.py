@@ -86,6 +86,7 @@ def check_no_setting_adds_a_wait() -> None:
         {"data": OF_TWO_SETS, "memory": {"placement": "sharded", "min_negative_m": 500}},
         {"data": OF_TWO_SETS, "memory": {"queue_over": "all"}},
         {"engine": {"activation_checkpointing": True}},
+        {"trainer": {"log_negatives_every": 4}},
         {"loss": {"guided_weight": 0.5}, "model": {"finetune_last_n_blocks": 2}, "engine": {"encode_chunks": 2}},
     ]
     for changes in settings:

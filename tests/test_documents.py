@@ -156,11 +156,9 @@ def write_demo(home: Path) -> None:
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     (run / "recipe.yaml").write_text(recipe_text(recipe))
-    figures = ("loss", "negatives_from_memory", "mined_negative_age", "mined_negatives", "hardest_negative")
-    lines = [
-        {"step": step, "time_ms": step, **{f"train/{name}": 0.1 * step for name in (*figures, "hardest_positive")}}
-        for step in range(5)
-    ]
+    figures = ["memory/negatives_from_memory", "memory/mined_negative_age"]
+    figures += [f"train/{name}" for name in ("loss", "mined_negatives", "hardest_negative", "hardest_positive")]
+    lines = [{"step": step, "time_ms": step, **dict.fromkeys(figures, 0.1 * step)} for step in range(5)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -71,11 +71,23 @@ def test_results_table_csv_sweep_and_tracking(place: Path) -> None:
     assert experiment is not None
     (logged,) = client.search_runs([experiment.experiment_id])
     artifacts = {file.path for file in client.list_artifacts(logged.info.run_id)}
-    assert artifacts == {"results.json", "results.csv", "predictions.parquet", "pictures", "sweeps", "report.html"}
+    files = {"results.json", "results.csv", "predictions.parquet", "report.html"}
+    assert artifacts == {*files, "pictures", "sweeps", "images"}
     assert logged.data.params["eval.image_size"] == "42"
     assert logged.data.metrics["eval/mine/rerank_s_per_query"] > 0
     assert logged.data.metrics["eval/mine/recall_1"] == pytest.approx(result["recall"]["1"])
     assert logged.info.status == "FINISHED"
+
+    assert float(rows[0]["images_per_s"]) == pytest.approx(result["images_per_s"], rel=1e-3)
+    assert {row["nn_match_thresh"] for row in rows} == {"", "0.65"}
+    assert result["rerank"]["top_k"] == 30
+    assert result["rerank_rule"] in {row["rerank"] for row in rows}
+    assert "re-ranked: top 30 at most (auto), value of block -2, all patches, match > 0.65" in done.stdout
+    for words in (("out",), ("manifest:mine.csv", "--model", "tiny.safetensors", "--image-size", "42")):
+        drawn = forked.run(place, "rerankvpr", "show", "sweep", *words, "--out", "swept.png")
+        assert drawn.returncode == 0, drawn.stderr
+        assert "mine: R@1 " in drawn.stdout
+        assert (place / "swept.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
@@ -155,6 +167,8 @@ def test_a_run_hangs_under_the_trainings_where_the_store_has_it(
         "eval/mine: all/gain_1": 50.0,
         "eval/mine: all/rerank_s_per_query": 0.25,
         "eval/mine: all/mb_per_image": 0.0,
+        "eval/recall_1": 50.0,
+        "eval/reranked_recall_1": 100.0,
     }
     assert {file.path for file in client.list_artifacts(str(runs[0]))} == {"pictures", "results.csv", "results.json"}
     assert [f.path for f in client.list_artifacts(str(runs[0]), "pictures/mine")] == ["pictures/mine/matches.png"]

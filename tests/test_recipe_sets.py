@@ -86,7 +86,7 @@ def test_ten_steps_and_a_resume_at_another_world_size(small: Path) -> None:
     for line in straight.values():
         parts = [line[f"train/{name}/loss"] for name in ("gsv_cities", "msls", "utm")]
         assert line["train/loss"] == pytest.approx(sum(parts), rel=1e-5)
-    assert straight[10]["train/queue_fill"] == 90
+    assert straight[10]["memory/queue_fill"] == 90
     half = small / "straight" / "checkpoints" / "step-00000005"
     assert "resumed" in finish(warm_ranks(small, "again", "--resume", str(half)))
     same_state(*(small / name / "checkpoints" / "step-00000010" for name in ("straight", "again")))

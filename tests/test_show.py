@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from configs.load import recipe_text
+from configs.schema import Recipe
 from eval.describer import Describer
+from eval.report.drift import read_drift
 from eval.report.show import patch_colours, see
+from eval.sweep import SweptRecall, read_swept
 from launch.show_command import main
 from tests.checkpoints import gem_recipe, write_run
 from tests.photos import write_jpegs
@@ -89,6 +95,12 @@ def test_the_command_draws(kind: str, suffix: str, photos: Path, run: Path, tmp_
         (["similarity", "{photos}", "--model", "{run}", "--point", "2", "0"], "point 2 0: expected shares"),
         (["pca", "{photos}/notes.txt", "--model", "{run}"], "notes.txt"),
         (["pca", "{empty}", "--model", "{run}"], "no photographs there"),
+        (["pca", "{photos}", "--model", "{run}", "--most", "0"], "--most 0: expected 1 or more"),
+        (["negatives", "{photos}", "{run}"], "show negatives takes the folder of one training"),
+        (["negatives", "{run}"], "holds no negatives.csv; train with --trainer.log-negatives-every"),
+        (["drift", "{run}"], "metrics.jsonl"),
+        (["sweep", "{run}"], "no sweep there; `rerankvpr eval ... --sweep"),
+        (["sweep"], "show sweep takes one folder"),
     ],
 )
 def test_mistakes(
@@ -104,3 +116,61 @@ def test_mistakes(
     with pytest.raises((ValueError, OSError), match=message):
         main([word.format(photos=photos, run=run, empty=tmp_path / "empty") for word in words])
     assert not [file for file in tmp_path.iterdir() if file.name != "empty"]
+
+
+def picture_of(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("L"))
+
+
+SWEPT = SweptRecall(
+    benchmark="town",
+    k=1,
+    retrieved=91.5,
+    saliency=[0.0, 0.2],
+    match=[0.4, 0.65, 0.8],
+    recall=[[97.0, 97.0, 90.0], [95.5, 96.0, 96.0]],
+    own=[0.2, 0.65],
+    rule="top 30, value of block -2, saliency > 0.2 (logits, block -1), match > 0.65",
+)
+
+
+def test_a_sweep_is_read_back_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out/sweeps").mkdir(parents=True)
+    SWEPT.write(tmp_path / "out/sweeps/town.json")
+    assert read_swept(tmp_path / "out/sweeps/town.json") == SWEPT
+    for given in ("out", "out/sweeps", "out/sweeps/town.json"):
+        assert main(["sweep", str(tmp_path / given), "--out", str(tmp_path / "swept.png")]) == 0
+    assert "R@1 91.5 retrieved, at most 97.0 re-ranked" in capsys.readouterr().out
+    assert picture_of(tmp_path / "swept.png").std() > 10
+    replace(SWEPT, own=[0.3, 0.65]).write(tmp_path / "out/sweeps/other.json")
+    with pytest.raises(ValueError, match="2 sweeps; name one of them"):
+        main(["sweep", str(tmp_path / "out")])
+    for text in ("{", "[]", '{"benchmark": "town"}', json.dumps({**vars(SWEPT), "recall": [[1.0]]})):
+        (tmp_path / "out/sweeps/town.json").write_text(text)
+        with pytest.raises(ValueError, match=r"town\.json: not a sweep of rerankvpr eval --sweep"):
+            main(["sweep", str(tmp_path / "out/sweeps/town.json")])
+
+
+def test_drift_is_drawn_beside_the_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"step": 7, "memory/queue_fill": 3}]
+    lines += [
+        {"step": step, **{f"memory/drift_age_{age:06d}": 1 - age / (10 * step) for age in (2, 4, 60)}}
+        for step in range(10, 50, 10)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "metrics.jsonl").write_text(text + '{"step": 50, "memory/drift_age_000002": NaN}\n{"step": 60, "mem')
+    drift = read_drift(run / "metrics.jsonl")
+    assert sorted(drift.cosine) == [10, 20, 30, 40]
+    assert drift.ages() == [2, 4, 60]
+    np.testing.assert_allclose(drift.curve(20), [[2, 0.99], [4, 0.98], [60, 0.7]])
+    for decay in ("exponential", "measured"):
+        memory = {"decay": decay, "drift_every": 10}
+        (run / "recipe.yaml").write_text(recipe_text(Recipe.model_validate({"memory": memory})))
+        assert main(["drift", str(run), "--out", str(tmp_path / f"{decay}.svg")]) == 0
+        assert ("cosine squared" if decay == "measured" else "exp(-0.1 age)") in (tmp_path / f"{decay}.svg").read_text()
+    assert "4 measurements, ages to 60" in capsys.readouterr().out
+    (run / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(ValueError, match=r"holds no drift; train with --memory\.drift-every 50"):
+        main(["drift", str(run)])

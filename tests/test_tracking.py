@@ -167,7 +167,7 @@ def test_a_killed_server_costs_two_trainings_neither_time_nor_a_metric(server: S
     assert len(runs_of(client, recipes["one"])) == 2
     children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{trackers['one'].run_id}'")
     assert [(c.info.status, c.data.params, c.data.metrics) for c in children] == [
-        ("FINISHED", {"protocol": "25 m"}, {"recall_1": 50.0})
+        ("FINISHED", {"protocol": "25 m"}, {"eval/town/recall_1": 50.0, "eval/recall_1": 50.0})
     ]
 
 
@@ -307,7 +307,7 @@ def test_a_training_whose_server_was_away_has_one_run(server: Server, tmp_path: 
     assert steps_of(client, run.info.run_id) == [1, 2, 3]
     assert client.get_experiment_by_name("another") is None
     (child,) = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
-    assert child.data.metrics == {"recall_1": 50.0}
+    assert child.data.metrics == {"eval/town/recall_1": 50.0, "eval/recall_1": 50.0}
 
 
 def test_what_a_store_refuses_holds_nothing_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

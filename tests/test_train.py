@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from safetensors import safe_open
 
 from configs.schema import ModelConfig
+from eval.report.negatives import read_negatives
 from model.network import build_model
 from tests import forked
 from tests.training import (
@@ -51,15 +52,21 @@ def test_a_training_leaves_checkpoints_results_pictures_and_metrics(straight: Pa
     metrics = logged(straight)
     assert sorted(metrics) == list(range(1, STEPS + 1))
     assert all(0 < metrics[step]["train/mfu"] < 1 for step in metrics)
-    fills = [metrics[step]["train/queue_fill"] for step in sorted(metrics)]
+    fills = [metrics[step]["memory/queue_fill"] for step in sorted(metrics)]
     assert fills == [0] * 5 + [12, 24] + [30] * 5
     assert all(np.isfinite(metrics[step]["train/loss"]) for step in metrics)
     drift = {step: {k: v for k, v in metrics[step].items() if "drift_age" in k} for step in metrics}
-    assert list(drift[7]) == ["train/drift_age_000002"]  # images of step 4 (from 0), encoded again before step 6
+    assert list(drift[7]) == ["memory/drift_age_000002"]  # images of step 4 (from 0), encoded again before step 6
     assert drift[6] == {}
     assert all(0.5 < cosine < 1 - 1e-6 for cosines in drift.values() for cosine in cosines.values())
-    assert metrics[12]["train/queue_effective_size"] < 30
+    assert metrics[12]["memory/queue_effective_size"] < 30
+    negatives = read_negatives(straight / "negatives.csv")
+    assert negatives.steps.tolist() == [6, 8, 10, 12]
+    assert (negatives.whole_n["negative_view"] >= 0).all()
+    assert set(negatives.whole_n["age"][negatives.whole_n["step"] == 6]) == {1}
+    assert (negatives.weight_n < 1).any()
     results = json.loads((straight / "results.json").read_text())
+    assert list(results["validations"]) == ["4", "8", "12"]
     for result in (*results["before"], *results["results"]):
         assert result["protocol"] == "25 m radius, all queries"
         assert set(result["recall"]) == {"1", "5", "10"}
@@ -95,6 +102,10 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
     text = finish(warm_ranks(workplace, "killed", "--resume"))
     assert "resumed from" in text
     same_run(straight, folder, STEPS)
+    tables = [read_negatives(path / "negatives.csv") for path in (straight, folder)]
+    assert np.array_equal(tables[0].cosine_n, tables[1].cosine_n)
+    for name in ("step", "place", "view", "negative_place", "age"):
+        assert np.array_equal(tables[0].whole_n[name], tables[1].whole_n[name]), name
 
     client = MlflowClient(f"sqlite:///{workplace}/mlflow.db")
     experiment = client.get_experiment_by_name("rerankvpr")
@@ -109,7 +120,15 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
         steps = {m.step for m in client.get_metric_history(run_id, "train/loss")}
         assert steps == set(range(1, STEPS + 1)), path
         files = {f.path for f in client.list_artifacts(run_id)}
-        assert {"recipe.yaml", "environment.json", "results.json", "pictures", "report.html"} <= files
+        expected = {"recipe.yaml", "environment.json", "results.json", "pictures", "report.html", "negatives.csv"}
+        assert files == {*expected, "images"}
+        run = runs[run_id]
+        (dataset,) = [one.dataset for one in run.inputs.dataset_inputs]
+        assert (dataset.name, json.loads(dataset.profile)["places"]) == ("shards", 17)
+        assert f"runs/{run_id}/artifacts/report.html" in run.data.tags["mlflow.note.content"]
+        assert run.data.metrics["eval/recall_1"] == run.data.metrics["eval/town/recall_1"]
+        untrained_and_trained = [m.step for m in client.get_metric_history(run_id, "eval/town/mb_per_image")]
+        assert untrained_and_trained == [0, STEPS]
         (model,) = client.search_logged_models([experiment.experiment_id], f"source_run_id = '{run_id}'")
         assert (model.name, model.status) == ("best", "READY")
 
@@ -170,6 +189,8 @@ def test_one_rank_gives_the_losses_of_two(workplace: Path, straight: Path) -> No
     one, two = logged(workplace / "single"), logged(straight)
     losses = [[run[step]["train/loss"] for step in sorted(run)] for run in (one, two)]
     assert len(losses[0]) == STEPS
+    tables = [read_negatives(workplace / name / "negatives.csv") for name in ("single", "straight")]
+    np.testing.assert_allclose(tables[0].cosine_n, tables[1].cosine_n, atol=1e-3)  # as the losses below
     # float32 sums in another order, amplified by Adam over 12 steps
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)
     assert max(losses[0]) - min(losses[0]) > 0.01

@@ -39,7 +39,7 @@ def make_workplace(folder: Path) -> None:
         "memory": {"size": 30, "start_epoch": 1, "placement": "sharded", "decay": "measured", "drift_every": 2},
         "engine": {"encode_chunks": 2, "peak_tflops": 0.5},
         "optim": {"lr": 1e-3, "warmup_steps": 2},
-        "trainer": {"epochs": 3, "checkpoint_every_steps": 2, "validate_every_epochs": 1},
+        "trainer": {"epochs": 3, "checkpoint_every_steps": 2, "validate_every_epochs": 1, "log_negatives_every": 2},
         "eval": {"benchmarks": ["town"], "data_root": str(folder), "image_size": 28, "pictures": 2},
         "tracking": {"uri": "sqlite:///mlflow.db"},
     }

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
 
 from rich.console import Console
 
 from configs.files import write_whole
-from configs.load import recipe_text
+from configs.load import recipe_text, shareable
+from configs.reading import as_utf_8
 from configs.schema import Recipe
+from data_pipeline.mixture import PlaceMixture
 from trainer.process_group import Rank
-from trainer.provenance import provenance
+from trainer.provenance import how_made
 from trainer.recorded_plugins import keep_plugins
 from trainer.state import Progress
 from trainer.stop_signal import StopSignal
@@ -49,12 +53,15 @@ def open_context(
     stop_signal: StopSignal,
     *,
     changes: dict[str, str],
+    places: PlaceMixture,
 ) -> Context:
     """Opens the training's record, in which a resumed one continues its MLflow run; every rank must call this.
 
-    Writes `recipe.yaml` and the plug-ins to the output folder. `changes` are those of the recipe since the checkpoint.
+    Writes `recipe.yaml` and the plug-ins to the output folder. `changes` are those of the recipe since the checkpoint,
+    `places` what is trained on.
     """
-    facts = provenance(world_size=rank.world_size, device=rank.device, data_digest=progress.dataset)
+    made = how_made(world_size=rank.world_size, device=rank.device, data_digest=progress.dataset)
+    facts = {key: as_utf_8(value) for key, value in made.items()}  # MLflow takes nothing else
     tracker = Tracker(
         recipe,
         recipe.output,
@@ -64,6 +71,7 @@ def open_context(
         active=rank.is_main,
         facts=facts,
         changes=changes,
+        datasets=_datasets(recipe, places),
     )
     if rank.is_main:
         write_whole(recipe.output / "recipe.yaml", recipe_text(recipe))
@@ -79,3 +87,17 @@ def open_context(
         asked_to_stop=stop_signal.noticed,
     )
     return Context(recipe, rank, console, main_rank_says(rank, console), tracker, watchdog)
+
+
+def _datasets(recipe: Recipe, places: PlaceMixture) -> list[dict[str, Any]]:
+    """What MLflow says of each shard set."""
+    return [
+        {
+            "name": as_utf_8(PurePosixPath(shareable(str(location))).name or str(name)),
+            "location": as_utf_8(shareable(str(location))),
+            "digest": index.digest,
+            "places": index.num_places,
+            "images": index.num_images,
+        }
+        for (name, location), index in zip(recipe.data.locations.items(), places.sets, strict=True)
+    ]

@@ -16,10 +16,13 @@ from configs.plugins import keep, loaded
 from configs.schema import Recipe
 from eval.pixels import as_trained, pixel_rule
 from model.network import meta_model
-from trainer.export import export_network
+from trainer.export import Exported, export_network
+from trainer.mlflow_page import LONGEST, NOTE
+from trainer.model_card import figures_of, model_card
 from trainer.recorded_plugins import note_checkpoint
 
 NAME = "best"
+CARD = "README.md"
 HOME = Path(__file__).resolve().parent.parent
 CODE = ("configs", "data_pipeline", "model", "eval")  # what trainer/descriptor_model.py imports
 REQUIREMENTS = (
@@ -63,11 +66,15 @@ def log_model(
                 note_checkpoint(checkpoint)  # explains names that only a plug-in knows
                 exported = export_network(checkpoint, scratch / "network.safetensors")
                 save_pyfunc(exported.file, exported.recipe, scratch / "model", run_id, model.model_id)
+                card = _card(checkpoint, exported, model.model_id)
+                (scratch / "model" / CARD).write_text(card)
             except (OSError, ValueError, SafetensorError) as error:
                 say(f"the model of {checkpoint} is not logged: {error}")
                 client.finalize_logged_model(model.model_id, "FAILED")
                 return False
             client.log_model_artifacts(model.model_id, str(scratch / "model"))
+            about = card.partition("\n## Recipe")[0]  # which is a file of the run
+            client.set_logged_model_tags(model.model_id, {NOTE: about[:LONGEST]})
             _attach(client, run_id, model.model_id)
             client.finalize_logged_model(model.model_id, "READY")
         finally:
@@ -75,6 +82,21 @@ def log_model(
     if register_as:
         _register(client, register_as, run_id, model)
     return True
+
+
+def _card(checkpoint: Path, exported: Exported, model_id: str) -> str:
+    """The model's card as Markdown, without its header in the hub's terms."""
+    usage = f'import mlflow\n\nm = mlflow.pyfunc.load_model("models:/{model_id}")\ndescriptors = m.predict(["a.jpg"])'
+    size = meta_model(exported.recipe.model).descriptor_size
+    text = model_card(
+        exported.recipe,
+        figures_of(checkpoint),
+        name=f"{exported.recipe.name}, {checkpoint.name}",
+        numbers=exported.numbers,
+        usage=usage,
+        descriptor_size=size,
+    )
+    return text.partition("\n---\n")[2].lstrip()
 
 
 def save_pyfunc(network: Path, recipe: Recipe, out: Path, run_id: str, model_id: str) -> None:
@@ -127,4 +149,5 @@ def _register(client: Any, name: str, run_id: str, model: Any) -> None:
     versions = client.search_model_versions(f"name = '{name}' AND run_id = '{run_id}'")
     source = model.artifact_location  # models:/<id> would be looked up in MLflow's global store
     if not any(version.source == source for version in versions):
-        client.create_model_version(name, source=source, run_id=run_id, model_id=model.model_id)
+        about = client.get_logged_model(model.model_id).tags.get(NOTE)
+        client.create_model_version(name, source=source, run_id=run_id, model_id=model.model_id, description=about)

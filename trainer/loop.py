@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,21 +13,19 @@ from configs.progress import OnProgress
 from configs.schema import Recipe
 from data_pipeline.folder_lock import held_by_rank_0
 from eval.benchmarks.load import load_benchmarks
-from eval.report.tables import write_results
 from eval.result import Result
 from trainer.batches import Batches
-from trainer.checkpoint_folder import find_checkpoint
 from trainer.context import main_rank_says, open_context
 from trainer.first_checks import images_per_rank
 from trainer.fit_projection import fit_projection
 from trainer.hard_places import HardPlaces
 from trainer.held_out import held_out_benchmark
 from trainer.metrics import StepMetrics
+from trainer.negatives import NegativesTable
 from trainer.place_loss import build_loss, place_sets
 from trainer.process_group import Rank
 from trainer.profile import StepProfile
 from trainer.progress import progress_bar
-from trainer.provenance import how_made
 from trainer.recorded_plugins import check_same_plugins, note_export
 from trainer.resume import Resume, checkpoint_to_resume, restore
 from trainer.saving import Saving
@@ -39,18 +35,9 @@ from trainer.start_time import StartTime
 from trainer.state import Progress, build_state
 from trainer.step import StepOutcome, TrainingStep
 from trainer.stop_signal import Stopped, StopSignal
+from trainer.summary import Summary, summarise
 from trainer.validation import Validation
 from trainer.votes import settle_votes, votes_of_rank
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a training leaves behind."""
-
-    steps: int
-    checkpoint: Path
-    before: list[dict[str, Any]]
-    after: list[dict[str, Any]]
 
 
 class Training:
@@ -87,7 +74,9 @@ class Training:
         start_time.part_done("weights")
         self.bad_images_before = self.progress.bad_images
         self.stop_signal = StopSignal()
-        self.context = open_context(recipe, rank, console, self.progress, self.stop_signal, changes=changes)
+        self.context = open_context(
+            recipe, rank, console, self.progress, self.stop_signal, changes=changes, places=self.batches.places
+        )
         start_time.part_done("tracking")
         self.start_time: StartTime | None = start_time  # until the first step is done
         self.start_metrics: dict[str, float] = {}  # until they are logged
@@ -95,6 +84,7 @@ class Training:
         self.skipped = SkippedSteps(self.context)
         self.profile = StepProfile(self.context)
         self.metrics = StepMetrics(recipe, images_per_rank=num_images)
+        self.negatives = NegativesTable(self.context)
         self.hard_places = HardPlaces(self.context, self.state, self.batches)
         self.saving = Saving(self.context, self.state, self.batches)
         self.validation = Validation(self.context, self.state, self.batches, benchmarks, self.stop_signal)
@@ -126,12 +116,17 @@ class Training:
                     self.skipped.note(outcome, self.progress)
                 self.progress.step += 1
                 self._log(outcome, lr, time.perf_counter() - began, waited_s, bar)
+                self.negatives.append(outcome.negatives)
                 self.saving.save_if_due(asked_to_stop=votes.asked_to_stop, by_time=votes.save_is_due)
                 self._validate_if_due()
         self.profile.stop()
+        self.negatives.send()
         self._say_why_it_ends()
         self.saving.save_at_the_end()
-        return self._summary(self._evaluate_trained())
+        results = self._evaluate_trained()
+        if recalls := self.validation.recalls_line():
+            self.context.say(recalls)
+        return summarise(self.context, self.progress, self.saving.folder, results)
 
     def _evaluate_untrained(self) -> None:
         if self.progress.step == 0:
@@ -143,6 +138,7 @@ class Training:
             self.saving.check_network()  # else an image would be blamed
             self.saving.writer.finish()  # who leaves the evaluation could not make a checkpoint valid
             self._keep_if_best(self.validation.validate())
+            self.negatives.send()
 
     def _evaluate_trained(self) -> list[Result]:
         results = self.validation.evaluate_trained(self.recipe.output / "pictures")
@@ -210,21 +206,6 @@ class Training:
         if self.validation.brings_no_more():
             since = validations_since_best(self.progress.recalls.values())
             self.context.say(f"{since} validations without a better recall: stopped early")
-
-    def _summary(self, results: list[Result]) -> Summary:
-        """Writes the results; the best network goes to MLflow."""
-        progress, tracker, checkpoints = self.progress, self.context.tracker, self.saving.folder
-        checkpoint = find_checkpoint(checkpoints / "latest")
-        if self.rank.is_main:
-            path = self.recipe.output / "results.json"
-            try:
-                made = how_made(world_size=self.rank.world_size, device=self.rank.device)
-                write_results(path, results, model=str(checkpoint), before=progress.before, made=made)
-                tracker.artifact(path)
-            except OSError as error:
-                self.context.say(f"[yellow]results could not be written to {path} ({error}); they are printed above")
-            tracker.model(find_checkpoint(checkpoints))
-        return Summary(progress.step, checkpoint, progress.before, [result.as_dict() for result in results])
 
 
 def train(

@@ -1,4 +1,4 @@
-"""The metrics of a step, as metrics.jsonl and MLflow get them under `train/`."""
+"""The metrics of a step, as metrics.jsonl and MLflow get them: of the queue under `memory/`, others under `train/`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ from configs.schema import Recipe
 from trainer.flops import device_peak_tflops, model_flops
 from trainer.state import Progress
 from trainer.step import StepOutcome
+
+OF_MEMORY = (
+    *("queue_fill", "queue_effective_size", "decay_half_life"),
+    *("negatives_from_memory", "mined_negative_age", "drift_age_"),
+)
+
+
+def group_of(figure: str) -> str:
+    """`memory` or `train`, the group of metrics that a step's figure is in."""
+    return "memory" if figure.startswith(OF_MEMORY) else "train"
 
 
 class StepMetrics:
@@ -19,7 +29,8 @@ class StepMetrics:
         self, outcome: StepOutcome, progress: Progress, *, epoch: int, lr: float, seconds: float, waited_s: float
     ) -> dict[str, float]:
         """Values by name. `seconds` is the whole step, `waited_s` its part that went by before the data was there."""
-        metrics = {"train/loss": outcome.loss} | {f"train/{name}": value for name, value in outcome.figures.items()}
+        figures = {f"{group_of(name)}/{name}": value for name, value in outcome.figures.items()}
+        metrics = {"train/loss": outcome.loss} | figures
         if outcome.grad_norm is not None:
             metrics["train/grad_norm"] = outcome.grad_norm
         metrics |= {

@@ -43,10 +43,13 @@ class MetricsLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Writes a record as one line, or holds it."""
-        line = json.dumps(record).encode() + b"\n"
+        self.append_text(json.dumps(record) + "\n", keep="event" in record)
+
+    def append_text(self, lines: str, *, keep: bool = False) -> None:
+        """Writes lines together, or holds them; those to `keep` are held however many follow."""
         with self._lock:
             if not self._closed:
-                self._held.append((line, "event" not in record))
+                self._held.append((lines.encode(), not keep))
                 self._write_held()
 
     def flush(self) -> None:

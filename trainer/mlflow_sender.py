@@ -22,6 +22,7 @@ from configs.secrets import without_secrets
 from data_pipeline.folder_lock import LOCK, FolderLock
 from trainer import metrics_log
 from trainer.metrics_log import read_records
+from trainer.mlflow_page import describe_run, log_datasets, log_picture, prepare_experiment
 from trainer.mlflow_store import active_experiment, check_active, metric_name, open_client
 
 STATE = "metrics.sent"
@@ -193,7 +194,7 @@ class Sender:
         elif self.run_id is None:
             return  # before any start: not a run's
         elif kind == "artifact":
-            self._send_files(record["path"], offset, lambda path: self._artifact(path, record.get("folder")))
+            self._send_files(record["path"], offset, lambda path: self._artifact(path, record))
         elif kind == "evaluation":
             if self._accepted(lambda: self._evaluation(record, offset)):
                 self.sent["evaluations"] += 1
@@ -227,6 +228,9 @@ class Sender:
             tags["mlflow.source.git.commit"] = tags["git.commit"]
         params = [Param(key, value) for key, value in record["params"].items() if key not in had]
         self._client.log_batch(self.run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()])
+        self._accepted(lambda: prepare_experiment(self._client, self._experiment_id))
+        self._accepted(lambda: describe_run(self._client, run, record))
+        self._accepted(lambda: log_datasets(self._client, str(self.run_id), record))
 
     def _run(self, tag: str, value: str, name: str, time_ms: int, tags: dict[str, str]) -> str:
         """The run that carries a tag; created where there is none."""
@@ -270,17 +274,21 @@ class Sender:
                 self.left.append(offset)
             self._say(f"{path} could not be sent ({first_line(error)}); the rest is sent")
 
-    def _artifact(self, path: Path, folder: str | None) -> None:
+    def _artifact(self, path: Path, record: Record) -> None:
+        """A file and, if the line says so, a picture of the image grid."""
         if not path.is_file():
             self._say(f"artifact {path} is gone: not sent to MLflow")
-        elif self._accepted(lambda: self._client.log_artifact(self.run_id, str(path), folder)):
+            return
+        log_picture(self._client, str(self.run_id), path, record)
+        if self._accepted(lambda: self._client.log_artifact(self.run_id, str(path), record.get("folder"))):
             self.sent["artifacts"] += 1
 
     def _evaluation(self, record: Record, offset: int) -> None:
         """A run of its own under the training's."""
         from mlflow.entities import Param
 
-        name, step, time_ms = f"{record['name']}, step {record['step']}", record["step"], record["time_ms"]
+        step, time_ms, weights = record["step"], record["time_ms"], record["params"].get("weights")
+        name = f"eval {record['name']}, {f'{weights}, ' if weights else ''}step {step}"
         tags = {"mlflow.parentRunId": str(self.run_id), "mlflow.source.name": "rerankvpr train"}
         run = self._run(EVENT_TAG, f"{self.run_id}:{offset}", name, time_ms, tags)
         metrics = _values(record["metrics"], step, time_ms)

@@ -40,10 +40,10 @@ def provenance(*, world_size: int, device: torch.device, data_digest: str = "") 
     }
 
 
-def how_made(*, world_size: int, device: torch.device) -> dict[str, str]:
+def how_made(*, world_size: int, device: torch.device, data_digest: str = "") -> dict[str, str]:
     """The command that this process runs, without secrets, and `provenance`."""
     command = {"command": without_secrets(os.environ[COMMAND])} if os.environ.get(COMMAND) else {}
-    return command | provenance(world_size=world_size, device=device)
+    return command | provenance(world_size=world_size, device=device, data_digest=data_digest)
 
 
 def _git(folder: Path) -> dict[str, str]:

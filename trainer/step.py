@@ -20,6 +20,7 @@ from trainer.batches import draw_augmentation
 from trainer.context import Context
 from trainer.engine import StepResult, clip_and_update, set_learning_rate
 from trainer.guided import Guided, GuidedTerm
+from trainer.negatives import QueueNegatives
 from trainer.profile import waits_told
 from trainer.state import TrainingState
 
@@ -36,6 +37,7 @@ class StepOutcome:
     place_ids_N: torch.Tensor
     figures: dict[str, float]  # of the loss, the miner, the queue and its drift, by name
     votes: list[float]  # added up over ranks
+    negatives: str = ""  # the step's part of negatives.csv
 
 
 class TrainingStep:
@@ -45,6 +47,7 @@ class TrainingStep:
         self.recipe, self.watchdog = context.recipe, context.watchdog
         self.loss, self.state, self.steps_per_epoch = loss, state, steps_per_epoch
         self.guided = GuidedTerm(self.recipe, state.model) if self.recipe.loss.guided_weight else None
+        self.negatives = QueueNegatives(self.recipe, loss, state) if self.recipe.trainer.log_negatives_every else None
 
     def __call__(self, batch: PlaceBatch, lr: float, votes: Callable[[], Sequence[float]] = tuple) -> StepOutcome:
         """The step that `state.progress` stands at, with this learning rate; every rank must call this.
@@ -90,7 +93,11 @@ class TrainingStep:
             set_learning_rate(state.engine, lr)
             one = 1 + 0 * out.loss.detach()  # NaN if the loss is not finite
             result = self._backward(loss * one, cache)
+        negatives = ""
         if result.updated and queue_used:
+            if self.negatives:
+                negatives = self.negatives.found(out, batch, optimizer_step)
+                self.negatives.stored(batch, optimizer_step)
             state.queue.enqueue(out.descriptors_ND, out.place_ids_N, optimizer_step, host_ids_N=out.host_ids_N)
             if state.drift:
                 state.drift.keep(images_B3HW, out.descriptors_ND, optimizer_step)
@@ -105,6 +112,7 @@ class TrainingStep:
             place_ids_N=out.place_ids_N,
             figures=figures,
             votes=sums,
+            negatives=negatives,
         )
 
     def _read(

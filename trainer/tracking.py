@@ -26,6 +26,8 @@ from trainer.system_metrics import SystemMetrics
 
 SEND_EVERY_S = 5.0
 LONGEST_PAUSE_S = 60.0
+LONGEST_PARAM = 6000  # characters that MLflow takes
+RECALLS = ("recall_", "reranked_recall_")
 CLOSE_S = {"FINISHED": 120.0, "FAILED": 10.0, "KILLED": 10.0}
 
 
@@ -39,7 +41,8 @@ class Tracker:
     `training` and `run_id` are the training's id and its MLflow run, from the checkpoint that it resumes. Without them
     the folder's `metrics.jsonl` names the training, and its run is the one that carries this id as a tag: MLflow may be
     away whenever a checkpoint is written. `facts` (`trainer.provenance`) become tags and `environment.json`;
-    `changes` (`old -> new` by key of the recipe) become tags `changed.<key>`.
+    `changes` (`old -> new` by key of the recipe) become tags `changed.<key>`, `datasets` the run's inputs (see
+    `trainer.mlflow_page`).
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Tracker:
         active: bool,
         facts: dict[str, str] | None = None,
         changes: dict[str, str] | None = None,
+        datasets: list[dict[str, Any]] | None = None,
     ) -> None:
         self._recipe, self._folder, self._console = recipe, folder, console
         self.training, self._given_run_id, self._active = training, run_id, active
@@ -74,6 +78,7 @@ class Tracker:
             params=_params(recipe),
             facts=facts or {},
             changes=changes or {},
+            datasets=datasets or [],
         )
         if facts:
             self._write_environment(facts)
@@ -96,15 +101,33 @@ class Tracker:
             self._step = max(step, self._step)
             self._log.append({"step": step, "time_ms": self._now_ms(), **values})
 
-    def evaluation(self, name: str, step: int, params: dict[str, Any], metrics: dict[str, float]) -> None:
-        """The evaluation of one benchmark: `eval/<name>/<metric>` of the run, and a run of its own under it."""
-        self.metrics({f"eval/{name}/{key}": value for key, value in metrics.items()}, step)
-        texts = {key: str(value) for key, value in params.items()}
-        self._event("evaluation", name=name, step=step, params=texts, metrics=metrics)
+    def evaluation(
+        self,
+        name: str,
+        step: int,
+        params: dict[str, Any],
+        metrics: dict[str, float],
+        *,
+        curves: dict[str, float] | None = None,
+    ) -> None:
+        """The evaluation of one benchmark, as `eval/<name>/<metric>` of a run of its own under the training's.
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """A file, as it will be when it is sent; `folder` is its place among the run's artifacts."""
-        self._event("artifact", path=self._relative(path), folder=folder)
+        `curves` are those of its metrics that the training's run gets too; None: all.
+        """
+        self.metrics({f"eval/{name}/{key}": value for key, value in (curves or metrics).items()}, step)
+        texts = {key: str(value) for key, value in params.items()}
+        own = {f"eval/{name}/{key}": value for key, value in metrics.items()} | means_of([metrics])
+        self._event("evaluation", name=name, step=step, params=texts, metrics=own)
+
+    def artifact(
+        self, path: Path, folder: str | None = None, *, image: str | None = None, step: int | None = None
+    ) -> None:
+        """A file, as it will be when it is sent; `folder` is its place among the run's artifacts.
+
+        With `image` and `step` it is also shown among the run's pictures, under that name.
+        """
+        shown = {"image": image, "step": step} if image else {}
+        self._event("artifact", path=self._relative(path), folder=folder, **shown)
 
     def model(self, checkpoint: Path) -> None:
         """The network of a checkpoint as the run's model, registered if the recipe says so."""
@@ -227,10 +250,21 @@ def _training_id(log: Path) -> str:
     return uuid.uuid4().hex
 
 
+def means_of(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """`eval/recall_<k>` and `eval/reranked_recall_<k>`: means over benchmarks of what all of them have."""
+    shared = [key for key in results[0] if key.startswith(RECALLS) and all(key in one for one in results)]
+    return {f"eval/{key}": sum(one[key] for one in results) / len(results) for key in shared}
+
+
 def _params(recipe: Recipe) -> dict[str, str]:
-    """All keys of a recipe as MLflow takes them: UTF-8, no secrets."""
-    texts = {key: str(shareable(value))[:500] for key, value in recipe.as_flat().items() if key != "tracking.uri"}
+    """All keys of a recipe as MLflow takes them: UTF-8, no secrets. `recipe.yaml` has what is longer than it takes."""
+    texts = {key: cut(str(shareable(value))) for key, value in recipe.as_flat().items() if key != "tracking.uri"}
     return {key: as_utf_8(text) for key, text in texts.items()}
+
+
+def cut(text: str) -> str:
+    """A parameter's value as MLflow takes it, with a mark if some is left out."""
+    return text if len(text) <= LONGEST_PARAM else f"{text[: LONGEST_PARAM - 3]}..."
 
 
 def is_own_store(uri: str) -> bool:

@@ -24,6 +24,7 @@ from trainer.provenance import how_made
 from trainer.schedule import validations_since_best
 from trainer.state import TrainingState
 from trainer.stop_signal import StoppedInEvaluation, StopSignal, how_to_resume
+from trainer.tracking import means_of
 
 
 class Validation:
@@ -75,6 +76,15 @@ class Validation:
         self.state.progress.recalls[str(self.state.progress.step)] = recall
         return recall
 
+    def recalls_line(self) -> str:
+        """The mean recall at the smallest K of each validation, by step; empty if there was none."""
+        recalls = self.state.progress.recalls
+        if not recalls:
+            return ""
+        best = max(recalls, key=lambda step: recalls[step])
+        said = ", ".join(f"{value:.1f}{' (best)' if step == best else ''} at {step}" for step, value in recalls.items())
+        return f"mean R@{self.config.recall_at[0]} by step: {said}"
+
     def evaluate_trained(self, pictures: Path) -> list[Result]:
         """Results at the end, when all is saved; every rank must call this.
 
@@ -111,11 +121,15 @@ class Validation:
                         continue
                 results.append(result)
                 params = {"benchmark": benchmark.name, "protocol": result.protocol, "weights": label, "rerank": rerank}
-                self.tracker.evaluation(benchmark.name, step, params, result.metrics())
+                # Extraction costs less without local features: a curve is of evaluations that are alike.
+                curves = result.metrics() if rerank or not self.config.rerank.enabled else result.recalls()
+                self.tracker.evaluation(benchmark.name, step, params, result.metrics(), curves=curves)
                 if self.rank.is_main:
                     self.console.print(f"{label}: {result.line()}", highlight=False, soft_wrap=True)
                 if pictures and self.rank.is_main:
                     self._draw(pictures / benchmark.name, benchmark, result, config)
+            if results:
+                self.tracker.metrics(means_of([result.recalls() for result in results]), step)
             if pictures and results and self.rank.is_main:
                 self._report(pictures.parent, results, config)
         return results
@@ -156,7 +170,9 @@ class Validation:
 
         try:
             for picture in draw_pictures(folder, benchmark, result, self.state.model, config):
-                self.tracker.artifact(picture, f"pictures/{benchmark.name}")
+                image = f"pictures/{benchmark.name}/{picture.stem}"
+                step = self.state.progress.step
+                self.tracker.artifact(picture, f"pictures/{benchmark.name}", image=image, step=step)
         except OSError as error:
             self._say(f"pictures could not be written to {folder} ({reason(error)})")
 

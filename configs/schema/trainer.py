@@ -35,6 +35,11 @@ class TrainerConfig(Section):
         600, description="Seconds that the last checkpoint is tried again where the disk is full or gone."
     )
     log_every_steps: Positive = Field(1, description="Steps between logged metrics.")
+    log_negatives_every: NonNegative = Field(
+        0,
+        description="Steps between tables of the hardest negatives that the queue gave, with their ages, in "
+        "negatives.csv of the output folder (`rerankvpr show negatives`); 0 is never.",
+    )
     profile_steps: tuple[NonNegative, NonNegative] | None = Field(
         None,
         description="First and last step (0 is the first) that are traced into profile/ of the output folder, a file "

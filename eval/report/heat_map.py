@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from eval.sweep import Sweep
+from eval.report.figures import AROUND, BLACK, TEXT, new_figure, save_figure
+from eval.sweep import SweptRecall
+
+LINE = 100  # characters
+DARK = 0.35  # share of the colours from either end on which text is white
 
 
-def draw_heat_map(path: Path, recall_SM: NDArray[np.float64], sweep: Sweep, title: str, first_stage: float) -> None:
-    """Recall over both thresholds as a picture; the colours are centred on the first stage's recall."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+def draw_heat_map(path: Path, swept: SweptRecall) -> None:
+    """Recall over both thresholds as a picture: white is the first stage's recall, orange below it, purple above."""
+    recall_SM = np.array(swept.recall, dtype=np.float64)
+    figure = new_figure(2.2 + 0.85 * len(swept.match), 2.6 + 0.5 * len(swept.saliency))
     axis = figure.subplots()
-    reach = max(1.0, float(np.abs(recall_SM - first_stage).max()))
-    shown = axis.imshow(recall_SM, cmap="RdYlGn", vmin=first_stage - reach, vmax=first_stage + reach, aspect="auto")
+    reach = max(1.0, float(np.abs(recall_SM - swept.retrieved).max()))
+    low, high = swept.retrieved - reach, swept.retrieved + reach
+    shown = axis.imshow(recall_SM, cmap=AROUND, vmin=low, vmax=high, aspect="auto")
     for s, row in enumerate(recall_SM):
         for m, value in enumerate(row):
-            axis.text(m, s, f"{value:.1f}", ha="center", va="center", fontsize=7)
-    axis.set_xticks(range(len(sweep.match)), [f"{m:g}" for m in sweep.match])
-    axis.set_yticks(range(len(sweep.saliency)), [f"{s:g}" for s in sweep.saliency])
-    axis.set_xlabel("nn_match_thresh")
-    axis.set_ylabel("saliency_thresh")
-    axis.set_title(title, fontsize=9)
-    figure.colorbar(shown, label=f"recall in %; yellow is retrieval's {first_stage:.1f}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+            share = (value - low) / (high - low)
+            colour = "white" if min(share, 1 - share) < DARK / 2 else BLACK
+            weight = "bold" if value == recall_SM.max() else "normal"
+            axis.text(m, s, f"{value:.1f}", ha="center", va="center", fontsize=TEXT, color=colour, fontweight=weight)
+    axis.set_xticks(range(len(swept.match)), [f"{m:g}" for m in swept.match], fontsize=TEXT)
+    axis.set_yticks(range(len(swept.saliency)), [f"{s:g}" for s in swept.saliency], fontsize=TEXT)
+    axis.set_xlabel("least cosine of a match (nn_match_thresh)", fontsize=TEXT)
+    axis.set_ylabel("least saliency of a patch (saliency_thresh)", fontsize=TEXT)
+    said = "bold: the highest" + (", frame: the settings' own thresholds" if _frame_own(axis, swept) else "")
+    title = f"{swept.benchmark}: R@{swept.k} re-ranked, retrieved {swept.retrieved:.1f} ({said})"
+    axis.set_title("\n".join([title, *textwrap.wrap(swept.rule, LINE)]), fontsize=TEXT - 1)
+    bar = figure.colorbar(shown)
+    bar.set_label(f"recall in %; white is retrieval's {swept.retrieved:.1f}", fontsize=TEXT)
+    bar.ax.tick_params(labelsize=TEXT)
+    save_figure(figure, path)
+
+
+def _frame_own(axis: Any, swept: SweptRecall) -> bool:
+    """Frames the cell of the settings' own thresholds, if they are on the grid."""
+    saliency, match = swept.own
+    if saliency not in swept.saliency or match not in swept.match:
+        return False
+    from matplotlib.patches import Rectangle
+
+    corner = swept.match.index(match) - 0.5, swept.saliency.index(saliency) - 0.5
+    axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=BLACK, linewidth=2.5))
+    return True

@@ -22,6 +22,7 @@ def results_table(evaluations: Sequence[Evaluation]) -> str:
     for one in evaluations:
         for name, result in one.results.items():
             about = [str(result.get(key, "")) for key in ("protocol", "layout", "pixels", "precision")]
+            about += [f"re-ranked: {rule}" for rule in [result.get("rerank_rule")] if rule]
             counts = f"{result.get('num_queries', '?')} queries in {result.get('num_database', '?')}"
             stages = _stages(result, ks)
             what = (

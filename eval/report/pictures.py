@@ -15,14 +15,16 @@ from eval.benchmarks.benchmark import Benchmark
 from eval.local_features import NO_CELL, LocalFeatures, compact, grid_of, read_local
 from eval.matching import Matches, agreeing, mutual_matches
 from eval.pixels import load_image
+from eval.report.figures import BLUE, ORANGE, short_name
 from eval.result import Result
 from model.network import PlaceModel
 
 mpl.use("Agg")
 
-RIGHT, WRONG = "#2e9e4f", "#cc3b3b"
-COLOURS = {True: RIGHT, False: WRONG, None: None}
+COLOURS = {True: BLUE, False: ORANGE, None: None}
+MARKS = {True: " ✓", False: " ✗", None: ""}  # so that colours are not needed
 SHOWN = 3
+NAME = 14  # characters of a query's name above its picture
 LINES = 60
 SCORING: dict[str, Any] = {"color": "#39d6ff", "alpha": 0.8}
 OTHERS: dict[str, Any] = {"color": "#9aa0a6", "alpha": 0.35}
@@ -84,16 +86,17 @@ def _draw_retrieval(path: Path, benchmark: Benchmark, result: Result, chosen: li
     figure = Figure(figsize=(1.7 * columns, 1.85 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), columns, squeeze=False)
     for row, query in zip(axes, chosen, strict=True):
-        _frame(row[0], benchmark.queries[query], f"query {query}", None)
+        _frame(row[0], benchmark.queries[query], f"query {benchmark.queries[query].stem[-NAME:]}", None)
         for stage, (label, predictions_QK) in enumerate(stages):
             for place in range(shown):
                 number = int(predictions_QK[query, place])
                 if number < 0:
                     row[1 + stage * shown + place].set_axis_off()
                     continue
-                colour = COLOURS[_is_right(benchmark, query, number)]
-                _frame(row[1 + stage * shown + place], benchmark.database[number], f"{label} {place + 1}", colour)
-    told = ": green is the place of the query" if benchmark.num_labelled else ""
+                is_right = _is_right(benchmark, query, number)
+                title = f"{label} {place + 1}{MARKS[is_right]}"
+                _frame(row[1 + stage * shown + place], benchmark.database[number], title, COLOURS[is_right])
+    told = "\n✓, blue: the place of the query; ✗, orange: another place" if benchmark.num_labelled else ""
     figure.suptitle(f"{benchmark.name} ({benchmark.protocol}){told}", fontsize=10)
     figure.savefig(path, dpi=90)
     return path
@@ -135,7 +138,8 @@ def _draw_matches(
                 heat, extent=(start, start + width, height, 0), cmap="inferno", interpolation="bilinear", zorder=1
             )
         left.imshow(picture, alpha=0.45, zorder=2)
-        left.set_title(f"query {query} and its best candidate: CLS attention", fontsize=8)
+        names = [short_name(file) for file in (benchmark.queries[query], benchmark.database[number])]
+        left.set_title(f"{names[0]} and its first candidate: CLS attention", fontsize=8)
         right.imshow(picture)
         matched, scoring = _matches(matches, features, config.rerank)
         side = model.spec.patch
@@ -149,7 +153,7 @@ def _draw_matches(
         verdict = {True: ": the place", False: ": another place", None: ""}[is_right]
         agree = "" if config.rerank.geometry == "none" else f", {int(scoring.sum())} agree on a shift"
         shown = f"; {LINES} drawn" if int(scoring.sum()) > LINES else ""
-        title = f"{len(matched)} matches{agree}{shown}{verdict}"
+        title = f"{names[1]}\n{len(matched)} matches{agree}{shown}{verdict}{MARKS[is_right]}"
         right.set_title(title, fontsize=8, color=COLOURS[is_right] or "black")
         for axis in (left, right):
             axis.set_axis_off()

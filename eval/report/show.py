@@ -12,17 +12,16 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from configs.reading import as_utf_8
 from data_pipeline.images import normalise
 from eval.describer import Describer
 from eval.given_images import GivenImage, pixels_of
 from eval.local_features import grid_of, min_max
+from eval.report.figures import short_name
 from eval.report.match_pictures import dim_others
 
 FACETS = ("query", "key", "value")
 SCORES, OTHER = "#39d6ff", "#9aa0a6"
 MOST_LINES = 80
-LONGEST_NAME = 28  # characters of a file's name in a title
 KEPT_PERCENT = (2, 98)  # of a component's values; what is beyond them has the colours at the ends
 
 
@@ -215,11 +214,4 @@ def _mark(axis: Any, one: Seen, cell: tuple[int, int]) -> None:
 
 
 def _name(given: GivenImage, number: int) -> str:
-    """An image's file and the folder that it is in: traverses of a route have files of the same names."""
-    if not isinstance(given, str | Path):
-        return f"image {number}"
-    folder, name = ("", *Path(as_utf_8(str(given))).parts)[-2:]
-    if len(name) > LONGEST_NAME:
-        half = LONGEST_NAME // 2
-        name = f"{name[:half]}...{name[-half:]}"
-    return f"{folder}/{name}" if folder else name
+    return short_name(Path(given)) if isinstance(given, str | Path) else f"image {number}"

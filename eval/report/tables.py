@@ -16,12 +16,15 @@ from configs.image_size import shown_size
 from eval.recall import Recall
 from eval.result import Result
 
+SETTINGS = ("top_k", "saliency_thresh", "nn_match_thresh")  # of the re-ranking, columns of their own
+
 
 def results_table(results: list[Result]) -> Table:
     """First stage and re-ranked, one row each, with intervals, protocol, what was read of the folder, and cost."""
     ks = next((list(result.retrieved.by_k) for result in results if result.retrieved), [])
     title = "Recall in %, with 95 % intervals over queries" if ks else "Predictions, without recall"
-    table = Table(title=title, title_justify="left")
+    rules = list(dict.fromkeys(result.rerank_rule for result in results if result.rerank_rule))
+    table = Table(title="\n".join([title, *(f"re-ranked: {rule}" for rule in rules)]), title_justify="left")
     table.add_column("benchmark, protocol", overflow="fold")
     table.add_column("stage")
     for k in ks:
@@ -34,7 +37,8 @@ def results_table(results: list[Result]) -> Table:
         if result.num_labelled:
             counts = f"{counts}, {result.num_labelled} with ground truth"
         about = (result.name, result.protocol, result.layout, f"{result.pixels}, {result.precision}", counts)
-        cost = f"{ms['extraction_s_per_image']}/image\n{ms['retrieval_s_per_query']}/query"
+        speed = f"{result.images_per_s:,.0f} images/s"
+        cost = f"{ms['extraction_s_per_image']}/image\n{speed}\n{ms['retrieval_s_per_query']}/query"
         label = "retrieved"
         if result.index_agreement is not None:
             label += f"\n{result.index}: {result.index_agreement:.1f} %\nof the exact"
@@ -67,16 +71,19 @@ def write_results(
     *,
     model: str,
     before: list[dict[str, Any]] | None = None,
+    validations: dict[str, float] | None = None,
     made: dict[str, str] | None = None,
 ) -> None:
     """`results.json`: the model, and for each benchmark protocol, recall by K before and after re-rank, and timings.
 
-    `before` holds results of the untrained model, `made` the command, versions and machine. The file appears whole or
-    not at all.
+    `before` holds results of the untrained model, `validations` the mean recall at the smallest K by step, `made` the
+    command, versions and machine. The file appears whole or not at all.
     """
     content: dict[str, Any] = {"model": model, "results": [result.as_dict() for result in results]}
     if before is not None:
         content["before"] = before
+    if validations:
+        content["validations"] = validations
     if made:
         content["made"] = made
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +98,8 @@ def write_csv(path: Path, results: list[Result]) -> None:
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     names = ("benchmark", "protocol", "queries", "database", "image_size", "precision")
-    table.writerow([*names, "stage", "k", "recall", "low", "high", "labelled"])
+    cost = ("s_per_image", "images_per_s")
+    table.writerow([*names, "stage", "k", "recall", "low", "high", "labelled", *cost, *SETTINGS, "rerank"])
     for result in results:
         about = [
             result.name,
@@ -103,10 +111,18 @@ def write_csv(path: Path, results: list[Result]) -> None:
         ]
         labelled = result.num_queries if result.num_labelled is None else result.num_labelled
         if not result.stages():
-            table.writerow([*about, "", "", "", "", "", labelled])
+            table.writerow([*about, "", "", "", "", "", labelled, *_how(result, "")])
         for stage, recall in result.stages().items():
             for k, figure in recall.by_k.items():
                 bounds = [f"{bound:.4f}" for bound in figure.interval or ()] or ["", ""]
-                table.writerow([*about, stage, k, f"{figure.value:.4f}", *bounds, labelled])
+                table.writerow([*about, stage, k, f"{figure.value:.4f}", *bounds, labelled, *_how(result, stage)])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, out.getvalue())
+
+
+def _how(result: Result, stage: str) -> list[Any]:
+    """Seconds per image, images per second; of a stage after retrieval also its settings, of which None is all."""
+    seconds = result.timings.get("extraction_s_per_image", 0.0)
+    settings = result.rerank if result.rerank and stage in ("re-ranked", "gain") else {}
+    rule = result.rerank_rule if settings else ""
+    return [f"{seconds:.6f}", f"{result.images_per_s:.2f}", *(settings.get(name, "") for name in SETTINGS), rule]

@@ -14,15 +14,15 @@ CHARTS: dict[str, tuple[str, dict[str, str]]] = {
         "cosine",
         {"train/hardest_negative": "hardest negative", "train/hardest_positive": "hardest positive"},
     ),
-    "Negatives from memory": ("share", {"train/negatives_from_memory": "of the mined negatives"}),
+    "Negatives from memory": ("share", {"memory/negatives_from_memory": "of the mined negatives"}),
     "Memory queue": (
         "descriptors",
-        {"train/queue_fill": "held", "train/queue_effective_size": "effective, by their age weights"},
+        {"memory/queue_fill": "held", "memory/queue_effective_size": "effective, by their age weights"},
     ),
     "Learning rate": ("rate", {"train/lr": "learning rate"}),
     "Speed": ("images/s", {"train/images_per_s": "images per second"}),
 }
-DRIFT = "train/drift_age_"
+DRIFT = "memory/drift_age_"
 
 
 def training_curves(metrics: Path) -> list[str]:
