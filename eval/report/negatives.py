@@ -98,11 +98,12 @@ def draw_negatives(path: Path, table: Negatives, photograph: Photograph, *, most
         for number, (row, whole, anchor, negative) in enumerate(shown):
             left, right = axes[number // across, 2 * (number % across) :][:2]
             left.imshow(anchor)
-            left.set_title(f"place {whole['place']}, step {whole['step']}", fontsize=TEXT - 1)
+            left.set_title(f"anchor: place {whole['place']}\nstep {whole['step']}", fontsize=TEXT - 1)
             right.imshow(negative)
-            said = f"cosine {table.cosine_n[row]:.2f}, {whole['age']} steps old"
+            old = "1 step old" if whole["age"] == 1 else f"{whole['age']} steps old"
+            said = f"cosine {table.cosine_n[row]:.2f}, {old}"
             unknown = ", any view" if whole["negative_view"] < 0 else ""
-            right.set_title(f"place {whole['negative_place']}{unknown}\n{said}", fontsize=TEXT - 1)
+            right.set_title(f"negative: place {whole['negative_place']}{unknown}\n{said}", fontsize=TEXT - 1)
     save_figure(figure, path)
     return len(shown)
 
