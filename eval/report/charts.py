@@ -22,6 +22,7 @@ def line_chart(
     title: str,
     x: str,
     y: str,
+    x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
 ) -> str:
     """An SVG of named lines, each (xs, ys); values that are not finite leave a gap. Empty if no line has two points."""
@@ -35,7 +36,7 @@ def line_chart(
         return ""
     every_x = np.concatenate([xs for xs, _ in kept.values()])
     every_y = np.concatenate([ys[np.isfinite(ys)] for _, ys in kept.values()])
-    x_low, x_high = _range(float(every_x.min()), float(every_x.max()))
+    x_low, x_high = x_range or _range(float(every_x.min()), float(every_x.max()))
     y_low, y_high = y_range or _range(float(every_y.min()), float(every_y.max()))
     parts = [_axes(title, x, y, (x_low, x_high), (y_low, y_high), rows=len(kept))]
     for number, (name, (x_N, y_N)) in enumerate(kept.items()):

@@ -228,6 +228,7 @@ def _precision_curve(found: Found) -> str:
         title="Precision of the first candidate",
         x="queries answered right, %",
         y="precision in %",
+        x_range=(0, 100),
         y_range=(0, 100),
     )
 

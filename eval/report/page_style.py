@@ -24,9 +24,9 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
 .query { border-top: 1px solid var(--line); padding: .6rem 0; break-inside: avoid; }
 .strips { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: flex-start; }
 .strip { display: flex; flex-wrap: wrap; gap: .3rem; align-items: flex-start; }
-.strip > b { width: 100%; font-weight: 600; font-size: .8rem; color: var(--quiet); }
-.strip figure { margin: 0; width: 98px; overflow-wrap: anywhere; font-size: .72rem; line-height: 1.25; }
-.strip img { width: 98px; height: 74px; object-fit: cover; border: 3px solid var(--line); border-radius: 3px;
+.strip > b { width: 0; min-width: 100%; font-weight: 600; font-size: .8rem; color: var(--quiet); }
+.strip figure { margin: 0; width: 96px; overflow-wrap: anywhere; font-size: .72rem; line-height: 1.25; }
+.strip img { width: 96px; height: 72px; object-fit: cover; border: 3px solid var(--line); border-radius: 3px;
   display: block; background: var(--soft); }
 .yes img { border-color: var(--right); } .no img { border-color: var(--wrong); border-style: dashed; }
 .yes .mark { color: var(--right); } .no .mark { color: var(--wrong); } .mark { font-weight: 700; }
@@ -37,6 +37,10 @@ fieldset label { margin-right: 1em; white-space: nowrap; }
 .pairs figcaption { font-size: .85rem; } [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--a); outline-offset: 2px; }
 pre { background: var(--soft); padding: .6em; overflow-x: auto; }
+.results .about { max-width: min(70rem, calc(100vw - 4rem)); font-weight: 600; } .results .small { font-weight: 400; }
+.results tbody tr:not(:first-child) th { font-weight: 400; }
+@media (max-width: 600px) { th, td { min-width: 0; padding: .3em .35em; }
+  .results td.number { white-space: normal; min-width: 3.6em; } .results td.number:last-child { min-width: 9em; } }
 @media print { nav, fieldset { display: none; } body { max-width: none; } }
 """
 

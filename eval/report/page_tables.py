@@ -15,24 +15,28 @@ RESAMPLES = 2000
 
 
 def results_table(evaluations: Sequence[Evaluation]) -> str:
-    """A row per evaluation, benchmark and stage: recall@K with 95 % intervals, and what it costs."""
+    """A group of rows per evaluation and benchmark, a row per stage: recall@K with 95 % intervals, and what it costs.
+
+    What a group is about stands above it, so that its figures are in sight on a phone.
+    """
     ks = sorted({int(k) for one in evaluations for result in one.results.values() for k in result.get("recall") or {}})
     heads = "".join(f'<th scope="col" class="number">R@{k}, %</th>' for k in ks)
-    rows = []
+    groups = []
     for one in evaluations:
         for name, result in one.results.items():
             about = [str(result.get(key, "")) for key in ("protocol", "layout", "pixels", "precision")]
             about += [f"re-ranked: {rule}" for rule in [result.get("rerank_rule")] if rule]
             counts = f"{result.get('num_queries', '?')} queries in {result.get('num_database', '?')}"
-            stages = _stages(result, ks)
+            told = "; ".join(map(escape, filter(None, [one.name, *about, counts])))
             what = (
-                f'<th scope="row" rowspan="{len(stages)}">{escape(name)}<br><span class="small">{escape(one.name)}<br>'
-                f"{'<br>'.join(map(escape, filter(None, about)))}<br>{escape(counts)}</span></th>"
+                f'<tr><th scope="rowgroup" colspan="{len(ks) + 2}"><div class="about">{escape(name)}<br>'
+                f'<span class="small">{told}</span></div></th></tr>'
             )
-            rows += [f"<tr>{'' if number else what}{cells}</tr>" for number, cells in enumerate(stages)]
+            rows = "".join(f"<tr>{cells}</tr>" for cells in _stages(result, ks))
+            groups.append(f"<tbody>{what}{rows}</tbody>")
     return (
-        f'<div class="scroll"><table><thead><tr><th scope="col">benchmark</th><th scope="col">stage</th>{heads}'
-        f'<th scope="col" class="number">cost</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<div class="scroll"><table class="results"><thead><tr><th scope="col">stage</th>{heads}'
+        f'<th scope="col" class="number">cost</th></tr></thead>{"".join(groups)}</table></div>'
     )
 
 
@@ -60,7 +64,7 @@ def _row(stage: str, values: Any, intervals: Any, ks: Sequence[int], cost: str, 
         interval = bounds.get(k) or ()
         small = f'<br><span class="small">{" to ".join(f"{b:{sign}.1f}" for b in interval)}</span>' if interval else ""
         cells.append(f'<td class="number">{f"{by_k[k]:{sign}.1f}" if k in by_k else "-"}{small}</td>')
-    return f'<td>{stage}</td>{"".join(cells)}<td class="number small">{cost}</td>'
+    return f'<th scope="row">{stage}</th>{"".join(cells)}<td class="number small">{cost}</td>'
 
 
 def _rate(seconds: Any, what: str) -> str:
