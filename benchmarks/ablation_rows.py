@@ -172,6 +172,7 @@ TOWN = Plan(
     trainings={
         BASE: {},
         **QUEUE_TRAININGS,
+        "start-4": {"memory.start_epoch": 4},
         "min-negative": {"memory.min_negative_m": 150.0},
         "hard-places": {"data.hard_share": 0.5, "data.hard_min_m": 25.0},
         "guided-0.1": {"loss.guided_weight": 0.1},
@@ -191,6 +192,7 @@ TOWN = Plan(
     rows=(
         Row(BASE, "queue of 1,440, decay 0.1, 36 places a batch, mixed, gem, all 4 blocks, bilinear, 84 -> 84"),
         *QUEUE_ROWS,
+        Row("start-4", "queue from epoch 4 on, not 2", "start-4"),
         Row("min-negative", "no negatives within 150 m: the next houses", "min-negative"),
         Row("hard-places", "half of the steps of hard places, 25 m apart", "hard-places"),
         Row("guided-0.1", "guided matching loss, weight 0.1", "guided-0.1"),
