@@ -19,12 +19,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from launch.fork_server import SERVER_MODULE
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = ["tests.warm"]
@@ -163,7 +164,7 @@ def _run_module(folder: Path, command: Sequence[str], environment: Mapping[str, 
 
 
 def _first_server_is_a_fork() -> None:
-    """Lets the first fork server that this process starts be a fork of it: what it would import is here already.
+    """Lets the first fork server that a launch starts be a fork of it: what it would import is here already.
 
     Its place among processes, its descriptors and all that it does are those of a new one, as is every later server.
     """
@@ -171,7 +172,7 @@ def _first_server_is_a_fork() -> None:
 
     def start(path: bytes, arguments: Sequence[Any], passed: Sequence[int]) -> int:
         code = str(arguments[-1])
-        if "multiprocessing.forkserver" not in code or threading.active_count() > 1:
+        if SERVER_MODULE not in code:
             return int(in_a_new_process(path, arguments, passed))
         multiprocessing.util.spawnv_passfds = in_a_new_process
         for stream in (sys.stdout, sys.stderr):

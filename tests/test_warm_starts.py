@@ -232,7 +232,7 @@ def leaks(starts: int, folder: Path) -> None:
     assert process.returncode == 2
     third = starts // 3
     early, late = (
-        [max(f) for f in zip(*(s[1:] for s in seen if low <= s[0] < high), strict=True)]
+        [min(f) for f in zip(*(s[1:] for s in seen if low <= s[0] < high), strict=True)]  # between two starts
         for low, high in ((1, 1 + third), (starts - third, starts))
     )
     names = ("agent's descriptors", "server's descriptors", "processes", "ports", "agent's threads")

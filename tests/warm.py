@@ -10,7 +10,16 @@ import importlib
 from launch.torchrun import preload
 
 MODULES = (
-    *("pytest", "hypothesis", "faiss", "pandas", "scipy.spatial", "pytorch_metric_learning.losses"),
+    *(
+        "pytest",
+        "hypothesis",
+        "torch.distributed.run",
+        "torch.distributed.launcher.api",
+        "faiss",
+        "pandas",
+        "scipy.spatial",
+        "pytorch_metric_learning.losses",
+    ),
     *("mlflow.pyfunc", "mlflow.system_metrics.metrics.cpu_monitor", "trainer.mlflow_sender", "trainer.logged_model"),
     *("trainer.preflight", "trainer.plan", "trainer.fit", "trainer.export_formats", "memory.library_loss"),
     *("eval.index.index", "eval.report.locations", "eval.report.written", "eval.report.training_curves"),
