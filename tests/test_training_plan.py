@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from configs.schema import Recipe
 from launch.plan_command import main
 from model.network import build_model, meta_model
 from trainer.activations import block_activations
+from trainer.engine import LIVE
 from trainer.engine_state import keepers
 from trainer.feeding import stream_line
 from trainer.flops import forward_flops, model_flops, peak_tflops, step_flops
@@ -222,8 +224,10 @@ def test_bytes_sent_are_those_of_rings() -> None:
         stage: bytes_sent(recipe(engine={"zero_stage": stage}), sizes, 4)["gradients, reduced"] for stage in (0, 1, 3)
     }
     assert at == {0: 2 * ring * 4 * sizes.trained, 1: 2 * ring * 4 * sizes.trained, 3: ring * 4 * sizes.trained}
-    gathered = bytes_sent(recipe(engine={"zero_stage": 3}), sizes, 4)["weights, gathered for use"]
-    assert gathered == ring * 4 * (sizes.total + sizes.trained)
+    at_3 = recipe(engine={"zero_stage": 3})
+    assert bytes_sent(at_3, sizes, 4)["weights, gathered for use"] == ring * 4 * sizes.total  # kept until backward
+    large = replace(sizes, trained=sizes.trained + LIVE)
+    assert bytes_sent(at_3, large, 4)["weights, gathered for use"] == ring * 4 * (large.total + large.trained)
     assert not bytes_sent(recipe(), sizes, 1)
 
 
