@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchcodec.decoders import decode_jpeg, decode_png, decode_webp
 
 from configs.reading import is_out_of_memory, reason
@@ -129,7 +129,10 @@ def _open(data: bytes) -> Image.Image:
     if data[4:8] == b"ftyp":
         brands = data[8 : int.from_bytes(data[:4], "big")]
         formats = ("AVIF",) if b"avif" in brands or b"avis" in brands else _heic()
-    image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError as error:  # its own words name an object in memory
+        raise ValueError("its bytes are of no image format that is read, or cut off in its header") from error
     _check_size(*image.size, MAX_PIXELS if image.format in _BY_TORCHCODEC else MAX_PIXELS_OF_PILLOW)
     if image.format != "HEIF" and (pictures := getattr(image, "n_frames", 1)) > 1:
         raise ValueError(f"{pictures} pictures in one file (an animation, or pages), not a photograph")

@@ -102,7 +102,7 @@ def png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "status", "words"),
     [
-        (b"hello", 422, "not a readable image"),
+        (b"hello", 422, "not a readable image (its bytes are of no image format that is read"),
         (b"", 422, "empty file"),
         (png(1001, 1000), 413, "1001 x 1000 pixels; at most 1 megapixels here"),
         (os.urandom(600_000), 413, "at most 0.5 MB"),
