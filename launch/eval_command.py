@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -251,7 +251,7 @@ def _evaluate(
                     watchdog.alive()
                     update(done, total, note)
 
-                on_features = _sweep(console, command, benchmark, rank) if command.sweep else None
+                on_features = _sweep(console, command, benchmark, rank, writing) if command.sweep else None
                 result = evaluate(model, benchmark, config, on_progress=report, cache=cache, on_features=on_features)
             results.append(result)
             if rank.is_main:
@@ -308,7 +308,13 @@ def _evaluate(
     return not_written
 
 
-def _sweep(console: Console, command: EvalCommand, benchmark: Benchmark, rank: Rank) -> OnFeatures:
+def _sweep(
+    console: Console,
+    command: EvalCommand,
+    benchmark: Benchmark,
+    rank: Rank,
+    writing: Callable[[Path], AbstractContextManager[None]],
+) -> OnFeatures:
     """What to do with a benchmark's features and candidates: the sweep, its table, its picture."""
     from eval.report.heat_map import draw_heat_map
     from eval.sweep import sweep_recall
@@ -323,7 +329,9 @@ def _sweep(console: Console, command: EvalCommand, benchmark: Benchmark, rank: R
             table.add_row(f"{thresh:g}", *(f"{value:.1f}" for value in row))
         console.print(table)
         if command.out:
-            draw_heat_map(command.out / "sweeps" / f"{benchmark.name}.png", swept)
-            swept.write(command.out / "sweeps" / f"{benchmark.name}.json")
+            for suffix, write in ((".png", lambda file: draw_heat_map(file, swept)), (".json", swept.write)):
+                file = command.out / "sweeps" / f"{benchmark.name}{suffix}"
+                with writing(file):
+                    write(file)
 
     return run

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     # torch is loaded here, not for help.
     from rich.console import Console
 
+    from configs.files import write_whole
     from trainer.fit import fitted
     from trainer.plan import Assumed, check_fit, plan, print_plan
     from trainer.preflight import check_training
@@ -62,6 +63,6 @@ def main(argv: list[str]) -> int:
     for line in absent:
         console.print(f"[yellow]not here: {line}", highlight=False, soft_wrap=True)
     if command.json:
-        command.json.write_text(json.dumps(planned.figures(), indent=1) + "\n")
+        write_whole(command.json, json.dumps(planned.figures(), indent=1) + "\n")
     check_fit(planned)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import subprocess
@@ -45,6 +46,29 @@ def test_list_needs_no_weights(place: Path) -> None:
     done = run(place, "--list")
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("msls_val", "tokyo247", "nordland", "eynsham", "manifest:FILE"))
+
+
+def test_results_are_printed_though_the_disk_is_full(place: Path, tiny_disk: Path) -> None:
+    """Each file that found no room is named, and none of them is there in part."""
+    with contextlib.suppress(OSError):
+        (tiny_disk / "filler").write_bytes(b"x" * 2**20)
+    flags = ("--weights", "tiny.safetensors", "--benchmarks", "manifest:mine.csv", "--image-size", "42", "--sweep")
+    done = run(place, *flags, "--recall-at", "1", "--pictures", "1", "--out", str(tiny_disk / "out"))
+    assert done.returncode == 2, done.stderr
+    assert "re-ranked" in done.stdout
+    lines = done.stderr.splitlines()
+    for name in (
+        "sweeps/mine.png",
+        "pictures/mine",
+        "results.json",
+        "results.csv",
+        "predictions.parquet",
+        "report.html",
+    ):
+        assert any(f"{tiny_disk / 'out' / name} could not be written ([Errno 28] No space" in line for line in lines), (
+            name
+        )
+    assert not [path for path in (tiny_disk / "out").rglob("*") if path.is_file() and path.stat().st_size]
 
 
 def test_results_table_csv_sweep_and_tracking(place: Path) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.markup import escape
 
+from configs.files import write_whole
 from configs.load import shareable
 from configs.reading import as_utf_8
 from configs.schema import Recipe
@@ -179,7 +180,7 @@ class Tracker:
     def _write_environment(self, facts: dict[str, str]) -> None:
         file = self._folder / "environment.json"
         try:
-            file.write_text(json.dumps(facts, indent=1) + "\n")
+            write_whole(file, json.dumps(facts, indent=1) + "\n")
         except OSError as error:
             self._say(f"{file}: {error.strerror or error}; not written")
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from configs.files import replacing
 from configs.reading import as_utf_8
 
 # Okabe and Ito, "Color Universal Design", 2008.
@@ -37,9 +38,10 @@ def named_axis(axis: Any, *, title: str, x: str, y: str) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes it in the format that the name's suffix says; folders are made."""
+    """Writes it, whole or not at all, in the format that the name's suffix says; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=DPI)
 
 
 def short_name(path: Path) -> str:

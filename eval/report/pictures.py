@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
+from configs.files import replacing
 from configs.schema import EvalConfig, RerankConfig
 from data_pipeline.images import normalise, read_image
 from eval.benchmarks.benchmark import Benchmark
@@ -98,7 +99,8 @@ def _draw_retrieval(path: Path, benchmark: Benchmark, result: Result, chosen: li
                 _frame(row[1 + stage * shown + place], benchmark.database[number], title, COLOURS[is_right])
     told = "\n✓, blue: the place of the query; ✗, orange: another place" if benchmark.num_labelled else ""
     figure.suptitle(f"{benchmark.name} ({benchmark.protocol}){told}", fontsize=10)
-    figure.savefig(path, dpi=90)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=90)
     return path
 
 
@@ -160,7 +162,8 @@ def _draw_matches(
             axis.set_xlim(0, picture.shape[1])
             axis.set_ylim(picture.shape[0], 0)
     figure.suptitle(f"{benchmark.name}: what re-ranking sees", fontsize=10)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
     model.train(was_training)
     return path
 

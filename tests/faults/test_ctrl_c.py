@@ -119,7 +119,7 @@ COMMANDS = {
     "launch": "launch --nproc-per-node 2 -- train recipe.yaml --output {new} --tracking.enabled False",
     "submit": "submit --dry-run --nodes 2 --gpus-per-node 1 -- train recipe.yaml --output {new}",
     "doctor": "doctor",
-    "eval": "eval --checkpoint made/run --benchmarks folder:many --image-size 28 --no-rerank --out {new}",
+    "eval": "eval --checkpoint made/run --benchmarks folder:many --image-size 28 --recall-at 1 --no-rerank --out {new}",
     "index": "index build many/images/test/database --checkpoint made/run --out {new}",
     "locate": "locate many/images/test/queries --index made/index --json {new}.json",
     "show": "show pca town/images/test/database --model made/run --out {new}.png",
@@ -138,10 +138,10 @@ def made(workplace: Path) -> Path:
     write_checkpoint(made / "run", Recipe.model_validate({"model": {"backbone": "tiny14", "weights": "random"}}))
     shards = shutil.copytree(workplace / "shards", made / "set")
     assert shards
-    town = ("--image-size", "28", "--no-rerank")
+    town = ("--checkpoint", "made/run", "--image-size", "28", "--no-rerank")
     for words in (
-        ("index", "build", "town/images/test/database", "--checkpoint", "made/run", "--out", "made/index", *town),
-        ("eval", "--checkpoint", "made/run", "--benchmarks", "folder:town", "--out", "made/results", *town),
+        ("index", "build", "town/images/test/database", "--out", "made/index", *town),
+        ("eval", "--benchmarks", "folder:town", "--out", "made/results", "--recall-at", "1", *town),
     ):
         forked.run(workplace, "rerankvpr", *words).check_returncode()
     flags = ("--output", "made/tracked", "--trainer.max-steps", "2", "--eval.benchmarks")
