@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
 from rich.console import Console
 
 from configs.schema import Recipe
@@ -86,3 +87,23 @@ def track(
     console = Console(file=said or io.StringIO(), width=1000)
     facts = {"world_size": "1"}
     return Tracker(recipe, recipe.output, console, training=training, run_id=run_id, active=True, facts=facts)
+
+
+def steps_of(client: MlflowClient, run_id: str | None, name: str = "train/loss") -> list[int]:
+    return sorted(metric.step for metric in client.get_metric_history(run_id, name))
+
+
+def runs_of(client: MlflowClient, recipe: Recipe) -> list[Any]:
+    """The trainings of an experiment; evaluations are runs under them."""
+    experiment = client.get_experiment_by_name(recipe.tracking.experiment)
+    runs = client.search_runs([experiment.experiment_id])
+    return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+
+
+def training_that_never_ends(recipe: Recipe) -> None:
+    tracker = Tracker(recipe, recipe.output, Console(), training=None, run_id=None, active=True)
+    for step in range(5):
+        tracker.metrics({"train/loss": 1.0}, step)
+    while True:
+        time.sleep(0.1)
+        tracker.metrics({"train/loss": 1.0}, 5)

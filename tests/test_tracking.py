@@ -8,26 +8,30 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from rich.console import Console
 
 import rerankvpr
 from configs.load import recipe_text
-from configs.schema import Recipe
 from data_pipeline.images import normalise
 from launch.sync_command import main as sync
 from tests import forked
 from tests.checkpoints import write_checkpoint
-from tests.mlflow_server import Server, recipe_for, track, wait_until
+from tests.mlflow_server import (
+    Server,
+    recipe_for,
+    runs_of,
+    steps_of,
+    track,
+    training_that_never_ends,
+    wait_until,
+)
 from trainer import tracking
 from trainer.metrics_log import read_records
 from trainer.mlflow_sender import Sender, read_state
-from trainer.tracking import Tracker
 
 pytestmark = pytest.mark.slow
 
@@ -50,17 +54,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.1)
     monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-
-
-def steps_of(client: MlflowClient, run_id: str | None, name: str = "train/loss") -> list[int]:
-    return sorted(metric.step for metric in client.get_metric_history(run_id, name))
-
-
-def runs_of(client: MlflowClient, recipe: Recipe) -> list[Any]:
-    """The trainings of an experiment; evaluations are runs under them."""
-    experiment = client.get_experiment_by_name(recipe.tracking.experiment)
-    runs = client.search_runs([experiment.experiment_id])
-    return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
 
 
 def test_a_training_goes_on_where_its_disk_is_full_from_the_start(tiny_disk: Path, server: Server) -> None:
@@ -114,9 +107,6 @@ def test_a_clock_that_is_set_back_leaves_no_run_open(
         assert MlflowClient(server.uri).get_run(tracker.run_id).info.status == status
     times = [record["time_ms"] for _, _, record in read_records(recipe.output / "metrics.jsonl") if record]
     assert times == sorted(times)
-
-
-# The server
 
 
 def test_a_killed_server_costs_two_trainings_neither_time_nor_a_metric(server: Server, tmp_path: Path) -> None:
@@ -215,15 +205,6 @@ def test_what_a_dead_server_missed_is_synced_once(
     stored = client.download_artifacts(run.info.run_id, "configuration/recipe.yaml", str(tmp_path))
     assert "secret" not in Path(stored).read_text()
     assert "secret" not in (folder / "metrics.jsonl").read_text()
-
-
-def training_that_never_ends(recipe: Recipe) -> None:
-    tracker = Tracker(recipe, recipe.output, Console(), training=None, run_id=None, active=True)
-    for step in range(5):
-        tracker.metrics({"train/loss": 1.0}, step)
-    while True:
-        time.sleep(0.1)
-        tracker.metrics({"train/loss": 1.0}, 5)
 
 
 def test_a_killed_training_goes_on_in_its_run(
@@ -346,12 +327,7 @@ def test_a_store_that_lost_the_run_gets_all_of_it(server: Server, tmp_path: Path
     assert "does not know run" in said[0]
 
 
-# The model
-
-
-def test_the_best_model_is_logged_loaded_and_registered(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_model_is_logged_and_loaded(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
     monkeypatch.chdir(tmp_path)
@@ -379,8 +355,7 @@ def test_the_best_model_is_logged_loaded_and_registered(
     client = MlflowClient(server.database)
     (version,) = client.search_model_versions("name = 'places'")  # once, though it was sent twice
     assert version.run_id == tracker.run_id
-    experiment = client.get_run(tracker.run_id).info.experiment_id
-    (logged,) = client.search_logged_models([experiment])
+    (logged,) = client.search_logged_models([client.get_run(tracker.run_id).info.experiment_id])
     assert (logged.name, logged.status, logged.source_run_id) == ("best", "READY", tracker.run_id)
     before = mlflow.get_tracking_uri()
     try:
@@ -400,15 +375,12 @@ def test_the_best_model_is_logged_loaded_and_registered(
     assert loaded.metadata.signature.outputs.inputs[0].shape == (-1, network.descriptor_size)
     about = loaded.metadata.metadata
     assert (about["pixels"], about["image_size"]) == ("28 px square, bilinear", 28)
-    example = loaded.metadata.load_input_example(local)
-    assert loaded.predict(example).shape == (1, network.descriptor_size)
+    assert loaded.predict(loaded.metadata.load_input_example(local)).shape == (1, network.descriptor_size)
     assert not [path for path in Path(local).rglob("*") if path.suffix in (".pkl", ".pyc")]
     assert {path.name for path in checkpoint.parent.iterdir()} == {checkpoint.name, "latest"}
 
 
-def test_a_model_that_cannot_be_read_is_told_and_not_counted(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unreadable_model_is_not_counted(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, said = tmp_path / "run", io.StringIO()
     checkpoint = folder / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
