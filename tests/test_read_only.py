@@ -23,20 +23,6 @@ pytestmark = [
     pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user"),
 ]
 
-COMMANDS = {
-    "train": "train recipe.yaml --output locked/run",
-    "plan": "plan recipe.yaml --json locked/plan.json",
-    "shard": "shard gsv-cities native locked/set",
-    "inspect": "inspect set --out locked/seen",
-    "inspect a plan": "inspect set --places-per-batch 2 --plan locked/plan.parquet",
-    "eval": "eval --checkpoint run --benchmarks folder:town --recall-at 1 --image-size 28 --out locked/out",
-    "features": "eval --checkpoint run --recall-at 1 --benchmarks folder:town --image-size 28 --features locked/f",
-    "index": "index build town/images/test/database --checkpoint run --out locked/index",
-    "export": "export run locked/net.safetensors",
-    "export a folder": "export run locked/net",
-    "show": "show pca town/images/test/database --model run --out locked/seen.png",
-}
-
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
@@ -54,6 +40,21 @@ def place() -> Iterator[Path]:
     (folder / "locked").mkdir(mode=0o755)
     yield folder
     shutil.rmtree(folder)
+
+
+COMMANDS = {
+    "train": "train recipe.yaml --output locked/run",
+    "plan": "plan recipe.yaml --json locked/plan.json",
+    "shard": "shard gsv-cities native locked/set",
+    "inspect": "inspect set --out locked/seen",
+    "inspect a plan": "inspect set --places-per-batch 2 --plan locked/plan.parquet",
+    "eval": "eval --checkpoint run --benchmarks folder:town --recall-at 1 --image-size 28 --out locked/out",
+    "features": "eval --checkpoint run --recall-at 1 --benchmarks folder:town --image-size 28 --features locked/f",
+    "index": "index build town/images/test/database --checkpoint run --out locked/index",
+    "export": "export run locked/net.safetensors",
+    "export a folder": "export run locked/net",
+    "show": "show pca town/images/test/database --model run --out locked/seen.png",
+}
 
 
 @pytest.mark.parametrize("what", COMMANDS)

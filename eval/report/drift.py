@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.reading import reading
 from eval.report.figures import BLACK, IN_ORDER, ORANGE, TEXT, named_axis, new_figure, save_figure
+from eval.report.training_metrics import metrics_of_steps
 
 PREFIX = "memory/drift_age_"
 LONGEST = 16  # digits of an age
@@ -35,15 +34,7 @@ class Drift:
 def read_drift(metrics: Path) -> Drift:
     """The drift in a `metrics.jsonl`; damaged lines are passed over. Raises ValueError if nothing was measured."""
     cosine: dict[int, dict[int, float]] = {}
-    with reading(metrics, "the metrics of a training"):
-        lines = metrics.read_text(errors="replace").splitlines()
-    for line in lines:
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(content, dict) or not isinstance(content.get("step"), int):
-            continue
+    for content in metrics_of_steps(metrics):
         found = {int(key.removeprefix(PREFIX)): value for key, value in content.items() if _is_drift(key, value)}
         if found:
             cosine[content["step"]] = found

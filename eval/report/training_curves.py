@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval.report.charts import line_chart
+from eval.report.drift import PREFIX as DRIFT
+from eval.report.training_metrics import metrics_of_steps
 
 CHARTS: dict[str, tuple[str, dict[str, str]]] = {
     "Loss": ("loss", {"train/loss": "loss"}),
@@ -22,24 +23,17 @@ CHARTS: dict[str, tuple[str, dict[str, str]]] = {
     "Learning rate": ("rate", {"train/lr": "learning rate"}),
     "Speed": ("images/s", {"train/images_per_s": "images per second"}),
 }
-DRIFT = "memory/drift_age_"
 
 
 def training_curves(metrics: Path) -> list[str]:
     """Charts of a `metrics.jsonl`: loss, pairs, queue and its drift, rate, speed, recall by validation.
 
-    A file that is absent has none; a line that is cut off or no JSON is passed over, as `sync` does.
+    A file that is absent has none.
     """
     steps: dict[str, list[float]] = {}
     values: dict[str, list[float]] = {}
     drift: dict[int, float] = {}
-    for line in metrics.read_text(errors="replace").splitlines() if metrics.is_file() else []:
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(content, dict) or not isinstance(content.get("step"), int):
-            continue
+    for content in metrics_of_steps(metrics) if metrics.is_file() else ():
         for key, value in content.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 steps.setdefault(key, []).append(content["step"])
