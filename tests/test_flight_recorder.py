@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def check_dumps_are_read_and_the_rank_that_is_behind_is_named() -> None:
     for _ in range(3):
         dist.all_reduce(torch.ones(5))
     dist.barrier()
+    time.sleep(0.5)  # gloo's own thread notes that an operation is done, after it has let this one go
     flight_recorder.dump(folder, rank)
     dist.barrier()
     if rank == 0:
