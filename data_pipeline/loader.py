@@ -210,8 +210,7 @@ class PlaceLoader:
 
     def _plan_step(self, plan: EpochPlan, number: int, draw: Draw | None) -> _Step:
         all_places, all_views_PK = plan.rank_slice(number, 0, 1)
-        share = len(all_places) // self.world_size
-        own = slice(self.rank * share, (self.rank + 1) * share)
+        own = plan.rank_part(self.rank, self.world_size)
         ranges = [self.places.place_range(int(place)) for place in all_places[own]]
         return _Step(all_places[own], all_views_PK[own], ranges, all_places, all_views_PK, draw)
 

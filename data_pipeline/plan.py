@@ -60,9 +60,13 @@ class EpochPlan:
 
     def rank_slice(self, step: int, rank: int, world_size: int) -> tuple[Int64, Int64]:
         """Rank's share of a step: places [P/W] and views [P/W, K]; P must be divisible by W."""
-        share = self.places_SP.shape[1] // world_size
-        part = slice(rank * share, (rank + 1) * share)
+        part = self.rank_part(rank, world_size)
         return self.places_SP[step, part], self.views_of(slice(step, step + 1))[0, part]
+
+    def rank_part(self, rank: int, world_size: int) -> slice:
+        """Which of a step's places a rank takes."""
+        share = self.places_SP.shape[1] // world_size
+        return slice(rank * share, (rank + 1) * share)
 
 
 @dataclass(frozen=True)
