@@ -98,7 +98,7 @@ def _table(results: dict[str, Any]) -> Table:
     table.add_column("")
     for column in (
         *(f"R@{k}" for k in after["recall"]),
-        "features\ns/image\n(images/s)",
+        "features\ns/image\nimages/s",
         "retrieval\ns/query",
         "re-rank\ns/query",
     ):

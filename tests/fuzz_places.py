@@ -88,7 +88,7 @@ def _read_tars(folder: Path, file: Path) -> bool:
         planned = index.place_range(place)
         views_K = np.arange(len(planned.sizes))
         out_K3HW = torch.empty(len(views_K), 3, 14, 14, dtype=torch.uint8)
-        step = _Step(np.array([place]), views_K[None], [planned], np.array([place]))
+        step = _Step(np.array([place]), views_K[None], [planned], np.array([place]), views_K[None])
         try:
             loader._decode_place(step, 0, loader._read(planned), out_K3HW)
         except TooManyBadImagesError as error:

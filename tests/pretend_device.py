@@ -172,7 +172,7 @@ class Elsewhere(torch.Tensor):
         self.held = other.held
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override, unused-ignore]  # torch declares what it is with none
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return _run(func, args, dict(kwargs or {}))

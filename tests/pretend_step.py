@@ -34,7 +34,7 @@ from trainer.step import StepOutcome, TrainingStep
 PLACES, VIEWS, SIDE = 6, 3, 28
 
 
-class PretendAccelerator(CPU_Accelerator):  # type: ignore[misc]  # ships no types
+class PretendAccelerator(CPU_Accelerator):  # type: ignore[misc, unused-ignore]  # ships no types
     """The accelerator that DeepSpeed finds: the pretend device."""
 
     def device_name(self, device_index: int | None = None) -> str:

@@ -90,7 +90,7 @@ def test_what_a_full_disk_never_took_is_in_mlflow_all_the_same(tiny_disk: Path, 
     assert run.info.status == "FINISHED"
     assert steps_of(client, tracker.run_id) == list(range(300))
     (child,) = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
-    assert (child.info.status, child.data.metrics) == ("FINISHED", {"recall_1": 50.0})
+    assert (child.info.status, child.data.metrics) == ("FINISHED", {"eval/recall_1": 50.0, "eval/town/recall_1": 50.0})
 
 
 def test_a_clock_that_is_set_back_leaves_no_run_open(
