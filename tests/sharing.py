@@ -1,8 +1,8 @@
 """`pytest --share FOLDER`: processes that are given the same folder run each test once, in whichever of them is free.
 
 A process takes the next piece that nobody has taken, by a file in the folder: the quick or the slow tests of a module,
-or one check of several ranks. One starts with the quick pieces; the other, with `--slow-first`, with the slow ones,
-the longest ahead; each then takes the other's from their far end, so that both end together. See the Makefile.
+or one check of several ranks. One starts with the quick pieces; others, with `--slow-first`, with the slow ones, the
+longest ahead; each then takes the others' from their far end, so that all end together. See the Makefile.
 """
 
 from __future__ import annotations
