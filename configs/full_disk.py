@@ -22,7 +22,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 class LossyStream:
-    """A text stream that loses what a full disk does not take: the log of a program that goes on without it."""
+    """A text stream that drops what a full disk does not take, so that a program continues without its log."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -75,7 +75,7 @@ def draw_drift(
         left.axvline(half_life, color=BLACK, linestyle=":", label=f"half the weight: {half_life:.1f} steps")
     left.set_ylim(min(0.0, *(min(curve.values()) for curve in drift.cosine.values())), 1.05)
     left.legend(fontsize=TEXT - 1)
-    named_axis(right, title="As training goes on", x="step", y="cosine of stored and present descriptor")
+    named_axis(right, title="By step", x="step", y="cosine of stored and present descriptor")
     some = _spread(ages, AGES)
     shades = colormaps[IN_ORDER](np.linspace(0, 0.85, max(2, len(some))))
     for age, shade, style in zip(some, shades, ("-", "--", "-.", ":"), strict=False):
