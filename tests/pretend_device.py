@@ -7,7 +7,7 @@ a size that depends on values (`nonzero`, a boolean mask, `unique`), a copy back
 and from pinned memory.
 
 `pretend_device(numerics=False)` computes nothing: tensors there have shapes alone, so that a network of any size runs
-in seconds. A value that is read is 0, and a collective operation is told to `Device.watcher` instead of being run.
+in seconds. Reading a value gives 0, and a collective operation is reported to `Device.watcher`, not run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Wait:
 
 
 class Watcher(Protocol):
-    """Who is told of what happens on a device."""
+    """An observer of what happens on a device."""
 
     def made(self, held: torch.Tensor) -> None:
         """A tensor, or a view of one, is there."""

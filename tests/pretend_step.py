@@ -121,7 +121,7 @@ class Steps:
     def __init__(
         self, recipe: Recipe, model: PlaceModel, rank: Rank, enter: Callable[[str, int], None] = lambda *_: None
     ) -> None:
-        """`model` is the recipe's, where it shall be; `enter` is told of each section of a step."""
+        """`model` is the recipe's, on its device already; `enter` is called at the start of each section of a step."""
         self.recipe, self.rank = recipe, rank
         sets, near = None, None
         if names := list(recipe.data.places_of_sets):

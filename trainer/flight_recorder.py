@@ -132,8 +132,8 @@ def blame(records: Mapping[int, Record]) -> tuple[tuple[int, ...], str]:
     """The ranks that others wait for, and a line on it; no rank and an empty line if nobody waits.
 
     In each group the first operation that is not done somewhere counts. Ranks that have not begun it are behind; else
-    those that began another one than most; else those that left no record; else it is begun everywhere and hangs. Of
-    several groups the one is told of that says most.
+    those that began another one than most; else those that left no record; else it is begun everywhere and hangs. If
+    operations of several groups are not done, the line is on the one that says most.
     """
     found: list[tuple[int, tuple[int, ...], str]] = []
     for group in sorted({name for record in records.values() for name in record.calls}):

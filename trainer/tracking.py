@@ -115,7 +115,9 @@ class Tracker:
 
         `curves` are those of its metrics that the training's run gets too; None: all.
         """
-        self.metrics({f"eval/{name}/{key}": value for key, value in (curves or metrics).items()}, step)
+        self.metrics(
+            {f"eval/{name}/{key}": value for key, value in (metrics if curves is None else curves).items()}, step
+        )
         texts = {key: str(value) for key, value in params.items()}
         own = {f"eval/{name}/{key}": value for key, value in metrics.items()} | means_of([metrics])
         self._event("evaluation", name=name, step=step, params=texts, metrics=own)
