@@ -27,8 +27,8 @@ from typing import Any, cast
 import torch
 import tyro
 
+from benchmarks.batches import endless, plans_and_loader
 from benchmarks.loader_peers import images_per_second
-from benchmarks.loader_stores import endless_batches
 from benchmarks.report import print_table, write_json
 from configs.node import GPUS, IMAGES_PER_GPU_S
 from configs.schema import DataConfig
@@ -87,7 +87,7 @@ def run_rank(
         shards=str(shards), places_per_batch=16, images_per_place=4, composition="mixed", image_size=side,
         decode_threads=threads, read_ahead_mb=16,
     )  # fmt: skip
-    batches = endless_batches(data)
+    batches = endless(*plans_and_loader(data))
     next(batches)
     if barrier:
         barrier.wait()

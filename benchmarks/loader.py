@@ -28,6 +28,7 @@ import torch
 import tyro
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.batches import endless, plans_and_loader
 from benchmarks.loader_peers import bare, images_per_second, pandas_pil, webdataset
 from benchmarks.loader_stores import measure_stores
 from benchmarks.report import print_table, write_json
@@ -35,7 +36,6 @@ from configs.schema import DataConfig
 from data_pipeline.augment import image_seeds, randaugment
 from data_pipeline.images import normalise
 from data_pipeline.index import ShardIndex
-from data_pipeline.loader import PlaceBatch, PlaceLoader
 from data_pipeline.mixture import EpochPlans, read_mixture
 from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
@@ -74,26 +74,13 @@ class Options:
     """File for the figures."""
 
 
-def endless(options: Options, shards: Path) -> Iterator[PlaceBatch]:
-    """Batches of this loader, epoch after epoch."""
-    data = _config(options, shards)
-    places = read_mixture(data)
-    plans = EpochPlans(places, data, seed=0)
-    loader = PlaceLoader(places, data, rank=0, world_size=1)
-    epoch = 0
-    while True:
-        yield from loader.batches(plans.epoch(epoch), range(plans.num_steps))
-        epoch += 1
-
-
 class _Steps(Dataset[torch.Tensor]):
     """The steps of one epoch as items, each decoded by the process that fetches it."""
 
     def __init__(self, options: Options, shards: Path) -> None:
         data = _config(options, shards).model_copy(update={"decode_threads": 0})
-        places = read_mixture(data)
-        self.plan = EpochPlans(places, data, seed=0).epoch(0)
-        self.loader = PlaceLoader(places, data, rank=0, world_size=1)
+        plans, self.loader = plans_and_loader(data)
+        self.plan = plans.epoch(0)
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -111,7 +98,7 @@ def by_processes(options: Options, shards: Path) -> Iterator[torch.Tensor]:
 
 def _augmented(options: Options, shards: Path) -> Iterator[torch.Tensor]:
     """This loader's batches with all that the field's loader does: RandAugment, floats, normalisation; on the CPU."""
-    for number, batch in enumerate(endless(options, shards)):
+    for number, batch in enumerate(endless(*plans_and_loader(_config(options, shards)))):
         seeds = image_seeds(0, number, batch.place_ids_B, batch.views_B)
         yield normalise(randaugment(batch.images_B3HW, seeds, num_ops=3, magnitude=9))
 
@@ -120,9 +107,7 @@ def seconds_to_first_batch(options: Options, shards: Path, *, into_epoch: float,
     """From nothing but the path to the last rank's first batch of a run that starts at this part of an epoch."""
     data = _config(options, shards)
     began = time.perf_counter()
-    places = read_mixture(data)
-    plans = EpochPlans(places, data, seed=0)
-    loader = PlaceLoader(places, data, rank=world_size - 1, world_size=world_size)
+    plans, loader = plans_and_loader(data, rank=world_size - 1, world_size=world_size)
     next(loader.batches(plans.epoch(3), range(int(into_epoch * plans.num_steps), plans.num_steps)))
     return time.perf_counter() - began
 
@@ -133,8 +118,7 @@ def resident_growth_mb(options: Options, shards: Path) -> float:
     places = read_mixture(data)
     large = [places.cities[city] for city in np.flatnonzero(np.bincount(places.place_city) >= options.places)]
     data = data.model_copy(update={"composition": "city", "repeat": dict.fromkeys(large, 10)})
-    plans = EpochPlans(places, data, seed=0)
-    loader = PlaceLoader(places, data, rank=0, world_size=1)
+    plans, loader = plans_and_loader(data)
     resident = []
     for epoch in range(options.epochs):
         for _ in loader.batches(plans.epoch(epoch), range(plans.num_steps)):
@@ -152,8 +136,9 @@ def main(options: Options) -> dict[str, float]:
             render_town(work / "town", Town(held_out_places=0))
             source = work / "town" / "train"
         write_shards(read_gsv_cities(source), work / "set", ShardOptions(shard_bytes=8 * 2**20))
+        data = _config(options, work / "set")
         if options.stores:
-            data, counts = _config(options, work / "set"), {"images": options.images, "rounds": options.rounds}
+            counts = {"images": options.images, "rounds": options.rounds}
             figures = measure_stores(options.stores, work / "set", data, **counts)
             write_json(options.json, figures)
             return figures
@@ -168,7 +153,7 @@ def main(options: Options) -> dict[str, float]:
         for _ in range(options.rounds):
             for _ in range(_CLOSE):
                 measure("bare", bare(jpegs, options.side, options.threads))
-                measure("loader", images_per_second(endless(options, work / "set"), options.images, batch))
+                measure("loader", images_per_second(endless(*plans_and_loader(data)), options.images, batch))
             measure("processes", images_per_second(by_processes(options, work / "set"), options.images, batch))
             measure("augmented", images_per_second(_augmented(options, work / "set"), options.images, batch))
             arguments = (options.side, options.places, options.views, options.threads)

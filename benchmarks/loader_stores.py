@@ -11,16 +11,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.batches import endless, plans_and_loader
 from benchmarks.loader_peers import images_per_second
 from benchmarks.report import print_table
 from configs.schema import DataConfig
-from data_pipeline.loader import PlaceBatch, PlaceLoader, build_reader
-from data_pipeline.mixture import EpochPlans, read_mixture
 from trainer.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +81,8 @@ def measure_stores(
             for _ in range(rounds):
                 for way in WAYS:
                     began = time.perf_counter()
-                    loader, batches = _endless(_config(data, address, way))
+                    plans, loader = plans_and_loader(_config(data, address, way))
+                    batches = endless(plans, loader)
                     next(batches)
                     first[way].append(time.perf_counter() - began)
                     batch = data.places_per_batch * data.images_per_place
@@ -116,24 +116,3 @@ def _config(data: DataConfig, address: str, way: str) -> DataConfig:
     lanes = max(lanes for lanes in range(1, 5) if data.places_per_batch % lanes == 0)
     options = data.model_dump() | {"shards": address, "access": way, "composition": "mixed", "stream_lanes": lanes}
     return DataConfig.model_validate(options)
-
-
-def endless_batches(data: DataConfig) -> Generator[PlaceBatch, None, None]:
-    """Batches of one rank, epoch after epoch."""
-    yield from _endless(data)[1]
-
-
-def _endless(data: DataConfig) -> tuple[PlaceLoader, Generator[PlaceBatch, None, None]]:
-    """A loader, and its batches, epoch after epoch."""
-    reader = build_reader(data)
-    places = read_mixture(data, reader)
-    plans = EpochPlans(places, data, seed=0)
-    loader = PlaceLoader(places, data, rank=0, world_size=1, reader=reader)
-
-    def batches() -> Generator[PlaceBatch, None, None]:
-        epoch = 0
-        while True:
-            yield from loader.batches(plans.epoch(epoch), range(plans.num_steps))
-            epoch += 1
-
-    return loader, batches()

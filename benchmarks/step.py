@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,12 +22,11 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from benchmarks.batches import endless, plans_and_loader
 from benchmarks.giant import write_noise
 from benchmarks.report import figures_of, print_table, write_json
 from configs.schema import DataConfig, EngineConfig, EvalConfig, MemoryConfig, ModelConfig, Recipe
 from data_pipeline.images import normalise
-from data_pipeline.loader import PlaceBatch, PlaceLoader
-from data_pipeline.mixture import EpochPlans, read_mixture
 from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
 from model.network import build_model
@@ -101,14 +99,6 @@ def recipe_of(options: Options, folder: Path) -> Recipe:
     )
 
 
-def endless(plans: EpochPlans, loader: PlaceLoader) -> Iterator[PlaceBatch]:
-    """Batches of epoch after epoch."""
-    epoch = 0
-    while True:
-        yield from loader.batches(plans.epoch(epoch), range(plans.num_steps))
-        epoch += 1
-
-
 def on_a_rank(options: Options) -> None:
     """Runs steps as one rank; rank 0 prints the figures."""
     rank = start_process_group(600)
@@ -123,9 +113,7 @@ def on_a_rank(options: Options) -> None:
         model, engine=recipe.engine, optim=recipe.optim, images_per_rank=batch_size // rank.world_size
     )
     loss = GlobalLoss(recipe.loss, recipe.memory)
-    places = read_mixture(recipe.data)
-    loader = PlaceLoader(places, recipe.data, rank=rank.rank, world_size=rank.world_size)
-    batches = endless(EpochPlans(places, recipe.data, seed=0), loader)
+    batches = endless(*plans_and_loader(recipe.data, rank=rank.rank, world_size=rank.world_size))
     writer = CheckpointWriter(recipe.output / "checkpoints", keep_last=1, say=lambda text: print(text, file=sys.stderr))
     clock, totals = Clock(), []
     num_steps, saved_after = 2 + options.steps + 4, 2 + options.steps

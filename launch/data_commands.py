@@ -19,6 +19,7 @@ from configs.flags import parse_flags
 from configs.plugins import described, load_plugins
 from configs.recipe_flags import named_plugins
 from configs.registry import SOURCES
+from launch.faults import print_faults
 from launch.parts import part_of
 from trainer.progress import progress_bar
 
@@ -331,10 +332,7 @@ def verify(argv: list[str]) -> int:
     check = verify_features if of_features else verify_shards
     with progress_bar(console, "verify") as update:
         faults = check(folder, on_progress=update)
-    for fault in faults[:SHOWN]:
-        print(f"rerankvpr: {fault}", file=sys.stderr)
-    if len(faults) > SHOWN:
-        print(f"rerankvpr: and {len(faults) - SHOWN} more", file=sys.stderr)
+    print_faults(faults)
     if faults:
         again = "evaluate" if of_features else "shard"
         print(f"rerankvpr: {command.folder} is damaged; delete the named shards and {again} again", file=sys.stderr)

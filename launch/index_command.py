@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.markup import escape
 from configs.flags import parse_flags, parse_known_flags
 from configs.plugins import load_plugins
 from configs.schema import EncodingConfig
+from launch.faults import print_faults
 from launch.parts import part_of
 from trainer.progress import progress_bar
 
@@ -208,10 +208,7 @@ def verify(argv: list[str]) -> int:
     console = Console()
     with progress_bar(console, "verify") as update:
         faults = verify_index(command.index, on_progress=update)
-    for fault in faults[:SHOWN]:
-        print(f"rerankvpr: {fault}", file=sys.stderr)
-    if len(faults) > SHOWN:
-        print(f"rerankvpr: and {len(faults) - SHOWN} more", file=sys.stderr)
+    print_faults(faults)
     if not faults:
         console.print(f"{command.index}: every byte is as it was written", highlight=False, soft_wrap=True)
     return int(bool(faults))
