@@ -36,14 +36,8 @@ from eval.rerank import rerank, score_candidates
 from eval.search import search_ranks
 from model.network import PlaceModel, build_model
 
-STORES: dict[str, tuple[str, int]] = {
-    "fp32": ("fp32", 0),
-    "fp16": ("fp16", 0),
-    "int8": ("int8", 0),
-    "PCA 128, fp16": ("fp16", 128),
-    "PCA 128, int8": ("int8", 128),
-    "PCA 64, int8": ("int8", 64),
-}
+STORES = (("fp32", 0), ("fp16", 0), ("int8", 0), ("fp16", 128), ("int8", 128), ("int8", 64))
+"""Types of stored local features, and the channels that PCA leaves of them; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +240,8 @@ def _bytes_against_recall(side: int, options: Options) -> dict[str, float]:
                 queries.descriptors(), database.blocks(0, 1, 1 << 30), options.config.top_k
             )
             recalls.setdefault("", []).append(list(recall_at(predictions_QK, benchmark, [1, 5, 10]).values()))
-            for label, (kind, size) in STORES.items():
+            for kind, size in STORES:
+                label = f"PCA {size}, {kind}" if size else kind
                 if size and size not in bases:
                     bases[size] = pca_basis(_sample(database), size)
                 for features in (database, queries):

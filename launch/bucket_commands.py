@@ -14,6 +14,7 @@ from trainer.progress import progress_bar
 
 if TYPE_CHECKING:  # help and mistakes should not wait for pyarrow
     from data_pipeline.listing import PlaceListing
+    from data_pipeline.remote_source import Bucket
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Remote:
                 "more, 0 s or more"
             )
 
+    def bucket(self, root: str) -> Bucket:
+        """Files below a URL, or of URLs of their own."""
+        from data_pipeline.remote_source import Bucket
+
+        return Bucket(root, self.read_threads, self.remote_retry_s)
+
 
 @dataclass(frozen=True)
 class ShardManifestCommand(Remote, Gridded, Writing, Places):
@@ -47,11 +54,10 @@ class ShardManifestCommand(Remote, Gridded, Writing, Places):
     """Groups that cells are dealt out to (in each direction, as cities), so that places of a group do not touch."""
 
     def listing(self) -> PlaceListing:
-        from data_pipeline.remote_source import Bucket
         from data_pipeline.sources.manifest import read_manifest
         from data_pipeline.storage import is_remote
 
-        bucket = Bucket(self.root or "", self.read_threads, self.remote_retry_s)
+        bucket = self.bucket(self.root or "")
         return read_manifest(
             self.source,
             root=bucket if self.root and is_remote(self.root) else Path(self.root) if self.root else None,
@@ -83,11 +89,9 @@ class ShardBucketCommand(Remote, Writing, _Bucket):
 
         with progress_bar(Console(), "folders") as update:
             return read_bucket(
-                self.url,
+                self.bucket(self.url),
                 depth=self.depth,
                 city=self.city,
                 min_images_per_place=self.min_images_per_place,
-                threads=self.read_threads,
-                retry_s=self.remote_retry_s,
                 on_progress=update,
             )

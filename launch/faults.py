@@ -8,8 +8,8 @@ from collections.abc import Sequence
 SHOWN = 20
 
 
-def print_faults(faults: Sequence[str]) -> None:
-    """Prints the first faults to stderr, one per line, and how many more there are."""
+def print_faults(faults: Sequence[object]) -> None:
+    """Prints the first faults to stderr, a line each, and how many more there are."""
     for fault in faults[:SHOWN]:
         print(f"rerankvpr: {fault}", file=sys.stderr)
     if len(faults) > SHOWN:

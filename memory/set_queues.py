@@ -8,24 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from memory.place_sets import PlaceSets
-from memory.queue import MemoryQueue, Placement, check_shards
+from memory.queue import MemoryQueue, check_shards
 
 
 class SetQueues(nn.Module):
-    """The queues of S data sets, `sizes[s]` descriptors each; what is stored goes into the queue of its set."""
+    """The queues of S data sets, all placed alike; what is stored goes into the queue of its set."""
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        descriptor_size: int,
-        sets: PlaceSets,
-        device: torch.device | str = "cpu",
-        *,
-        placement: Placement = "replicated",
-    ) -> None:
+    def __init__(self, queues: Sequence[MemoryQueue], sets: PlaceSets) -> None:
         super().__init__()
-        queues = [MemoryQueue(size, descriptor_size, device, placement=placement) for size in sizes]
-        self.sets, self.queues, self.placement = sets, nn.ModuleList(queues), placement
+        self.sets, self.queues, self.placement = sets, nn.ModuleList(queues), queues[0].placement
         self.rank, self.num_shards = queues[0].rank, queues[0].num_shards
 
     def __len__(self) -> int:

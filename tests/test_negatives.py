@@ -76,11 +76,9 @@ def check_they_are_those_of_brute_force_on_any_ranks() -> None:
     ):
         size = 5 * BATCH // 2 if not divided else 4 * BATCH
         sets = PlaceSets(["a", "b"], [0, 16, 40], [1, 1]) if divided else None
-        queue: MemoryQueue | SetQueues
-        if sets:
-            queue = SetQueues([size // 2, size // 2], DIM, sets, placement=placement)  # type: ignore[arg-type]
-        else:
-            queue = MemoryQueue(size, DIM, placement=placement)  # type: ignore[arg-type]
+        sizes = [size // 2, size // 2] if divided else [size]
+        queues = [MemoryQueue(one, DIM, placement=placement) for one in sizes]  # type: ignore[arg-type]
+        queue = SetQueues(queues, sets) if sets else queues[0]
         filled(queue)
         near = NearPlaces(points, 100) if spared else None
         config = MemoryConfig(size=size, decay_lambda=0.2).model_copy(update={"tile_mb": tile_mb})  # 0: a row at a time

@@ -15,7 +15,7 @@ from memory.global_loss import GlobalLoss
 from memory.gradient_cache import GradientCache
 from memory.near_places import NearPlaces
 from memory.place_sets import PlaceSets
-from memory.queue import MemoryQueue
+from memory.queue import MemoryQueue, Placement
 from memory.set_queues import SetQueues
 from memory.strategies import InTiles
 from tests.dense_loss import dense_loss
@@ -26,6 +26,11 @@ FIRST_PLACE = [0, 5, 9, 15]
 BLOCK = [2, 1, 1]  # images of each set in a block of 4; four blocks are a batch of 16
 SIZES = [18, 7, 9]  # of the queues: filling, wrapping, full
 DECAY_LAMBDA = 0.3
+
+
+def queues_of(sets: PlaceSets, placement: Placement = "replicated") -> SetQueues:
+    """Empty queues of SIZES."""
+    return SetQueues([MemoryQueue(size, OUT, placement=placement) for size in SIZES], sets)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Case(LossCase):
         made.strategy.tiled.tile_bytes = 1000
         if self.queue_over == "all":
             return made, MemoryQueue(sum(SIZES), OUT, placement=memory.placement).double()
-        return made, SetQueues(SIZES, OUT, sets, placement=memory.placement).double()
+        return made, queues_of(sets, memory.placement).double()
 
     def of_one_process(
         self, x: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, stored: Stored, step: int
@@ -165,7 +170,7 @@ def check_queues_of_sets_load_at_another_layout() -> None:
     """Saved sharded, loaded replicated, and the other way round: every entry, in order, in its set's queue."""
     sets = PlaceSets(["a", "b", "c"], FIRST_PLACE, [1, 1, 1])
     world = dist.get_world_size()
-    sharded, whole = SetQueues(SIZES, OUT, sets, placement="sharded"), SetQueues(SIZES, OUT, sets)
+    sharded, whole = queues_of(sets, "sharded"), queues_of(sets)
     generator = torch.Generator().manual_seed(1)
     for step, (_, ids) in enumerate(Case(steps=5).batches()):
         rows = torch.randn(16, OUT, generator=generator)
@@ -176,11 +181,11 @@ def check_queues_of_sets_load_at_another_layout() -> None:
         assert (set_of(whole.of_set(number).place_ids_M) == number).all()
     states: list = [None] * world
     dist.all_gather_object(states, dict(sharded.state_dict()))
-    again = SetQueues(SIZES, OUT, sets)
+    again = queues_of(sets)
     again.load_shards(states)
     for key, value in whole.state_dict().items():
         assert key.endswith("shard") or torch.equal(value, again.state_dict()[key]), key
-    parts = SetQueues(SIZES, OUT, sets, placement="sharded")
+    parts = queues_of(sets, "sharded")
     parts.load_shards([whole.state_dict()])
     for key, value in sharded.state_dict().items():
         assert torch.equal(value, parts.state_dict()[key]), key
@@ -188,7 +193,7 @@ def check_queues_of_sets_load_at_another_layout() -> None:
         again.load_shards([MemoryQueue(sum(SIZES), OUT).state_dict()])
     if world > 1:
         with pytest.raises(ValueError, match="shards, of which"):
-            SetQueues(SIZES, OUT, sets).load_shards(states[:1])
+            queues_of(sets).load_shards(states[:1])
 
 
 test_on_ranks = on_ranks(__file__)

@@ -122,7 +122,7 @@ def test_the_folders_of_a_bucket_are_places(landmarks, bucket, tmp_path):
         def told(done: int, total: int | None = None, note: str = "") -> None:
             seen.append((done, total, note))
 
-        listing = read_bucket(f"{url}", depth=2, on_progress=told)
+        listing = read_bucket(Bucket(url), depth=2, on_progress=told)
         assert [done for done, _, _ in seen] == list(range(1, 17))
         assert seen[0] == (1, 4, "0 photographs")
         assert seen[-1] == (16, 16, "40 photographs")
@@ -136,7 +136,7 @@ def test_the_folders_of_a_bucket_are_places(landmarks, bucket, tmp_path):
         assert tars[0] == tars[1]
         assert len(tars[0]) > 1
         with pytest.raises(FileNotFoundError, match="no photographs 9 folders below it"):
-            read_bucket(url, depth=9)
+            read_bucket(Bucket(url), depth=9)
     shared_reader.cache_clear()
 
 

@@ -47,7 +47,11 @@ def build_queue(
     shards = dist.get_world_size() if memory.placement == "sharded" else 1
     num_bytes = memory.size * (4 * descriptor_size // shards + ENTRY_BYTES)
     check_room(f"memory.size {memory.size}", num_bytes, device)
+
+    def queue_of(size: int) -> MemoryQueue:
+        return MemoryQueue(size, descriptor_size, device, placement=memory.placement)
+
     if sets is None or memory.queue_over == "all":
-        return MemoryQueue(memory.size, descriptor_size, device, placement=memory.placement)
+        return queue_of(memory.size)
     sizes = [memory.size * places // data.places_per_batch for places in data.places_of_sets.values()]
-    return SetQueues(sizes, descriptor_size, sets, device, placement=memory.placement)
+    return SetQueues([queue_of(size) for size in sizes], sets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow as pa
 from configs.progress import OnProgress, untold
 from data_pipeline.formats import SUFFIXES
 from data_pipeline.listing import PlaceListing, build_listing, plain_city
-from data_pipeline.photo_source import READ_THREADS, RETRY_S, shared_reader
+from data_pipeline.photo_source import shared_reader
 from data_pipeline.photographs import counted
 from data_pipeline.remote_source import Bucket
 from data_pipeline.sources.manifest import numbers_of_places
@@ -20,20 +21,19 @@ from data_pipeline.storage import is_remote, join
 
 
 def read_bucket(
-    url: str,
+    bucket: Bucket,
     *,
     depth: int,
     city: str = "",
     min_images_per_place: int = 4,
-    threads: int = READ_THREADS,
-    retry_s: float = RETRY_S,
     on_progress: OnProgress = untold,
 ) -> PlaceListing:
-    """The places of a bucket: its folders `depth` levels below `url`, with all photographs below each.
+    """The places of a bucket: its folders `depth` levels below its root, with all photographs below each.
 
     Progress counts folders, of those that are known by then, with the photographs in them as its note. Raises
     FileNotFoundError where there is no photograph, ValueError for a depth below 1, StorageError.
     """
+    url = bucket.root
     if not is_remote(url):
         raise ValueError(f"{url}: expected the URL of a bucket's folder, such as s3://bucket/images")
     if url.startswith(("http://", "https://")):
@@ -42,7 +42,7 @@ def read_bucket(
         )
     if depth < 1:
         raise ValueError(f"depth is {depth}; a place is a folder, 1 level below {url} or more")
-    files, sizes, changed_ns, left_out = _listed(url, depth, threads, retry_s, on_progress)
+    files, sizes, changed_ns, left_out = _listed(bucket, depth, on_progress)
     if not files:
         raise FileNotFoundError(
             f"{url}: no photographs {depth} folders below it ({counted(left_out) or 'nothing there'})"
@@ -66,7 +66,7 @@ def read_bucket(
         }
     )
     return build_listing(
-        Bucket(url, threads, retry_s, np.array(sizes, np.int64)[order], np.array(changed_ns, np.int64)[order]),
+        replace(bucket, sizes=np.array(sizes, np.int64)[order], changed_ns=np.array(changed_ns, np.int64)[order]),
         images,
         min_images_per_place=min_images_per_place,
         names_say_all=False,
@@ -75,20 +75,20 @@ def read_bucket(
 
 
 def _listed(
-    url: str, depth: int, threads: int, retry_s: float, on_progress: OnProgress
+    bucket: Bucket, depth: int, on_progress: OnProgress
 ) -> tuple[list[str], list[int], list[int], Counter[str]]:
-    """Photographs at least `depth` folders below a URL: names, bytes, times; and how many files are none, by suffix."""
-    reader = shared_reader(retry_s)
+    """Photographs `depth` folders below the root or deeper: names, bytes, times; how many files are none, by suffix."""
+    reader, root = shared_reader(bucket.retry_s), bucket.root
     files: list[str] = []
     sizes: list[int] = []
     changed_ns: list[int] = []
     left_out: Counter[str] = Counter()
     listed, known = 0, 1
-    with ThreadPoolExecutor(threads, "list") as pool:
+    with ThreadPoolExecutor(bucket.threads, "list") as pool:
         level = [""]
         while level:
             below = []
-            answers = pool.map(lambda folder: reader.folder(join(url, folder) if folder else url), level)
+            answers = pool.map(lambda folder: reader.folder(join(root, folder) if folder else root), level)
             for folder, (inside, folders) in zip(level, answers, strict=True):
                 prefix = f"{folder}/" if folder else ""
                 below += [f"{prefix}{name}" for name in folders if not name.startswith(".")]
