@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from configs.explain import explain
 from configs.plugins import load_plugins
 from configs.reading import reading, shown
+from configs.registry import AGGREGATORS, BACKBONES
 from configs.renamed import with_present_names
 from configs.schema import ANY_NAME, Recipe, with_home
 from configs.secrets import without_secrets
@@ -57,6 +58,15 @@ def stored_recipe(text: str, name: str | Path) -> Recipe:
     Its plug-ins are not run (see `load_stored_recipe`). Raises RecipeError.
     """
     return _validated(with_present_names(_parsed(text, name)), name, ANY_NAME)
+
+
+def check_network(recipe: Recipe, file: str | Path) -> None:
+    """Raises RecipeError, naming the `file` of a stored recipe, if its network has a name that is not known here."""
+    try:
+        BACKBONES.check(recipe.model.backbone)
+        AGGREGATORS.check(recipe.model.aggregator)
+    except ValueError as error:
+        raise RecipeError(f"{file}: {error}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from configs.explain import explain
-from configs.load import stored_recipe
+from configs.load import check_network, stored_recipe
 from configs.plugins import note_exported
 from configs.reading import reading
 from configs.schema import EvalConfig, ModelConfig, Recipe
@@ -26,7 +26,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def recipe_of(file: Path) -> Recipe | None:
     """The recipe in an exported file's metadata, its weights those of the file; None for any other weights file.
 
-    Raises WeightsError for a damaged file, RecipeError for a recipe of something else, FileNotFoundError.
+    Raises WeightsError for a damaged file, RecipeError for a recipe of something else or of a
+    network that is not known here, FileNotFoundError.
     """
     if not file.is_file():
         raise FileNotFoundError(f"weights file {file} does not exist")
@@ -39,6 +40,7 @@ def recipe_of(file: Path) -> Recipe | None:
         return None
     note_exported(metadata, file)  # explains names that only a plug-in knows
     recipe = stored_recipe(text, file)
+    check_network(recipe, file)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": str(file)})})
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from configs.explain import explain
 from configs.flags import parse_flags, parse_known_flags
-from configs.load import load_stored_recipe
+from configs.load import check_network, load_stored_recipe
 from configs.plugins import load_plugins
 from configs.progress import OnProgress
 from configs.reading import reason
@@ -86,6 +86,7 @@ def parse(argv: list[str]) -> tuple[EvalCommand, Path | None, Recipe]:
 
         checkpoint = find_checkpoint(named.checkpoint)
         recipe = load_stored_recipe(checkpoint / "recipe.yaml")
+        check_network(recipe, checkpoint / "recipe.yaml")
         own = recipe.eval if named.database is None else recipe.eval.model_copy(update={"benchmarks": []})
         default = EvalCommand(eval=own)
     command = parse_flags(EvalCommand, argv, default=default, prog=PROG)

@@ -36,6 +36,7 @@ class DinoViT(Backbone, VisionTransformer):
             num_classes=0,
             dynamic_img_size=True,
             norm_layer=partial(LayerNorm, eps=spec.norm_eps),
+            weight_init="skip",  # it is built without memory; `materialise` gives it values
             **gated,
         )
         self.spec = spec

@@ -3,7 +3,7 @@
 Each reader (tests/fuzz_readers.py) is given N mutations of valid files, in a process of its own with bounded memory. A
 mutation must end in a value, in a value with a counted skip, or in an error of one line that names the file, within
 `LIMIT_S`; anything else (another kind of error, a crash, memory, time) is a failure, and the file is kept. Each file is
-also once a pipe that nobody writes.
+also once a pipe that nobody writes. Times are of processors, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests import forked
 from trainer.errors import lines_of
 
-LIMIT_S = 10.0  # for one mutation; these files take milliseconds
+LIMIT_S = 10.0  # of processor time, for one mutation; these files take milliseconds
+WAITS_S = 60.0  # by the clock, for one mutation: a pipe, a lock
 HANGS_S = 300.0  # beyond all mutations together
 LIMIT_BYTES = 2 << 30  # of address space beyond what the process has once the reader is warm
 LONGEST_LINE, MOST_LINES = 2100, 41
@@ -67,7 +70,6 @@ class Reader:
     read: Read
     after: Callable[[Path], None] = lambda _: None  # mends checksums over the mutated file, so that more is reached
     names: Callable[[Path], list[str]] | None = None  # what an error may name; the mutated file's name by default
-    share: float = 1.0  # of the mutations asked for, of a reader that is slow
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Outcome:
 
     reader: str
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("mutations", "values", "skips", "errors"), 0))
-    seconds: float = 0.0
+    seconds: float = 0.0  # of processor time
     slowest_s: float = 0.0
     peak_mb: float = 0.0
     failures: list[str] = field(default_factory=list)
@@ -217,25 +219,26 @@ def fuzz(name: str, reader: Reader, mutations: int, seed: int, folder: Path) -> 
     for file in files:
         reader.read(valid, file)  # what is valid must be read; imports and caches are not counted
     _limit_memory()
-    signal.signal(signal.SIGALRM, _too_long)
-    began = time.monotonic()
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, _too_long)
+    began = _processor_s()
     pipes = list(files)  # each file once as a pipe that nobody writes, then mutations
-    for number in range(len(pipes) + max(1, round(mutations * reader.share))):
+    for number in range(len(pipes) + mutations):
         pipe = number < len(pipes)
         file = pipes[number] if pipe else rng.choice(files)
         file.unlink()
         os.mkfifo(file) if pipe else file.write_bytes(mutate(rng, contents[file], others))
         (folder / "last.txt").write_text(f"{number} {file}")
-        started = time.monotonic()
+        started = time.process_time()
         failure = ""
         try:
             if not pipe:
                 reader.after(file)
-            signal.setitimer(signal.ITIMER_REAL, LIMIT_S, LIMIT_S)
+            _start_timers(LIMIT_S, WAITS_S)
             try:
                 skipped = reader.read(valid, file)
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                _start_timers(0, 0)
         except (ValueError, OSError) as error:
             failure = _not_one_line(error, reader.names(file) if reader.names else [file.name, str(file.parent)])
             outcome.counts["errors"] += 1
@@ -243,7 +246,7 @@ def fuzz(name: str, reader: Reader, mutations: int, seed: int, folder: Path) -> 
             failure = f"{type(error).__name__}: {error!s:.300}\n{_where(error)}"
         else:
             outcome.counts["skips" if skipped else "values"] += 1
-        outcome.slowest_s = max(outcome.slowest_s, time.monotonic() - started)
+        outcome.slowest_s = max(outcome.slowest_s, time.process_time() - started)
         outcome.counts["mutations"] += 1
         if failure:
             kept = folder / f"failure-{number}-{file.name}"
@@ -255,7 +258,7 @@ def fuzz(name: str, reader: Reader, mutations: int, seed: int, folder: Path) -> 
         file.unlink()
         file.write_bytes(contents[file])
         reader.after(file)
-    outcome.seconds = time.monotonic() - began
+    outcome.seconds = _processor_s() - began
     outcome.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return outcome
 
@@ -276,8 +279,21 @@ def _where(error: BaseException) -> str:
     return " <- ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[:-4:-1])
 
 
-def _too_long(_number: int, _frame: object) -> None:
-    raise TimeoutError(f"longer than {LIMIT_S:g} s")  # an OSError that names no file
+def _start_timers(processor_s: float, clock_s: float) -> None:
+    """Sends SIGPROF and SIGALRM when so much time is over, again and again; 0 stops them."""
+    signal.setitimer(signal.ITIMER_PROF, processor_s, processor_s)
+    signal.setitimer(signal.ITIMER_REAL, clock_s, clock_s)
+
+
+def _too_long(number: int, _frame: object) -> None:
+    limit = f"{LIMIT_S:g} s of a processor" if number == signal.SIGPROF else f"{WAITS_S:g} s"
+    raise TimeoutError(f"longer than {limit}")  # an OSError that names no file
+
+
+def _processor_s() -> float:
+    """Processor time of this process and of those that it started."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:4]) for process in processes)
 
 
 def _limit_memory() -> None:
@@ -306,6 +322,7 @@ def _fuzz_here(name: str, mutations: int, seed: int, folder: Path) -> None:
     from tests.fuzz_readers import READERS
 
     os.chdir(folder)
+    os.fsync = lambda _: None  # no disk is waited for: nothing here ends the machine
     forked.redirect(folder / "stderr.txt", 2)
     try:
         outcome = fuzz(name, READERS[name], mutations, seed, folder)

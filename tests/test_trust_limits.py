@@ -17,6 +17,7 @@ from launch.cli import main as run
 from launch.export_command import main as export
 from launch.torchrun import _what_killed
 from tests.checkpoints import write_checkpoint
+from tests.memory_groups import join_group, memory_group
 from trainer.devices import check_room, memory_bytes
 from trainer.place_loss import build_queue
 
@@ -36,16 +37,36 @@ def test_a_queue_that_no_rank_could_hold_is_refused(size: int, decay: str) -> No
         build_queue(recipe, 384, CPU, None)
 
 
-def test_a_machines_memory_is_a_containers_if_that_has_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machines_memory_is_a_cgroups_if_that_has_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = memory_bytes(CPU)
-    for text, expected in (("max", whole), ("1000000000", 10**9), (str(2**63 - 4096), whole)):
-        (tmp_path / "memory.max").write_text(text + "\n")
-        monkeypatch.setattr("trainer.devices.CGROUP_LIMITS", (str(tmp_path / "none"), str(tmp_path / "memory.max")))
-        assert memory_bytes(CPU) == expected
-    (tmp_path / "memory.max").write_text("1000000000\n")
-    check_room("memory.size 1", 10**9, CPU)
-    with pytest.raises(ValueError, match=r"memory.size 2: takes 1.0 GB of a rank, on a machine that has 1.0"):
-        check_room("memory.size 2", 10**9 + 1, CPU)
+    two, one = tmp_path / "slurm" / "job_7", tmp_path / "memory"  # versions 2 and 1; a container sees the root alone
+    two.mkdir(parents=True)
+    one.mkdir()
+    (tmp_path / "own").write_text("4:cpu,memory:/docker/0a1b\n2:cpuset:/\n0::/slurm/job_7\n")
+    monkeypatch.setattr("trainer.devices.CGROUPS", tmp_path)
+    monkeypatch.setattr("trainer.devices.OWN_CGROUPS", tmp_path / "own")
+    (two / "memory.max").write_text("max\n")
+    for file in (two.parent / "memory.max", tmp_path / "memory.max", one / "memory.limit_in_bytes", two / "memory.max"):
+        for text, expected in (("max", whole), (str(2**63 - 4096), whole), ("1000000000", 10**9)):
+            file.write_text(text + "\n")
+            assert memory_bytes(CPU) == expected, file
+        check_room("memory.size 1", 10**9, CPU)
+        with pytest.raises(ValueError, match=r"memory.size 2: takes 1.0 GB of a rank, in a container or job"):
+            check_room("memory.size 2", 10**9 + 1, CPU)
+        file.write_text("max\n")
+
+
+def test_in_a_cgroup_of_the_kernels_its_limit_is_the_memory(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    with memory_group(1 << 30) as group:
+        if (child := os.fork()) == 0:  # a process to put into it, which ends at once
+            try:
+                join_group(group, os.getpid())
+                said.write_text(str(memory_bytes(CPU)))
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+    assert said.read_text() == str(1 << 30)
 
 
 def test_a_rank_that_was_killed_says_by_what() -> None:

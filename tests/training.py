@@ -96,10 +96,10 @@ def kill_all(process: Process) -> None:
     process.wait()
 
 
-def ranks_of(process: forked.Command) -> list[psutil.Process]:
-    """The ranks of a `rerankvpr launch ... -- train`, in their order."""
+def ranks_of(process: forked.Command | subprocess.Popen[str], verb: str = "train") -> list[psutil.Process]:
+    """The ranks of a `rerankvpr launch ... -- VERB`, in their order."""
     family = psutil.Process(process.pid).children(recursive=True)
-    return sorted((one for one in family if "train" in one.cmdline()), key=lambda one: one.pid)
+    return sorted((one for one in family if verb in one.cmdline()), key=lambda one: one.pid)
 
 
 def finish(process: Process, timeout: float = TIMEOUT_S) -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 HIDDEN = ("", "-1", "NoDevFiles")  # the last is SLURM's, for a job without GPUs on a node that has some
 SLURM_GPUS = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS")
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # versions 2 and 1
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+# By controller as OWN_CGROUPS has it, of version 2 and of version 1: the folder of all groups, and the file of a limit.
+CGROUP_LIMITS = {"": ("", "memory.max"), "memory": ("memory", "memory.limit_in_bytes")}
 GB = 10**9
 
 
@@ -74,21 +78,38 @@ def rank_device() -> torch.device:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Bytes of a device's memory; on a CPU the machine's, or its container's if a cgroup gives that less."""
+    """Bytes of a device's memory; on a CPU the machine's, or those of a cgroup (a container, a SLURM job) if less."""
+    return _memory(device)[0]
+
+
+def _memory(device: torch.device) -> tuple[int, str]:
+    """`memory_bytes`, and what has them."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # no such version, or `max`
-            limits.append(int(Path(file).read_text()))
-    return min(limits)
+        return torch.cuda.mem_get_info(device)[1], "on a GPU that"
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = []
+    for file in _cgroup_limits():
+        with contextlib.suppress(OSError, ValueError):  # no such group, or `max`
+            limits.append(int(file.read_text()))
+    group = min(limits, default=machine)
+    return (group, "in a container or job (cgroup) that") if group < machine else (machine, "on a machine that")
+
+
+def _cgroup_limits() -> Iterator[Path]:
+    """Files with the limits of this process's cgroups and of those around them; in a container some are not there."""
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else ():
+        _, controllers, own = line.split(":", 2)
+        for controller in {*controllers.split(",")} & CGROUP_LIMITS.keys():
+            folder, file = CGROUP_LIMITS[controller]
+            root = CGROUPS / folder
+            group = root / own.lstrip("/")
+            yield from (around / file for around in (group, *group.parents) if around.is_relative_to(root))
 
 
 def check_room(what: str, num_bytes: int, device: torch.device) -> None:
     """Raises ValueError if `what`, a key and its value, takes more than a device's memory: no rank could hold it."""
-    room = memory_bytes(device)
+    room, where = _memory(device)
     if num_bytes > room:
-        where = "on a GPU that" if device.type == "cuda" else "on a machine that"
         raise ValueError(f"{what}: takes {_shown(num_bytes)} GB of a rank, {where} has {_shown(room)}; give less")
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.files import replacing
-from configs.load import load_stored_recipe, recipe_text
+from configs.load import check_network, load_stored_recipe, recipe_text
 from configs.plugins import METADATA
 from configs.reading import reading
-from configs.registry import AGGREGATORS
 from configs.schema import Recipe
 from configs.tensors import save_tensors
 from model.backbone import network_of
@@ -39,7 +38,7 @@ def export_network(checkpoint: Path, out: Path) -> Exported:
     plug-ins that it was trained with. What LoRA trained is added to the backbone's matrices.
     """
     recipe = load_stored_recipe(checkpoint / "recipe.yaml")
-    AGGREGATORS.check(recipe.model.aggregator)  # who reads the file could not build it either
+    check_network(recipe, checkpoint / "recipe.yaml")  # who reads the file could not build it either
     with reading(checkpoint, "a checkpoint of a network", CheckpointError):
         weights = merged_weights(checkpoint_weights(checkpoint), recipe.model)
     backbone = {key.removeprefix(BACKBONE): value for key, value in weights.items() if key.startswith(BACKBONE)}

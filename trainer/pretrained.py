@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import HfHubHTTPError
 
-from configs.load import load_stored_recipe
+from configs.load import check_network, load_stored_recipe
 from configs.names import nearest
 from configs.plugins import load_plugins
 from configs.reading import reason
@@ -70,6 +70,7 @@ def load(
 def _of_checkpoint(checkpoint: Path, device: torch.device | None, settings: dict[str, Any]) -> Describer:
     note_checkpoint(checkpoint)  # explains names that only a plug-in knows
     recipe = load_stored_recipe(checkpoint / "recipe.yaml")
+    check_network(recipe, checkpoint / "recipe.yaml")
     model = build_model(recipe.model.model_copy(update={"weights": "random"}), seed=recipe.seed)
     load_model_weights(model, checkpoint)
     return describer_of(model, recipe, str(checkpoint), device=device, **settings)

@@ -125,7 +125,7 @@ COMMANDS = {
     "show": "show pca town/images/test/database --model made/run --out {new}.png",
     "report": "report made/results --out {new}.html",
     "serve": "serve --index made/index",
-    "sync": "sync made/tracked",
+    "sync": "sync made/tracked --uri sqlite:///{new}.db",
     "export": "export made/run {new}.pt2",
     "demo": "demo",
 }
@@ -135,6 +135,7 @@ COMMANDS = {
 def made(workplace: Path) -> Path:
     """What verbs read: a run, a shard set, an index, results, a training that MLflow has not got."""
     made = workplace / "made"
+    (workplace / "new").mkdir()
     write_checkpoint(made / "run", Recipe.model_validate({"model": {"backbone": "tiny14", "weights": "random"}}))
     shards = shutil.copytree(workplace / "shards", made / "set")
     assert shards

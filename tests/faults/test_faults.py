@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests import forked, training
+from tests.memory_groups import join_group, memory_group
 from tests.test_trust_limits import FULL, NONE, with_shm
 from trainer.checkpoint import checkpoint_weights
 from trainer.checkpoint_folder import newest_valid
@@ -128,3 +129,20 @@ def test_asked_to_stop_it_has_saved_within_half_a_minute(workplace: Path) -> Non
     assert process.returncode == 75, text
     assert time.monotonic() - asked < 30
     assert "saved at step" in text
+
+
+def test_a_rank_whose_cgroup_has_no_memory_is_named_with_the_signal(workplace: Path) -> None:
+    """The kernel kills it, the launcher names rank and signal, the other rank ends, and the training resumes."""
+    folder = workplace / "no_memory_group"
+    with memory_group(1 << 16) as group:  # for what the rank takes once it is in it
+        process = training.two_ranks(workplace, folder.name, *LONG)
+        metrics = folder / "metrics.jsonl"
+        assert forked.wait_until(lambda: process.poll() is not None or metrics.exists(), 180)
+        ranks = training.ranks_of(process)
+        join_group(group, ranks[1].pid)
+        text, _ = process.communicate(timeout=180)
+    assert process.returncode == 1, text
+    assert "rerankvpr: rank 1 ended the job with status -9 (SIGKILL): out of memory, if nobody" in text, text
+    assert "Traceback" not in text
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
+    training.finish(training.two_ranks(workplace, folder.name, *LONG, "--resume"))

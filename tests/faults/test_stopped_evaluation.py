@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from safetensors.torch import save_file
 
 from model.dinov2 import facebook_layout
 from tests.networks import backbone
 from tests.photos import jpeg
-from tests.training import ROOT, kill_all
+from tests.training import ROOT, kill_all, ranks_of
 
 IMAGES = 3000
 
@@ -50,8 +49,7 @@ def test_a_rank_that_is_stopped_in_an_evaluation_is_named(tmp_path: Path) -> Non
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "eval" in child.cmdline()]
-        next(rank for rank in ranks if rank.environ()["RANK"] == "1").send_signal(signal.SIGSTOP)
+        ranks_of(process, "eval")[1].send_signal(signal.SIGSTOP)
         text, _ = process.communicate(timeout=200)
     finally:
         if process.poll() is None:
