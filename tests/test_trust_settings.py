@@ -9,11 +9,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+import rerankvpr
 from configs.flags import parse_flags
 from configs.load import RecipeError, load_recipe
 from configs.schema import Recipe
 from eval.approximate import train_index
+from launch.eval_command import main as evaluate
+from launch.export_command import main as export
 from launch.slurm import Resources
+from model.network import build_model
+from tests.checkpoints import write_checkpoint
 from trainer.checkpoint_folder import CheckpointError, drop_lost_best, find_checkpoint
 from trainer.engine_state import read_numbers
 from trainer.mlflow_sender import is_whole_event
@@ -139,3 +144,18 @@ def test_a_seed_that_no_generator_takes_is_refused() -> None:
 def test_the_numbers_of_an_optimizer_are_checked(text: str) -> None:
     with pytest.raises((ValueError, KeyError, TypeError, RecursionError)):
         read_numbers(text)
+
+
+@pytest.mark.parametrize(("key", "name"), [("aggregator", "clss"), ("backbone", "tiny15")])
+def test_a_stored_network_of_an_unknown_name_is_a_line_that_names_the_file(key: str, name: str, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"model": {"backbone": "tiny14", "weights": "random"}})
+    odd = recipe.model_copy(update={"model": recipe.model.model_copy(update={key: name})})
+    checkpoint, _ = write_checkpoint(tmp_path / "run", odd, network=build_model(recipe.model))
+    run, out = str(tmp_path / "run"), tmp_path / "out.safetensors"
+    flags = ["--checkpoint", run, "--benchmarks", "town"]
+    for use in (lambda: rerankvpr.load(run), lambda: export([run, str(out)]), lambda: evaluate(flags)):
+        with pytest.raises(
+            RecipeError, match=rf"^{checkpoint / 'recipe.yaml'}: unknown model.{key} '{name}'; nearest: "
+        ):
+            use()
+    assert not out.exists()
