@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from configs.flags import parse_flags
+from configs.schema.section import local
+from launch.show_images import OF_PATHS, Asked, choose
 from launch.show_run import Draw, Sweeping, draws_drift, draws_negatives, draws_sweep
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -19,9 +21,12 @@ OF_IMAGES = ("attention", "pca", "matches", "similarity")
 class ShowCommand:
     """Draws what a network sees of photographs, and what a training or an evaluation found.
 
-    Of photographs, with --model. attention: CLS attention of each head, and their mean. pca: patches as colours, one
-    colour one direction over all images. matches: what re-ranking matches of the first image with each of the others.
-    similarity: one patch of the first image against all patches of each image.
+    Of photographs, a folder of them, a benchmark, or a run's folder. attention: CLS attention of each head, and their
+    mean. pca: patches as colours, one colour one direction over all images. matches: what re-ranking matches of the
+    first image with each of the others. similarity: one patch of the first image against all patches of each image.
+
+    The same with --index: a photograph beside what the index finds for it, several photographs each beside the first
+    that is found, or no photograph for some of the index itself.
 
     Of a training's folder. negatives: the hardest negatives that its queue gave, how alike and how old they were
     (trained with --trainer.log-negatives-every). drift: cosine of stored and present descriptors by age, beside the
@@ -35,12 +40,15 @@ class ShowCommand:
         Literal["attention", "pca", "matches", "similarity", "negatives", "drift", "sweep"], tyro.conf.Positional
     ]
     """What to draw."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Photographs, or one folder of them; negatives, drift: a training's folder; sweep: an evaluation's folder, or a
-    benchmark as --benchmarks of eval takes it."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Photographs, one folder of them, a benchmark as --benchmarks of eval takes it (queries, each with one of its
+    positives), or a run's folder (its first benchmark); negatives, drift: a training's folder; sweep: an evaluation's
+    folder, or a benchmark."""
     model: str = ""
     """A run's folder, a checkpoint, an exported file, weights (.pth, .safetensors), a model in MLflow, or a backbone's
     name."""
+    index: Path | None = None
+    """Folder that `rerankvpr index build` wrote, of attention, pca, matches and similarity; its own network draws."""
     out: Path = Path("show.png")
     """File to write: .png, .svg or .pdf."""
     layer: int | None = None
@@ -52,9 +60,9 @@ class ShowCommand:
     image_size: int | None = None
     """Side in pixels of the square that images are resized to; without it as the network was trained."""
     most: int = 8
-    """Images of a folder that are drawn, evenly spread; negatives: pairs of photographs."""
+    """Most that are drawn of a folder, a benchmark or an index: images, evenly spread; matches, negatives: pairs."""
     data_root: Path = Path("data")
-    """Folder that holds a folder for each benchmark, for sweep."""
+    """Folder that holds a folder for each benchmark."""
     plugins: tuple[str, ...] = ()
     """Your code, files or modules, that the network needs."""
 
@@ -62,8 +70,8 @@ class ShowCommand:
 def main(argv: list[str]) -> int:
     """Draws and names the file."""
     command = parse_flags(ShowCommand, argv, prog="rerankvpr show")
-    if command.kind in OF_IMAGES and not command.model:
-        raise ValueError("show needs --model: a run's folder, a checkpoint, a file of weights or a backbone's name")
+    if command.index and command.kind not in OF_IMAGES:
+        raise ValueError(f"--index does not go with show {command.kind}; it is of {', '.join(OF_IMAGES)}")
     if command.out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {command.out}: expected a name that ends with one of {', '.join(SUFFIXES)}")
     if command.most < 1:
@@ -81,58 +89,55 @@ def main(argv: list[str]) -> int:
 
 
 def _draws(command: ShowCommand) -> Draw:
+    what = tuple(_path(word) for word in command.images)
     match command.kind:
         case "negatives":
-            return draws_negatives(command.images, command.most)
+            return draws_negatives(what, command.most)
         case "drift":
-            return draws_drift(command.images)
+            return draws_drift(what)
         case "sweep":
             sweeping = Sweeping(command.model, command.data_root, command.plugins, _sized(command))
-            return draws_sweep(command.images, sweeping)
+            return draws_sweep(what, sweeping)
         case _:
-            return _draws_images(command)
+            return _draws_images(command, what)
+
+
+def _path(word: str) -> Path:
+    """A word as a path; a benchmark's colon is none of an address."""
+    return Path(word) if word.startswith(OF_PATHS) else local(Path(word))
 
 
 def _sized(command: ShowCommand) -> dict[str, Any]:
     return {} if command.image_size is None else {"image_size": command.image_size}
 
 
-def _draws_images(command: ShowCommand) -> Draw:
-    images = _images(command)
-    if command.kind == "matches" and len(images) < 2:
-        raise ValueError("show matches needs two images or more: the query first, then its candidates")
+def _draws_images(command: ShowCommand, what: tuple[Path, ...]) -> Draw:
+    asked = Asked(
+        kind=command.kind,
+        what=what,
+        model=command.model,
+        index=command.index,
+        most=command.most,
+        data_root=command.data_root,
+        plugins=command.plugins,
+        settings=_sized(command),
+    )
+    chosen = choose(asked)
     from eval.report import show
-    from trainer.pretrained import load
-
-    describer = load(command.model, plugins=command.plugins, **_sized(command))
 
     def draw(path: Path) -> str:
         if command.kind == "matches":
-            show.draw_matches(path, describer, images[0], images[1:])
+            show.draw_matches(path, chosen.describer, chosen.pairs)
         else:
             default = -1 if command.kind == "attention" else -2
             layer = default if command.layer is None else command.layer
-            seen = show.see(describer, images, layer=layer, facet=command.facet)
+            seen = show.see(chosen.describer, chosen.images, layer=layer, facet=command.facet)
             if command.kind == "attention":
                 show.draw_attention(path, seen)
             elif command.kind == "pca":
                 show.draw_pca(path, seen)
             else:
                 show.draw_similarity(path, seen, command.point)
-        return f"{len(images)} images, {describer.pixels}"
+        return str(chosen)
 
     return draw
-
-
-def _images(command: ShowCommand) -> list[Path]:
-    from data_pipeline.photographs import list_photographs
-
-    if len(command.images) != 1 or not command.images[0].is_dir():
-        return list(command.images)
-    (folder,) = command.images
-    listing = list_photographs(folder)
-    if not listing.names:
-        raise ValueError(f"{folder}: no photographs there{f' ({listing.note()})' if listing.note() else ''}")
-    step = max(1, len(listing.names) / command.most)
-    chosen = [listing.names[int(number * step)] for number in range(min(command.most, len(listing.names)))]
-    return [folder / name for name in chosen]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.show_images import one_benchmark
+
 if TYPE_CHECKING:  # help and mistakes should not wait for torch
     import numpy as np
     from numpy.typing import NDArray
@@ -110,13 +112,12 @@ def _swept(of: Sequence[Path], sweeping: Sweeping) -> SweptRecall:
 
 
 def _sweep_benchmark(sweeping: Sweeping, name: str) -> SweptRecall:
-    from eval.benchmarks.load import load_benchmarks
     from eval.evaluate import FirstStage, check_depth, evaluate
     from eval.sweep import sweep_recall
     from trainer.pretrained import load
     from trainer.process_group import start_process_group, stop_process_group
 
-    (benchmark,) = load_benchmarks([name], sweeping.data_root)
+    benchmark = one_benchmark(name, sweeping.data_root)
     if not benchmark.num_labelled:
         raise ValueError(f"show sweep needs ground truth; {benchmark.name} has none")
     rank = start_process_group(600)

@@ -27,7 +27,7 @@ from eval.features import files_digest
 from eval.index.photo_list import list_source
 from eval.report.show import _name
 from launch.locate_command import _queries
-from launch.show_command import ShowCommand, _images
+from launch.show_images import _photographs
 from tests.fuzz_places import msls_folder
 from tests.phones import at, photograph
 from tests.photos import jpeg, write_gsv_cities
@@ -61,7 +61,7 @@ def test_names_that_are_not_utf_8_are_counted(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "plain").symlink_to(folder)
     assert [name for name, _ in _queries((str(tmp_path / "plain"),))] == names
     assert COUNTED in capsys.readouterr().err
-    assert [image.name for image in _images(ShowCommand("pca", (folder,)))] == names
+    assert [image.name for image in _photographs((folder,), 8)] == names
     phone = write(home / "phone", ["a.jpg", "b.jpg"], lambda path: photograph(path, gps=at(48.0, 9.0)))
     assert COUNTED in read_photo_folder(phone).note
     for part in ("database", "queries"):

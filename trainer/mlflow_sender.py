@@ -22,7 +22,7 @@ from configs.secrets import without_secrets
 from data_pipeline.folder_lock import LOCK, FolderLock
 from trainer import metrics_log
 from trainer.metrics_log import read_records
-from trainer.mlflow_page import describe_run, log_datasets, log_picture, prepare_experiment
+from trainer.mlflow_page import FIRST_CHARTS, describe_run, log_datasets, log_picture, prepare_experiment
 from trainer.mlflow_store import active_experiment, check_active, metric_name, open_client
 
 STATE = "metrics.sent"
@@ -168,7 +168,7 @@ class Sender:
                 for line in lines:
                     self._send_metrics([line])
             return
-        self.sent["metrics"] += len(together)
+        self.sent["metrics"] += sum(metric.key not in FIRST_CHARTS.values() for metric in together)
 
     def _accepted(self, call: Callable[[], object], *, say: bool = True) -> bool:
         """Whether the store took it; False where it said that it never will."""
@@ -338,11 +338,13 @@ class Sender:
 
 
 def _metrics(record: Record) -> list[Any]:
-    """A line's metrics; empty for a line that is none or has no time."""
+    """A line's metrics, those of `FIRST_CHARTS` under both names; empty for a line that is none or has no time."""
     step, time_ms = record.get("step"), record.get("time_ms")
     if not _is_number(step, int) or not _is_number(time_ms, int):
         return []
-    return _values({key: value for key, value in record.items() if key not in ("step", "time_ms")}, step, time_ms)
+    values = {key: value for key, value in record.items() if key not in ("step", "time_ms")}
+    again = {name: values[key] for key, name in FIRST_CHARTS.items() if key in values}
+    return _values(values | again, step, time_ms)
 
 
 def _values(values: dict[str, Any], step: Any, time_ms: Any) -> list[Any]:

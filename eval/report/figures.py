@@ -11,6 +11,7 @@ from configs.reading import as_utf_8
 # Okabe and Ito, "Color Universal Design", 2008.
 BLUE, ORANGE, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "#767676"
 IN_ORDER = "cividis"  # a map of colours whose lightness rises evenly, for what has an order
+HEAT = "inferno"  # one from black over red to yellow, for what is looked at as a picture
 AROUND = "PuOr"  # one that is white in its middle
 TEXT = 11  # points, at DPI
 DPI = 130

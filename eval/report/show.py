@@ -16,12 +16,15 @@ from data_pipeline.images import normalise
 from eval.describer import Describer
 from eval.given_images import GivenImage, pixels_of
 from eval.local_features import grid_of, min_max
-from eval.report.figures import short_name
+from eval.report.figures import HEAT, TEXT, new_figure, save_figure, short_name
 from eval.report.match_pictures import dim_others
 
 FACETS = ("query", "key", "value")
 SCORES, OTHER = "#39d6ff", "#9aa0a6"
 MOST_LINES = 80
+MOST_COLUMNS, MOST_PAIRS = 8, 2  # of a figure: a wider one is not legible on a page
+PANEL = 2.4  # inches of an image's side
+GAP = 6  # pixels between the images of a pair
 KEPT_PERCENT = (2, 98)  # of a component's values; what is beyond them has the colours at the ends
 
 
@@ -78,29 +81,37 @@ def see(describer: Describer, images: Sequence[GivenImage], *, layer: int, facet
 
 
 def draw_attention(path: Path, seen: Sequence[Seen]) -> None:
-    """One row per image: the image, the mean over heads, then each head's CLS attention, each scaled to itself."""
+    """Each image, the mean over heads and each head's CLS attention, each scaled to itself; heads go on below."""
     heads = len(seen[0].attention_HN)
-    axes, save = _canvas(path, len(seen), 2 + heads)
-    for row, one in zip(axes, seen, strict=True):
-        _picture(row[0], one, one.name)
+    columns = min(2 + heads, MOST_COLUMNS)
+    deep = -(-(2 + heads) // columns)
+    figure, axes = _canvas(deep * len(seen), columns)
+    titles = ["mean of heads", *(f"head {head}" for head in range(heads))]
+    for number, one in enumerate(seen):
+        panels = axes[deep * number : deep * (number + 1)].flat
+        _picture(next(panels), one, one.name)
         maps_XN = torch.cat([one.attention_HN.mean(dim=0, keepdim=True), one.attention_HN])
-        for axis, heat_N, title in zip(
-            row[1:], min_max(maps_XN), ["mean of heads", *(f"head {head}" for head in range(heads))], strict=True
-        ):
-            _heat(axis, one, heat_N, title)
-    save()
+        for axis, heat_N, title in zip(panels, min_max(maps_XN), titles, strict=False):
+            shown = _heat(axis, one, heat_N, title)
+    bar = _colour_bar(figure, axes, shown, "attention of the class token, each map scaled to itself")
+    bar.set_ticks([0, 1], labels=["least", "most"])
+    save_figure(figure, path)
 
 
 def draw_pca(path: Path, seen: Sequence[Seen]) -> None:
     """Each image beside its patches, coloured by the three main components of the patches of all images together."""
     colours = patch_colours([one.facet_NC for one in seen])
-    axes, save = _canvas(path, len(seen), 2)
-    for row, one, colour_N3 in zip(axes, seen, colours, strict=True):
-        _picture(row[0], one, one.name)
+    across = min(len(seen), MOST_COLUMNS // 2)
+    figure, axes = _canvas(-(-len(seen) // across), 2 * across)
+    panels = axes.flat
+    for one, colour_N3 in zip(seen, colours, strict=True):
+        _picture(next(panels), one, one.name)
         height, width = one.image_HW3.shape[:2]
-        row[1].imshow(colour_N3.reshape(*one.grid, 3), extent=(0, width, height, 0), interpolation="nearest")
-        row[1].set_title("like colours: like patches", fontsize=8)
-    save()
+        axis = next(panels)
+        axis.imshow(colour_N3.reshape(*one.grid, 3), extent=(0, width, height, 0), interpolation="nearest")
+        axis.set_title("its patches", fontsize=TEXT - 1)
+    figure.supxlabel("like colours: like patches, in all images (red, green, blue: main components)", fontsize=TEXT)
+    save_figure(figure, path)
 
 
 def patch_colours(facets: Sequence[torch.Tensor]) -> list[NDArray[np.float32]]:
@@ -123,7 +134,8 @@ def patch_colours(facets: Sequence[torch.Tensor]) -> list[NDArray[np.float32]]:
 def draw_similarity(path: Path, seen: Sequence[Seen], point: tuple[float, float]) -> None:
     """The cosine of one patch of the first image with all patches of each image, and where it is largest.
 
-    `point` is (x, y) of the patch, as shares of width and height.
+    `point` is (x, y) of the patch, as shares of width and height. All images have one scale of colours, up to the
+    largest cosine of another image's patch.
     """
     first = seen[0]
     rows, columns = first.grid
@@ -132,78 +144,94 @@ def draw_similarity(path: Path, seen: Sequence[Seen], point: tuple[float, float]
         raise ValueError(f"point {x:g} {y:g}: expected shares of width and height, from 0 to 1")
     cell = min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)
     patch_C = first.facet_NC[cell[0] * columns + cell[1]]
-    axes, save = _canvas(path, len(seen), 2)
-    for number, (row, one) in enumerate(zip(axes, seen, strict=True)):
-        cosine_N = one.facet_NC @ patch_C
-        _picture(row[0], one, f"{one.name}: the patch" if number == 0 else one.name)
-        best = int(cosine_N.argmax())
-        _heat(row[1], one, cosine_N, f"cosine {float(cosine_N.min()):.2f} to {float(cosine_N.max()):.2f}")
-        _mark(row[0], one, (cell if number == 0 else divmod(best, one.grid[1])))
-        _mark(row[1], one, divmod(best, one.grid[1]))
-    save()
+    cosines = [one.facet_NC @ patch_C for one in seen]
+    low = min(float(cosine_N.min()) for cosine_N in cosines)
+    high = max(float(cosine_N.max()) for cosine_N in cosines[1:] or cosines)
+    across = min(len(seen), MOST_COLUMNS // 2)
+    figure, axes = _canvas(-(-len(seen) // across), 2 * across)
+    panels = axes.flat
+    for number, (one, cosine_N) in enumerate(zip(seen, cosines, strict=True)):
+        best = divmod(int(cosine_N.argmax()), one.grid[1])
+        left, right = next(panels), next(panels)
+        _picture(left, one, f"{one.name}{': the patch' if number == 0 else ''}")
+        shown = _heat(right, one, cosine_N, f"largest {float(cosine_N.max()):.2f}", low, max(high, low + 1e-6))
+        _mark(left, one, cell if number == 0 else best)
+        _mark(right, one, best)
+    _colour_bar(figure, axes, shown, "cosine with the patch; square: the patch, and where the cosine is largest")
+    save_figure(figure, path)
 
 
-def draw_matches(path: Path, describer: Describer, query: GivenImage, candidates: Sequence[GivenImage]) -> None:
-    """A row for each candidate: its mutual matches with the query by the re-ranking's rule.
+def draw_matches(path: Path, describer: Describer, pairs: Sequence[tuple[GivenImage, GivenImage]]) -> None:
+    """For each pair, a query and a candidate: their mutual matches by the re-ranking's rule.
 
     Matches that score are blue, those that agree on no common shift are grey, and the patches that are too little
     salient to match are dark.
     """
-    images = [query, *candidates]
-    kept = describer.local(images)
-    pixels = [pixels_of(given, describer.config, describer.model.spec.patch).image_3HW for given in images]
-    names = [_name(given, number) for number, given in enumerate(images)]
-    axes, save = _canvas(path, len(candidates), 1, wide=2.0)
-    for (axis,), other, image_3HW, name in zip(axes, kept[1:], pixels[1:], names[1:], strict=True):
-        match = describer.match(kept[0], other)
+    from matplotlib.lines import Line2D
+
+    images = {id(given): given for pair in pairs for given in pair}
+    kept = dict(zip(images, describer.local(list(images.values())), strict=True))
+    pixels = {
+        key: pixels_of(given, describer.config, describer.model.spec.patch).image_3HW for key, given in images.items()
+    }
+    names = {key: _name(given, number) for number, (key, given) in enumerate(images.items())}
+    across = min(len(pairs), MOST_PAIRS)
+    figure, axes = _canvas(-(-len(pairs) // across), across, wide=2.0)
+    for axis, (query, candidate) in zip(axes.flat, pairs, strict=False):
+        keys = id(query), id(candidate)
+        one, other = (kept[key] for key in keys)
+        match = describer.match(one, other)
         left, right = (
-            dim_others(one_3HW.permute(1, 2, 0).numpy(), of.cell_N2, of.grid)
-            for one_3HW, of in ((pixels[0], kept[0]), (image_3HW, other))
+            dim_others(pixels[key].permute(1, 2, 0).numpy(), kept[key].cell_N2, kept[key].grid) for key in keys
         )
-        height = max(len(left), len(right))
-        canvas = np.full((height, left.shape[1] + right.shape[1], 3), 255, dtype=np.uint8)
-        canvas[: len(left), : left.shape[1]], canvas[: len(right), left.shape[1] :] = left, right
+        height, start = max(len(left), len(right)), left.shape[1] + GAP
+        canvas = np.full((height, start + right.shape[1], 3), 255, dtype=np.uint8)
+        canvas[: len(left), : left.shape[1]], canvas[: len(right), start:] = left, right
         axis.imshow(canvas)
-        scales = [
-            np.array(p.shape[:0:-1]) / np.array(k.size[::-1]) for p, k in ((pixels[0], kept[0]), (image_3HW, other))
-        ]
-        a_M2, b_M2 = match.points_a_M2 * scales[0], match.points_b_M2 * scales[1] + [left.shape[1], 0]
-        for agrees, colour, alpha in ((False, OTHER, 0.4), (True, SCORES, 0.8)):
+        scales = [np.array(pixels[key].shape[:0:-1]) / np.array(kept[key].size[::-1]) for key in keys]
+        a_M2, b_M2 = match.points_a_M2 * scales[0], match.points_b_M2 * scales[1] + [start, 0]
+        for agrees, colour, alpha in ((False, OTHER, 0.5), (True, SCORES, 0.8)):
             ends_L22 = np.stack([a_M2, b_M2], axis=1)[match.agrees_M == agrees][:MOST_LINES]
             for x, y in ends_L22.transpose(0, 2, 1):
-                axis.plot(x, y, color=colour, alpha=alpha, linewidth=0.7, marker="o", markersize=1.5)
+                axis.plot(x, y, color=colour, alpha=alpha, linewidth=1, marker="o", markersize=2)
         counted = int(match.agrees_M.sum())
-        said = f"{len(match.cosine_M)} matches, {counted} of them score; cosine {match.similarity:.2f}"
-        axis.set_title(f"{names[0]} and {name}\n{said}", fontsize=8)
-    save()
+        said = f"{counted} of {len(match.cosine_M)} matches score, cosine {match.similarity:.2f}"
+        axis.set_title(f"{names[keys[0]]}\n{names[keys[1]]}\n{said}", fontsize=TEXT - 1)
+    lines = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in (SCORES, OTHER)]
+    legend = ["matches that score", "matches that agree on no common shift (dark: too little salient to match)"]
+    figure.legend(lines, legend, loc="outside lower center", ncols=2 if across > 1 else 1, fontsize=TEXT - 1)
+    save_figure(figure, path)
 
 
-def _canvas(path: Path, rows: int, columns: int, *, wide: float = 1.0) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.2 * columns * wide * (1.4 if columns == 1 else 1), 2.4 * rows), layout="constrained")
+def _canvas(rows: int, columns: int, *, wide: float = 1.0) -> tuple[Any, Any]:
+    """A figure with a grid of axes that have no frames."""
+    figure = new_figure(PANEL * columns * wide, (PANEL + 0.3 + 0.15 * wide) * rows + 0.6)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-
-    def save() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-
-    return axes, save
+    return figure, axes
 
 
 def _picture(axis: Any, one: Seen, title: str) -> None:
     axis.imshow(one.image_HW3)
-    axis.set_title(title.replace("/", "/\n"), fontsize=8)
+    axis.set_title(title.replace("/", "/\n"), fontsize=TEXT - 1)
 
 
-def _heat(axis: Any, one: Seen, heat_N: torch.Tensor, title: str) -> None:
+def _heat(axis: Any, one: Seen, heat_N: torch.Tensor, title: str, low: float = 0, high: float = 1) -> Any:
     height, width = one.image_HW3.shape[:2]
-    axis.imshow(
-        heat_N.reshape(one.grid).numpy(), extent=(0, width, height, 0), cmap="inferno", interpolation="bilinear"
-    )
-    axis.set_title(title, fontsize=8)
+    extent = (0, width, height, 0)
+    heat = heat_N.reshape(one.grid).numpy()
+    shown = axis.imshow(heat, extent=extent, cmap=HEAT, interpolation="bilinear", vmin=low, vmax=high)
+    axis.set_title(title, fontsize=TEXT - 1)
+    return shown
+
+
+def _colour_bar(figure: Any, axes: Any, shown: Any, label: str) -> Any:
+    """What the colours of heat maps mean, below them."""
+    bar = figure.colorbar(shown, ax=axes, location="bottom", shrink=min(1.0, 3 / axes.shape[1]), aspect=40, pad=0.02)
+    bar.set_label(label, fontsize=TEXT)
+    bar.ax.tick_params(labelsize=TEXT)
+    return bar
 
 
 def _mark(axis: Any, one: Seen, cell: tuple[int, int]) -> None:
