@@ -2,20 +2,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test check lint lint-and-tests other-tests more-tests test-faults fuzz test-cluster gpu wheelhouse env lock licences audit wheel docs notebooks clean
+.PHONY: demo test check lint lint-apart tests test-faults fuzz test-cluster gpu wheelhouse env lock licences audit wheel docs notebooks clean
 
 # The embedded town: render, shard, train on two ranks, evaluate, show the table.
 demo: $(READY)
 	$(BIN)/rerankvpr demo
 
-# Lint, types and all tests, in two processes that share the tests; what the first prints is shown when it is done.
+# Lint and types beside all tests; what the former print is shown at the end.
 # RERANKVPR_TEST_DATA and RERANKVPR_TEST_WEIGHTS switch on the tests on real photographs.
 test: $(READY)
-	@$(IN_THREE)
+	@$(LINT_AND_TESTS)
 
 # The inner loop: lint and types beside the tests that take moments: one rank, no training, no server.
 check: $(READY)
-	@$(IN_THREE) SELECTED="-m 'not slow'"
+	@$(LINT_AND_TESTS) SELECTED="-m 'not slow'"
 
 lint: $(READY)
 	@$(BIN)/ruff check .
@@ -24,20 +24,16 @@ lint: $(READY)
 	@$(BIN)/typos --format brief
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then $(BIN)/mypy; else echo 'types are checked on Python 3.11 alone: NumPy for others declares others'; fi
 
-# One thread each, for they share the cores; three, for half of the time of a test goes into waiting for others.
-IN_THREE = shared=$$(mktemp -d) && trap 'rm -rf "$$shared"' EXIT && \
-  $(MAKE) --no-print-directory --jobs 3 --keep-going lint-and-tests other-tests more-tests SHARED="$$shared"
-TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --share='$(SHARED)' $(SELECTED)
+LINT_AND_TESTS = said=$$(mktemp) && trap 'cat "$$said"; rm "$$said"' EXIT && \
+  $(MAKE) --no-print-directory --jobs 2 --keep-going lint-apart tests SAID="$$said"
 
-lint-and-tests:
-	@{ $(MAKE) --no-print-directory lint; lint=$$?; $(TESTS); tests=$$?; } > '$(SHARED)/first.txt' 2>&1; \
-	  cat '$(SHARED)/first.txt'; exit $$((lint || tests))
+lint-apart:
+	@$(MAKE) --no-print-directory lint > '$(SAID)' 2>&1
 
-other-tests:
-	@$(TESTS) --slow-first
-
-more-tests:
-	@$(TESTS) --slow-first > '$(SHARED)/third.txt' 2>&1; tests=$$?; cat '$(SHARED)/third.txt'; exit $$tests
+# Half of the time of a test goes into waiting for others, so there are more processes than cores, of one thread each.
+PROCESSES := $(if $(filter Linux,$(shell uname)),5,1)
+tests:
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --processes $(PROCESSES) $(SELECTED)
 
 # Trainings killed at random moments, in full counts. Not part of `make test`.
 test-faults: $(READY)

@@ -33,6 +33,7 @@ import tyro
 import yaml
 from PIL import Image
 
+from benchmarks.peak_memory import status_mb
 from benchmarks.report import print_table, write_json
 from data_pipeline.index import read_index
 from data_pipeline.sources.gsv_cities import COLUMNS
@@ -121,9 +122,7 @@ def watched(process: psutil.Process) -> Iterator[list[float]]:
                 return
             for one in family:
                 try:
-                    lines = Path(f"/proc/{one.pid}/status").read_text().splitlines()
-                    peak = next(float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-                    peaks[one.pid, one.create_time()] = peak
+                    peaks[one.pid, one.create_time()] = status_mb("VmHWM", one.pid)
                 except (OSError, StopIteration, psutil.Error):
                     continue
             gone.wait(_SAMPLED_S)

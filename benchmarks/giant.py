@@ -23,6 +23,7 @@ import tyro
 import yaml
 from PIL import Image
 
+from benchmarks.peak_memory import status_mb
 from benchmarks.report import print_table, write_json
 from configs.load import load_recipe
 from data_pipeline.shards import write_shards
@@ -100,8 +101,7 @@ def write_recipe(folder: Path, case: Mapping[str, Mapping[str, Any]]) -> Path:
 
 def anonymous_bytes(process: psutil.Process) -> int:
     """RssAnon of a process."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+    return int(status_mb("RssAnon", process.pid) * 2**20)
 
 
 def peak_bytes(recipe: Path, ranks: int) -> list[float]:

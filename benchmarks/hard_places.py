@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import numpy as np
 import tyro
 import yaml
 
+from benchmarks.peak_memory import Peak
 from benchmarks.report import figures_of, print_table, write_json
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
@@ -141,9 +141,9 @@ def composing(options: Options) -> None:
     """Composes `options.worker` rows and searches for their neighbours; prints the figures."""
     rows_ND = unit_rows(options.worker, options.numbers)
     wanted = Wanted(options.worker // (2 * options.batch), options.batch)
-    before, began = _peak_mb(), time.perf_counter()
+    memory, began = Peak(), time.perf_counter()
     alike = alike_batches(rows_ND, wanted, np.random.Philox(0))
-    seconds, peak = time.perf_counter() - began, _peak_mb() - before
+    seconds, peak = time.perf_counter() - began, memory.mb()
     k, queries = 4 * options.batch + 16, min(options.queries, options.worker)
     floats_ND = rows_ND.astype(np.float32)
     began = time.perf_counter()
@@ -193,10 +193,6 @@ def main(options: Options) -> dict[str, float]:
         )
     write_json(options.json, figures)
     return figures
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
+import mmap
 import subprocess
 import sys
 import tempfile
@@ -27,6 +27,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from benchmarks.peak_memory import Peak
 from benchmarks.report import print_table, write_json
 from eval.approximate import sample_size, search_index, set_params, train_index
 from eval.exact_scores import best
@@ -134,12 +135,12 @@ def _measure(options: Options) -> dict[str, float]:
     queries_QD = np.load(options.folder / "queries.npy")
     _, truth_Q10 = search_blocks(queries_QD[:1], [(0, queries_QD)], 10)  # loads what FAISS loads at its first call
     if kind == "exact":
-        memory, start = _peak_mb(), time.perf_counter()
+        memory, start = Peak(), time.perf_counter()
         _, truth_Q10 = search_blocks(queries_QD, stored.blocks(), 10)
         seconds = time.perf_counter() - start
         return {
             "build_s": 0.0,
-            "peak_mb": _peak_mb() - memory,
+            "peak_mb": memory.mb(),
             "bytes_per_image": 4.0 * options.size,
             "qps": options.queries / seconds,
             "r1": 100.0,
@@ -147,7 +148,8 @@ def _measure(options: Options) -> dict[str, float]:
         }
     _, truth_Q10 = search_blocks(queries_QD, stored.blocks(), 10)
     factory = options.factory or f"IVF{2 ** round(math.log2(4 * count**0.5))},PQ32"
-    memory, start = _peak_mb(), time.perf_counter()
+    stored.forget()
+    memory, start = Peak(), time.perf_counter()
     trained = train_index(
         factory, "", stored.sample(sample_size(factory, options.size, count, "--factory")), "--factory"
     )
@@ -158,7 +160,7 @@ def _measure(options: Options) -> dict[str, float]:
         blocks = [(0, bare)]
     else:
         blocks = [(first, trained.filled(rows_ND)) for first, rows_ND in stored.blocks()]
-    found = {"build_s": time.perf_counter() - start, "peak_mb": _peak_mb() - memory}
+    found = {"build_s": time.perf_counter() - start, "peak_mb": memory.mb()}
     found["bytes_per_image"] = sum(_stored_bytes(index) for _, index in blocks) / count
     points = faiss.OperatingPoints()
     for nprobe in options.nprobe:
@@ -203,6 +205,10 @@ class Stored:
         """All rows, a block at a time."""
         for first in range(0, len(self.rows_ND), PER_BLOCK):
             yield first, np.asarray(self.rows_ND[first : first + PER_BLOCK])
+
+    def forget(self) -> None:
+        """Its pages in memory, which a first reading counts again."""
+        self.rows_ND.base.madvise(mmap.MADV_DONTNEED)
 
     def sample(self, wanted: int) -> NDArray[np.float32]:
         """Rows evenly spread over all."""
@@ -307,10 +313,6 @@ def _on_paper(options: Options, figures: dict[str, float], growth: dict[str, flo
         rows.append([f"{count:.0e}", f"{index_gb:,.0f}", nodes[0], f"{exact_gb:,.0f}", nodes[1], hours])
     columns = ["photographs", "approximate, GB", "nodes", "descriptors, GB", "nodes if held in memory", "build, h"]
     print_table(f"On paper, nodes of {NODE_GB:g} GB", columns, rows)
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

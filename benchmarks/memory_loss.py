@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 
+from benchmarks.peak_memory import Peak
 from benchmarks.report import figures_of, print_table, write_json
 from configs.schema import LossConfig, MemoryConfig
 from memory.global_loss import GlobalLoss
@@ -73,10 +74,9 @@ def measure(step: Callable[[], object], repeats: int) -> dict[str, float]:
     else:
         a = torch.randn(512, 512)
         a @ a  # the libraries' own buffers
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = _status("VmRSS")
+        memory = Peak()
         step()
-        extra = max(0, _status("VmHWM") - before)
+        extra = memory.mb() * 2**20
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -85,11 +85,6 @@ def measure(step: Callable[[], object], repeats: int) -> dict[str, float]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return {"s": statistics.median(seconds), "spread": max(seconds) - min(seconds), "bytes": float(extra)}
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) << 10
 
 
 def near(size: str, options: Options) -> dict[str, float]:

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 
+from benchmarks.peak_memory import Peak
 from benchmarks.report import print_table, write_json
 from data_pipeline import index_copy
 from data_pipeline.index import (
@@ -135,12 +136,11 @@ def _rank(
 ) -> None:
     index_copy.SHARED_FROM_IMAGES = 1
     barrier.wait()
-    before, resident, began = _pss_mb(), _status_mb("VmRSS"), time.perf_counter()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before, memory, began = _pss_mb(), Peak(), time.perf_counter()
     index = index_copy.open_index(str(folder), folder=copies) if copies else read_index(folder)
     figures = {"open_s": time.perf_counter() - began}
     if only_open:
-        results.put(figures | {"peak_mb": _status_mb("VmHWM") - resident})
+        results.put(figures | {"peak_mb": memory.mb()})
         return
     for name in ("num_views", *DTYPES):
         getattr(index, name).sum()  # as if each place had been asked for
@@ -178,35 +178,44 @@ def _plan_figures(index: Any) -> dict[str, float]:
     return figures
 
 
-COLUMNS = {
-    "index, MB": "file_mb",
-    "read, s": "own_open_s",
-    "own, MB": "own_pss_mb",
-    "copied, s": "write_open_s",
-    "peak, MB": "write_peak_mb",
-    "open, s": "open_s",
-    "shared, MB": "pss_mb",
-    "city, s": "plan_city_s",
-    "mixed, s": "plan_mixed_s",
-    "stream, s": "plan_stream_s",
-    "peak, MB ": "plan_mixed_peak_mb",
-    "held, MB": "plan_mixed_held_mb",
-    "views, s": "views_s",
-    "a place, us": "lookup_us",
+TABLES: dict[str, dict[str, str]] = {
+    f"opening an index, each of {RANKS} ranks": {
+        "index, MB": "file_mb",
+        "read, s": "own_open_s",
+        "own, MB": "own_pss_mb",
+        "copied, s": "write_open_s",
+        "peak, MB": "write_peak_mb",
+        "mapped, s": "open_s",
+        "shared, MB": "pss_mb",
+    },
+    f"epoch plan, each of {RANKS} ranks": {
+        "city, s": "plan_city_s",
+        "mixed, s": "plan_mixed_s",
+        "stream, s": "plan_stream_s",
+        "peak, MB": "plan_mixed_peak_mb",
+        "held, MB": "plan_mixed_held_mb",
+        "views, s": "views_s",
+        "a place, us": "lookup_us",
+    },
 }
 
 
 def main(options: Options) -> dict[str, float]:
-    """Measures each size, prints a table and returns the figures."""
+    """Measures each size, prints two tables and returns the figures."""
     sizes = sorted(options.sizes)
-    found = {places: measure(places) for places in sizes}
-    figures = {f"places_{places}_{key}": value for places, of_size in found.items() for key, value in of_size.items()}
-    rows = [[f"{places:,}", *(_shown(found[places][key]) for key in COLUMNS.values())] for places in sizes]
+    found = {f"{places:,}": measure(places) for places in sizes}
+    figures = {
+        f"places_{places}_{key}": value
+        for places, of_size in zip(sizes, found.values(), strict=True)
+        for key, value in of_size.items()
+    }
     if len(sizes) > 1:
-        line = _on_paper(sizes[-2:], [found[places] for places in sizes[-2:]])
+        line = _on_paper(sizes[-2:], list(found.values())[-2:])
         figures |= {f"places_{ON_PAPER}_{key}_on_paper": value for key, value in line.items()}
-        rows.append([f"{ON_PAPER:,} on paper", *(_shown(line[key]) for key in COLUMNS.values())])
-    print_table(f"index and epoch plan, of each of {RANKS} ranks", ["places", *COLUMNS], rows)
+        found[f"{ON_PAPER:,}, a line"] = line
+    for title, columns in TABLES.items():
+        rows = [[places, *(_shown(of_size[key]) for key in columns.values())] for places, of_size in found.items()]
+        print_table(title, ["places", *columns], rows)
     write_json(options.json, figures)
     return figures
 
@@ -229,11 +238,6 @@ def _pss_mb() -> float:
     """Proportional memory of this process: of pages that n processes map, an n-th."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-
-
-def _status_mb(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 
 if __name__ == "__main__":

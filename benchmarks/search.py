@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,12 +23,12 @@ from typing import Any
 
 import faiss
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 import tyro
 from numpy.typing import NDArray
 
+from benchmarks.peak_memory import Peak
 from benchmarks.report import print_table, write_json
 from eval.approximate import train_index
 from eval.search import agreement, search_blocks, search_ranks
@@ -203,14 +202,14 @@ def _rank(folder: Path, rank: int, world: int, kind: str) -> None:
             del rows_ND
     elif kind == "ranks":
         blocks = list(blocks)
-    made, before_mb = making[0], psutil.Process().memory_info().rss / 2**20
+    made, peak = making[0], Peak()
     dist.barrier()
     start, cpu = time.perf_counter(), time.process_time()
     scores, ids = index.search(queries_QD, k) if kind == "bare" else search_ranks(queries_QD, blocks, k)
     figures = {
         "wall": time.perf_counter() - start,
         "cpu": time.process_time() - cpu - (making[0] - made),
-        "mb": _peak_mb() - before_mb,
+        "mb": peak.mb(),
         "ids": ids.tolist(),
         "scores": scores.tolist(),
     }
@@ -247,10 +246,6 @@ def _rows(seed: int, count: int, size: int) -> NDArray[np.float32]:
     rows = np.random.default_rng(seed + 1).standard_normal((count, size), dtype=np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from eval.benchmarks import catalogue
 from eval.benchmarks.catalogue import CATALOGUE
+from tests.forked import share_server
 from tests.photos import SMALL_SHARD, write_gsv_cities, write_noise_benchmark
 from tests.ranks import end_groups
 from tests.sharing import Sharing, add_options
@@ -27,9 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if folder := config.getoption("--share"):
-        config.option.durations = None  # those of all processes are shown instead
-        config.pluginmanager.register(Sharing(folder, config.getoption("--slow-first")))
+    if (processes := config.getoption("--processes")) > 1:
+        config.pluginmanager.register(Sharing(processes, share_server))
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,13 @@ def scratch() -> Path:
     if SCRATCH in os.environ:
         return Path(os.environ[SCRATCH])
     folder = Path(tempfile.mkdtemp(prefix="made-once-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_remove, folder, os.getpid())
     return folder
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @functools.cache
@@ -61,6 +66,13 @@ def server() -> ForkServerContext:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     return context
+
+
+def share_server() -> None:
+    """Starts the server for this process and for those that `os.fork` makes of it, which could not wait for it."""
+    server()
+    known = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    os.register_at_fork(after_in_child=lambda: setattr(known, "ensure_running", lambda: None))
 
 
 def fork(target: Callable[..., Any], *args: Any) -> ForkServerProcess:

@@ -1,8 +1,7 @@
-"""Processes that share tests run each once, with the fixtures of its module, and end with what they found."""
+"""Forks that share tests run each once, with the fixtures of its module, and one process says what all found."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from tests.sharing import Sharing, add_options as pytest_addoption
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: long")
-    config.pluginmanager.register(Sharing(config.getoption("--share"), config.getoption("--slow-first")))
+    config.pluginmanager.register(Sharing(config.getoption("--processes")))
 
 @pytest.fixture(scope="session")
 def session(tmp_path_factory):
@@ -24,7 +23,7 @@ def session(tmp_path_factory):
         print("session ends", file=log)
 """
 MODULE = """
-import pytest, time
+import pytest, time, warnings
 
 @pytest.fixture(scope="module", autouse=True)
 def module(session):
@@ -39,31 +38,52 @@ def test_quick(session):
 def test_slow(session, world_size):
     time.sleep(0.1)
     print("{name} slow", world_size, file=session, flush=True)
+    print("said by {name}", world_size)
+    if ("{name}", world_size) == ("b", 2):
+        warnings.warn("a warning of b")
     assert ("{name}", world_size) != ("c", 4)
+"""
+DIES = """
+import os
+
+def test_before():
+    pass
+
+def test_dies():
+    os._exit(7)
 """
 
 
-def test_each_test_runs_once_in_one_of_two_processes(tmp_path: Path) -> None:
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "conftest.py").write_text(CONFTEST)
+def shared(folder: Path) -> subprocess.CompletedProcess[str]:
+    """pytest over the modules of a folder, in two forks."""
+    (folder / "conftest.py").write_text(CONFTEST)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--processes", "2", "--rootdir", ".", "-rA"]
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_each_test_runs_once_and_one_process_says_what_all_found(tmp_path: Path) -> None:
     for name in "abcdef":
         (tmp_path / f"test_{name}.py").write_text(MODULE.replace("{name}", name))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--share", "shared", "--rootdir", "."]
-    runs = [
-        subprocess.Popen(
-            [*command, *flags], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
-        )
-        for flags in ((), ("--slow-first",))
-    ]
-    said = [run.communicate(timeout=120)[0] for run in runs]
-    assert sorted(run.returncode for run in runs) == [0, 1], said
+    done = shared(tmp_path)
+    assert done.returncode == 1, done.stdout
     lines = (tmp_path / "log.txt").read_text().splitlines()
     ran = [line for line in lines if "ends" not in line]
     assert sorted(ran) == sorted(f"{name} {what}" for name in "abcdef" for what in ("quick", "slow 2", "slow 4"))
     assert lines.count("session ends") == 2
     for name in "abcdef":  # once after its quick tests, once after each of the checks
         assert lines.count(f"{name} ends") == 3
-    durations = [json.loads(file.read_text()) for file in (tmp_path / "shared").glob("durations-*.json")]
-    assert len(durations) == 2
-    assert len([what for one in durations for _, what in one if what.startswith("call")]) >= 12
-    assert sum("slowest 10 of 2 processes" in text for text in said) >= 1
+    assert "1 failed, 17 passed, 1 warning" in done.stdout
+    assert "FAILED test_c.py::test_slow[4] - AssertionError" in done.stdout
+    assert "UserWarning: a warning of b" in done.stdout
+    for name in "abcdef":
+        for world_size in (2, 4):
+            assert done.stdout.count(f"said by {name} {world_size}\n") == 1
+
+
+def test_a_process_that_dies_is_named_with_the_test_that_ran(tmp_path: Path) -> None:
+    (tmp_path / "test_dies.py").write_text(DIES)
+    done = shared(tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert "ended with status 7, in test_dies.py::test_dies" in done.stdout
+    assert "1 passed" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ STEPS = 30
 
 
 def town_of_24() -> Path:
-    """The shard set of 24 places with three views, rendered at the first call, by one rank at a time."""
+    """The shard set of 24 places with three views, rendered at the first call, by one process at a time."""
     place = scratch() / "town_of_24"
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
     if not (place / "shards" / "index.parquet").exists():
         render_town(place / "town", Town(seed=3, places=24, views=3, held_out_places=0), processes=1)
         write_shards(read_gsv_cities(place / "town" / "train", min_images_per_place=3), place / "shards")
