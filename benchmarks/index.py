@@ -208,7 +208,9 @@ class Stored:
 
     def forget(self) -> None:
         """Its pages in memory, which a first reading counts again."""
-        self.rows_ND.base.madvise(mmap.MADV_DONTNEED)
+        mapped = self.rows_ND.base
+        assert isinstance(mapped, mmap.mmap)
+        mapped.madvise(mmap.MADV_DONTNEED)
 
     def sample(self, wanted: int) -> NDArray[np.float32]:
         """Rows evenly spread over all."""

@@ -76,7 +76,7 @@ def measure(step: Callable[[], object], repeats: int) -> dict[str, float]:
         a @ a  # the libraries' own buffers
         memory = Peak()
         step()
-        extra = memory.mb() * 2**20
+        extra = int(memory.mb() * 2**20)
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()

@@ -75,6 +75,7 @@ class Sharing:
                 return _run(session, left.pieces(from_the_end=number == 0))
             theirs.close()
             forks[ours] = Fork(pid, printed)
+        gc.unfreeze()
         try:
             for pipe, name, content in _received(list(forks)):
                 if name == "pytest_runtest_logstart":
