@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch.distributed as dist
 
@@ -19,6 +20,9 @@ from tests.forked import share_server
 from tests.photos import SMALL_SHARD, write_gsv_cities, write_noise_benchmark
 from tests.ranks import end_groups
 from tests.sharing import Sharing, add_options
+
+hypothesis.settings.register_profile("patient", deadline=None)  # other processes share the cores
+hypothesis.settings.load_profile("patient")
 
 Native = tuple[Path, dict[tuple[str, int], list[Path]]]
 

@@ -65,7 +65,7 @@ def test_cliques_are_the_greedy_ones_of_a_dense_reference() -> None:
     assert alike.pool_similarity == pytest.approx(off_diagonal, abs=1e-4)  # float16 rows are not of length 1 exactly
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 3), st.integers(4, 9), st.sampled_from([0.0, 1.5, 4.0]), st.integers(0, 5))
 def test_batches_keep_their_distance(groups: int, batch: int, min_m: float, seed: int) -> None:
     rng = np.random.default_rng(seed)

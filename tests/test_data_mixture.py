@@ -87,7 +87,7 @@ def test_weights_are_kept_exactly(sets: list[Path], weight: float, seen: int, co
         assert not halves[0] & halves[1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 60), st.floats(0.05, 4), st.integers(0, 3), st.integers(0, 2))
 def test_visits_rotate_until_all_places_had_their_turn(places: int, weight: float, seed: int, stream: int) -> None:
     more = round((weight - int(weight)) * places)
@@ -101,7 +101,7 @@ def test_visits_rotate_until_all_places_had_their_turn(places: int, weight: floa
             assert (np.sum(turn, axis=0) > epochs * int(weight)).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(1, 25), st.sampled_from([0.3, 0.5, 1, 1.5, 2, 3])), min_size=1, max_size=4),
     st.integers(1, 12),

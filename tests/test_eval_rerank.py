@@ -66,7 +66,7 @@ vector = st.lists(st.integers(-2, 2).map(lambda x: x / 4), min_size=3, max_size=
 patches = st.lists(vector, min_size=0, max_size=6).map(lambda rows: torch.tensor(rows).reshape(-1, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     queries=st.lists(patches, min_size=1, max_size=4),
     database=st.lists(patches, min_size=1, max_size=7),

@@ -161,7 +161,7 @@ def _benchmark(positives: list[list[int]]) -> Benchmark:
     return Benchmark("x", "x", [], [], offsets, np.array([i for ids in positives for i in ids], dtype=np.int64))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), num_database=st.integers(1, 15), num_queries=st.integers(1, 8))
 def test_recall_counts_all_queries_and_grows_with_k(data: st.DataObject, num_database: int, num_queries: int) -> None:
     database = st.integers(0, num_database - 1)

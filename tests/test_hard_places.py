@@ -55,7 +55,7 @@ def epochs(draw: st.DrawFn) -> tuple[DataConfig, np.ndarray, np.ndarray, np.ndar
     return data, cities, np.full(len(cities), 5), visits
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(epochs(), st.integers(0, 3), st.integers(0, 3))
 def test_each_place_still_comes_once_an_epoch(
     world: tuple[DataConfig, np.ndarray, np.ndarray, np.ndarray], epoch: int, lost: int

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.load import load_recipe
@@ -60,7 +60,6 @@ def test_another_seed_holds_out_others_and_too_few_places_are_refused() -> None:
         held_out_places(2, 0.5, seed=0)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 1000), composition=st.sampled_from(["city", "mixed"]), repeat=st.booleans())
 def test_no_plan_ever_visits_a_held_out_place(seed: int, composition: str, repeat: bool) -> None:
     repeats = {"a": 2} if repeat and composition == "city" else {}
@@ -72,11 +71,11 @@ def test_no_plan_ever_visits_a_held_out_place(seed: int, composition: str, repea
         repeat=repeats,  # type: ignore[arg-type]
     )
     plans = EpochPlans(counted([3] * 24), data, seed=seed)
-    seen = {place for epoch in range(4) for place in plans.epoch(epoch).places_SP.ravel().tolist()}
+    seen = {place for epoch in range(12) for place in plans.epoch(epoch).places_SP.ravel().tolist()}
     assert len(plans.held_out) == 6
     assert not seen & set(plans.held_out.tolist())
     if not repeats:
-        assert len(seen) == 18
+        assert len(seen) == 18  # an epoch leaves out two, others each time
 
 
 def test_the_digest_says_what_is_held_out() -> None:
@@ -121,7 +120,6 @@ def test_held_out_places_become_a_benchmark_of_files(shards: Path, tmp_path: Pat
     assert not list(tmp_path.glob(".*"))
 
 
-@settings(deadline=None)
 @given(
     num_views=st.lists(st.integers(2, 9), min_size=4, max_size=90),
     p=st.integers(2, 64),

@@ -78,7 +78,7 @@ def directives(job: Job) -> list[str]:
     return words
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLACES, st.lists(STRINGS, min_size=1, max_size=3), STRINGS, STRINGS, PLACES)
 @example("/runs/a\ntouch PWNED", ["demo"], "python", "", "/home")
 @example("/runs/a", ["demo"], "python", "", "/home/me\ntouch PWNED\n")
@@ -103,7 +103,7 @@ def test_no_value_of_a_training_is_read_as_code(
     assert directives(job) == ["--job-name=t", *options, "--signal=USR1@120", "--requeue"]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(STRINGS, min_size=1, max_size=3), min_size=1, max_size=3), STRINGS, STRINGS)
 @example([["a\nesac\ntouch PWNED"], [") touch PWNED ;;"]], "exclusive --nodes=9", "")
 @example([["a"]], "comment=a --nodes=9 #b", "")

@@ -103,7 +103,7 @@ def check_chunks_give_the_gradient_of_the_whole_batch() -> None:
 test_on_ranks = on_ranks(__file__)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(decay=st.floats(0, 5), age=st.integers(0, 10_000))
 def test_exponential_decay(decay: float, age: int) -> None:
     log_weight = exponential_log_weight(torch.tensor([float(age)], dtype=torch.float64), decay)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trainer.metrics_log import MetricsLog, is_open, read_records
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.dictionaries(st.text(max_size=5), st.integers(), max_size=3), max_size=4), st.integers(0, 200))
 def test_a_line_cut_anywhere_costs_itself_alone(records: list[dict[str, int]], cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

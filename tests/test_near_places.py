@@ -27,7 +27,7 @@ def near_of(points: np.ndarray, metres: float, anchors: torch.Tensor, columns: t
     return found[:, :-1].numpy()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 1 << 16), st.sampled_from([0.5, 5.0, 25.0, 1000.0, 3e6]))
 def test_pairs_are_near_or_not_as_float64_says(seed: int, metres: float) -> None:
     """Around the globe, poles too: only pairs within 0.22 m of the border may fall on the other side of it."""

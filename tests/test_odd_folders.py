@@ -79,7 +79,7 @@ def _undecodable(part: str) -> bool:
     return False
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @example([([], "a", ".jpg", "JPEG"), (["sub"], "b", ".PNG", "PNG"), ([], "c", ".txt", "text"), ([], "d", "", "loop")])
 @example([([".git"], "a", ".jpg", "JPEG"), ([".git"], "b", ".jpg", "JPEG"), ([], "\udcff", ".jpg", "JPEG")])
 @given(st.lists(files, max_size=12))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
@@ -168,7 +168,6 @@ def test_a_town_on_a_border_of_zones_stays_whole() -> None:
     assert far == ["-32", "-47"]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 100)), min_size=1, max_size=6))
 def test_the_suggestion_is_of_those_that_give_two_places(drawn: list[tuple[int, int]]) -> None:
     sizes = [CellSize(5.0 * (n + 1), places, images, 0.0) for n, (places, images) in enumerate(drawn)]

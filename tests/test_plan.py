@@ -35,7 +35,7 @@ def worlds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, dict]:
     return cities, views, options
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(worlds())
 def test_each_place_once_and_views_distinct(world: tuple[np.ndarray, np.ndarray, dict]) -> None:
     cities, views, options = world
@@ -55,7 +55,7 @@ def test_each_place_once_and_views_distinct(world: tuple[np.ndarray, np.ndarray,
         assert of_one_city.sum() >= whole
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(worlds(), st.sampled_from([1, 2, 4, 8]))
 def test_ranks_share_the_global_batch(world: tuple[np.ndarray, np.ndarray, dict], ranks: int) -> None:
     cities, views, options = world

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_pipeline.positions import (
@@ -61,7 +61,6 @@ def _at(lat: float, lon: float) -> Positions:
     return from_lat_lon(np.array([lat]), np.array([lon]), "t.csv")
 
 
-@settings(deadline=None)
 @given(lat=st.floats(-80, 84), lon=LONGITUDES, aside=st.integers(-1, 1))
 def test_utm_round_trips_within_a_hundredth_of_a_millimetre(lat: float, lon: float, aside: int) -> None:
     zone = np.array([(int((lon + 180) // 6) + aside) % 60 + 1])
@@ -71,7 +70,6 @@ def test_utm_round_trips_within_a_hundredth_of_a_millimetre(lat: float, lon: flo
     assert metres < 1e-5
 
 
-@settings(deadline=None)
 @given(lat=st.floats(-75, 75), away=st.floats(-3, 3), zone=st.integers(1, 60))
 def test_utm_is_that_of_another_series_within_a_centimetre(lat: float, away: float, zone: int) -> None:
     lon = zone * 6 - 183 + away
@@ -79,7 +77,6 @@ def test_utm_is_that_of_another_series_within_a_centimetre(lat: float, away: flo
     assert np.allclose([east[0], north[0]], _utm_by_snyder(lat, lon, zone), rtol=0, atol=0.01)
 
 
-@settings(deadline=None)
 @given(lat=st.floats(-79, 79), lon=LONGITUDES, north_m=st.floats(-500, 500), east_m=st.floats(-500, 500))
 @example(lat=48.0, lon=12.0, north_m=0.0, east_m=20.0)  # zones 32 and 33
 @example(lat=0.0, lon=9.0, north_m=30.0, east_m=0.0)  # both hemispheres
@@ -93,13 +90,11 @@ def test_distances_are_the_ellipsoids_over_zones_and_hemispheres(
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-@settings(deadline=None)
 @given(a=st.tuples(LATITUDES, LONGITUDES), b=st.tuples(LATITUDES, LONGITUDES))
 def test_far_distances_are_the_haversines_within_the_flattening(a: tuple[float, float], b: tuple[float, float]) -> None:
     assert metres_between(_at(*a), _at(*b))[0] == pytest.approx(_haversine(*a, *b), rel=0.006, abs=1)
 
 
-@settings(deadline=None)
 @given(data=st.data(), radius_m=st.sampled_from([5.0, 25.0, 60.0]))
 def test_within_radius_is_every_pair_measured(data: st.DataObject, radius_m: float) -> None:
     lat, lon = data.draw(st.sampled_from([(48.0, 12.0), (-0.00001, 9.0), (37.7, -122.4), (10.0, 179.9999)]))

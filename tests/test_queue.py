@@ -89,7 +89,7 @@ def check_gather_backward_sums_over_ranks() -> None:
 test_on_ranks = on_ranks(__file__)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(0, 40), batches=st.lists(st.integers(1, 17), min_size=1, max_size=12))
 def test_queue_is_first_in_first_out(size: int, batches: list[int]) -> None:
     queue = MemoryQueue(size, 1)

@@ -33,7 +33,7 @@ def worlds(draw: st.DrawFn) -> tuple[TarOrder, dict]:
     return tars_of(sizes, shuffled=draw(st.booleans())), options
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(worlds(), st.booleans())
 def test_each_place_once_in_the_order_of_tars_and_a_bounded_buffer(
     world: tuple[TarOrder, dict], held_out: bool

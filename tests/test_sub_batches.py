@@ -31,7 +31,7 @@ def rows_of(plan: EpochPlan, one: SetPlaces) -> np.ndarray:
     return plan.places_SP[own].reshape(plan.num_steps, -1) - one.first_place
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(st.tuples(st.integers(6, 40), st.integers(1, 6)), min_size=1, max_size=4),
     st.sampled_from(["city", "mixed"]),

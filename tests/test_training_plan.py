@@ -160,7 +160,7 @@ settings_of_an_engine = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(engine=settings_of_an_engine, on_cpu=st.booleans())
 def test_more_ranks_and_checkpointing_never_need_more(engine: dict[str, Any], on_cpu: bool) -> None:
     try:
@@ -206,7 +206,7 @@ def test_zero_stages_hold_what_they_say() -> None:
     assert held(recipe(), 1, "weights") - held(frozen_bf16, 1, "weights") == pytest.approx(2 * frozen)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     parameters=st.lists(st.tuples(st.integers(1, 10**6), st.booleans()), min_size=1, max_size=40),
     ranks=st.integers(1, 9),
