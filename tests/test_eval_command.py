@@ -71,6 +71,13 @@ def test_results_are_printed_though_the_disk_is_full(place: Path, tiny_disk: Pat
     assert not [path for path in (tiny_disk / "out").rglob("*") if path.is_file() and path.stat().st_size]
 
 
+def test_the_first_candidate_alone_is_drawn_alone(place: Path) -> None:
+    flags = ("--weights", "tiny.safetensors", "--benchmarks", "manifest:mine.csv", "--image-size", "28", "--no-rerank")
+    done = run(place, *flags, "--recall-at", "1", "--pictures", "2", "--out", "first")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (place / "first" / "pictures" / "mine").iterdir()] == ["retrieval.png"]
+
+
 def test_results_table_csv_sweep_and_tracking(place: Path) -> None:
     flags = ("--weights", "tiny.safetensors", "--benchmarks", "manifest:mine.csv", "--image-size", "42")
     more = ("--recall-at", "1", "3", "--out", "out", "--sweep", "--rerank.saliency-thresh", "None")

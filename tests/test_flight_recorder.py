@@ -18,7 +18,7 @@ from launch.torchrun import plan
 from tests import forked
 from tests.ranks import on_ranks, shared_folder
 from trainer import flight_recorder
-from trainer.flight_recorder import PREFIX, blame, collected, read, report
+from trainer.flight_recorder import ENTRIES, PREFIX, blame, collected, read, report
 from trainer.watchdog import STALLED_STATUS
 
 Entries = list[dict[str, Any]]
@@ -129,13 +129,19 @@ def test_what_is_no_dump_is_refused_and_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_a_launch_and_a_training_switch_it_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+    before, now, file = "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+
+    def of_a_launch() -> dict[str, str]:
+        return plan(["--nproc-per-node", "2"], ["train", "demo"]).environment
+
+    for name in (before, now, file):
         monkeypatch.setenv(name, "")  # so that it is as it was afterwards
         monkeypatch.delenv(name)
-    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")  # the user's own
-    environment = plan(["--nproc-per-node", "2"], ["train", "demo"]).environment
-    assert environment["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"
-    assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert of_a_launch()[now] == ENTRIES
+    monkeypatch.setenv(before, "7")  # the user's own, by the name that torch had for it
+    assert now not in of_a_launch()
+    monkeypatch.delenv(before)
+    monkeypatch.setenv(now, "8")
+    assert of_a_launch()[now] == "8"
     flight_recorder.switch_on(tmp_path)
-    assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"
-    assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == str(tmp_path / PREFIX)
+    assert (os.environ[now], os.environ[file]) == ("8", str(tmp_path / PREFIX))

@@ -23,8 +23,11 @@ NAMED = 8  # ranks in a line
 
 
 def settings() -> dict[str, str]:
-    """The variables that switch the recorder on, by the names that all versions of torch since 2.5 read."""
-    return {"TORCH_NCCL_TRACE_BUFFER_SIZE": ENTRIES, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    """The variable that switches the recorder on; none if the user has set it by the name that it had before torch 2.9.
+
+    A collective of NCCL that times out leaves a dump unless TORCH_NCCL_DUMP_ON_TIMEOUT is 0.
+    """
+    return {} if "TORCH_NCCL_TRACE_BUFFER_SIZE" in os.environ else {"TORCH_FR_BUFFER_SIZE": ENTRIES}
 
 
 def switch_on(folder: Path) -> None:

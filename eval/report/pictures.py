@@ -82,7 +82,7 @@ def _draw_retrieval(path: Path, benchmark: Benchmark, result: Result, chosen: li
     stages = [("retrieved", result.predictions_QK)]
     if result.reranked_QK is not None:
         stages.append(("re-ranked", result.reranked_QK))
-    shown = min(SHOWN, result.num_database)
+    shown = min(SHOWN, *(ranked_QK.shape[1] for _, ranked_QK in stages))  # fewer of a shallow search, or small database
     columns = 1 + shown * len(stages)
     figure = Figure(figsize=(1.7 * columns, 1.85 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), columns, squeeze=False)

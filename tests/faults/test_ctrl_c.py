@@ -103,7 +103,7 @@ def test_export_leaves_nothing_in_part(workplace: Path, out: str) -> None:
     before = set(workplace.iterdir())
     at_work: Callable[[], bool] = lambda: any(p.name.startswith(f".{out}") for p in workplace.iterdir())  # noqa: E731
     status, _, err = interrupted(workplace, ["export", "run", out], at_work)
-    assert status == 128 + signal.SIGINT
+    assert status == 128 + signal.SIGINT, err
     assert err == "rerankvpr: export: stopped by SIGINT; no export is there in part; the same command begins again\n"
     assert set(workplace.iterdir()) == before
 
