@@ -175,20 +175,21 @@ def train_with_kills(
     *flags: str,
     kills: int,
     within_s: float,
+    most_steps: int = 1,
     seed: int = 0,
     kill: Callable[[forked.Command], None] = kill_all,
 ) -> int:
     """A training on two ranks to its end, killed up to `kills` times, by SIGKILL to all processes; how often it was.
 
-    Each comes at a random moment within `within_s` after a step since the last one: a resumption has to get on. `kill`
-    is another way to end the training.
+    Each comes within `within_s` after one of the `most_steps` steps that follow the last one that was done, both drawn:
+    a resumption has to get on, on a machine of any speed. `kill` is another way to end the training.
     """
     rng, folder = random.Random(seed), workplace / output
     metrics = folder / "metrics.jsonl"
     process, done = two_ranks(workplace, output, *flags, "--resume"), 0
     while done < kills:
-        seen = metrics.stat().st_size if metrics.exists() else 0
-        forked.wait_until(lambda: process.poll() is not None or _is_longer(metrics, seen), 180)  # noqa: B023
+        target = last_step(metrics) + rng.randint(1, most_steps)
+        forked.wait_until(lambda: process.poll() is not None or last_step(metrics) >= target, 180)  # noqa: B023
         time.sleep(rng.uniform(0.0, within_s))
         if process.poll() is not None:
             break  # came to its end between two kills
@@ -196,11 +197,14 @@ def train_with_kills(
         if process.returncode == 0:
             return done  # in its last moment, when all was done
         done += 1
-        print(f"kill {done}: at step {max(logged(folder), default=0) if metrics.exists() else 0}", flush=True)
+        print(f"kill {done}: at step {last_step(metrics)}", flush=True)
         process = two_ranks(workplace, output, *flags, "--resume")
     finish(process)
     return done
 
 
-def _is_longer(file: Path, size: int) -> bool:
-    return file.exists() and file.stat().st_size > size
+def last_step(metrics: Path) -> int:
+    """The highest step that a training has done, of the lines that are whole; 0 before the first."""
+    text = metrics.read_text() if metrics.exists() else ""
+    whole = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return max((line["step"] for line in whole if "train/loss" in line), default=0)

@@ -30,16 +30,17 @@ def unbroken(workplace: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("victim", "kills", "seed"),
-    [("everything", 20, 0), ("one rank", 10, 1), ("all ranks", 10, 2), ("launcher", 10, 3)],
+    ("victim", "kills", "most_steps", "seed"),
+    [("everything", 20, 3, 0), ("one rank", 10, 7, 1), ("all ranks", 10, 7, 2), ("launcher", 10, 7, 3)],
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
-    workplace: Path, unbroken: Path, victim: str, kills: int, seed: int
+    workplace: Path, unbroken: Path, victim: str, kills: int, most_steps: int, seed: int
 ) -> None:
     """SIGKILL in steps, saves and evaluations; each resumption has to get on before the next."""
     name, rng = f"killed {victim}", random.Random(seed)
     kill = training.kill_all if victim == "everything" else lambda process: _kill(process, victim, rng)
-    killed = training.train_with_kills(workplace, name, *LONG, kills=kills, within_s=1.2, seed=seed, kill=kill)
+    moments = {"kills": kills, "within_s": 0.3, "most_steps": most_steps, "seed": seed}
+    killed = training.train_with_kills(workplace, name, *LONG, **moments, kill=kill)
     assert killed >= kills // 2
     training.same_run(unbroken, workplace / name, 4 * training.STEPS)
 
