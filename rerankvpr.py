@@ -18,6 +18,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -175,7 +176,16 @@ def end_with(run: Callable[[], int]) -> NoReturn:
         else:
             print(f"rerankvpr: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _keep_status(status)
     sys.exit(status)
+
+
+def _keep_status(status: int | str | None) -> None:
+    """Lets a signal that comes while libraries end, when all is done, end the process at once with the same status."""
+    number = status if isinstance(status, int) else int(status is not None)
+    if threading.current_thread() is threading.main_thread():
+        for asked in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(asked, lambda *_: os._exit(number))
 
 
 def _has_lost_its_reader(descriptor: int) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from trainer.errors import leave
+from trainer.errors import asked_to_stop, leave
 
 GRACE_S = 10.0
 
@@ -50,7 +50,13 @@ def one_line_when_interrupted(verb: str) -> Iterator[None]:
         yield
         return
 
+    asked = 0
+    asked_to_stop.clear()
+
     def interrupt(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = number
+        asked_to_stop.set()
         signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL)  # a second Ctrl-C ends
         raise Interrupted(number)
 
@@ -87,6 +93,11 @@ def one_line_when_interrupted(verb: str) -> Iterator[None]:
     except SystemExit:
         ended_well = True
         raise
+    except Exception:
+        if not asked:
+            raise
+        tell(asked)  # a library has made another error of the interrupt
+        leave(128 + asked)
     finally:
         if ended_well:
             signal.set_wakeup_fd(wakeup_before)

@@ -27,6 +27,16 @@ def main(argv):
         import torch.distributed as dist
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         store.get("what nobody sets")
+    if argv == ["swallowed"]:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise AttributeError("module numpy has no attribute matrix")
+    if argv == ["done"]:
+        import atexit
+        atexit.register(time.sleep, 60)
+        atexit.register(print, "done", flush=True)
+        return 3
     time.sleep(60)
 verb.main = main
 sys.modules["waiting_verb"] = verb
@@ -56,10 +66,11 @@ def run(*argv: str, shell: str = "", env: dict[str, str] | None = None) -> subpr
     return subprocess.run(command, capture_output=True, text=True, env=env or ENV, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_verb_with_one_line(number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "how"), [(signal.SIGTERM, ""), (signal.SIGINT, ""), (signal.SIGINT, "swallowed")])
+def test_a_signal_ends_a_verb_with_one_line(number: signal.Signals, how: str) -> None:
+    """Also if a library makes an error of its own of it, as imports do."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", WAITING, how], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
@@ -70,6 +81,16 @@ def test_a_signal_ends_a_verb_with_one_line(number: signal.Signals) -> None:
         f"rerankvpr: eval: stopped by {number.name}; with --features, features that are whole stay and the same "
         "command resumes\n"
     )
+
+
+def test_a_signal_that_comes_when_all_is_done_changes_nothing() -> None:
+    command = [sys.executable, "-c", WAITING, "done"]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() + process.stdout.readline() == "begun\ndone\n"
+    process.terminate()
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 3
 
 
 def test_a_verb_that_hangs_in_c_code_ends_all_the_same() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ USER_ERRORS = (ValueError, OSError)
 OTHERS_WAIT_S = 3.0
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 LONGEST_LINE, MOST_LINES = 2000, 40
+asked_to_stop = threading.Event()  # by a signal that ends the verb; see launch.interrupted
 
 
 class TrainingError(RuntimeError):
@@ -43,6 +45,8 @@ def one_line_errors(*extra: type[Exception], folder: Path | None = None) -> Iter
     except Exception as error:
         if isinstance(error, BrokenPipeError) and error.filename is None:
             raise  # where the reader of our output has seen enough it is no error: the entry point knows
+        if asked_to_stop.is_set():
+            raise  # what an interrupted import leaves makes errors of any kind: the verb says what stopped it
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if rank:
             time.sleep(OTHERS_WAIT_S)
