@@ -18,10 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ import tyro
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.batches import endless, plans_and_loader
-from benchmarks.loader_peers import bare, images_per_second, pandas_pil, webdataset
+from benchmarks.loader_peers import Batch, bare, images_per_second, pandas_pil, webdataset
 from benchmarks.loader_stores import measure_stores
 from benchmarks.report import print_table, write_json
 from configs.schema import DataConfig
@@ -52,14 +52,9 @@ class Options:
 
     source: Path | None = None
     """Folder in GSV-Cities' layout; without it a town is rendered, 180 places x 8 views."""
+    batch: Annotated[Batch, tyro.conf.arg(name="")] = field(default_factory=Batch)
     threads: int = 2
     """Decoding threads, or worker processes, of each loader."""
-    side: int = 224
-    """Side in pixels of the images delivered."""
-    places: int = 30
-    """Places in a batch."""
-    views: int = 4
-    """Views of each place."""
     images: int = 4000
     """Images of a round."""
     rounds: int = 3
@@ -77,9 +72,8 @@ class Options:
 class _Steps(Dataset[torch.Tensor]):
     """The steps of one epoch as items, each decoded by the process that fetches it."""
 
-    def __init__(self, options: Options, shards: Path) -> None:
-        data = _config(options, shards).model_copy(update={"decode_threads": 0})
-        plans, self.loader = plans_and_loader(data)
+    def __init__(self, data: DataConfig) -> None:
+        plans, self.loader = plans_and_loader(data.model_copy(update={"decode_threads": 0}))
         self.plan = plans.epoch(0)
 
     def __len__(self) -> int:
@@ -89,38 +83,36 @@ class _Steps(Dataset[torch.Tensor]):
         return next(self.loader.batches(self.plan, [step])).images_B3HW
 
 
-def by_processes(options: Options, shards: Path) -> Iterator[torch.Tensor]:
+def by_processes(data: DataConfig) -> Iterator[torch.Tensor]:
     """The same batches, a step a worker process of torch's DataLoader at a time, handed over in shared memory."""
-    loader = DataLoader(_Steps(options, shards), batch_size=None, num_workers=options.threads, persistent_workers=True)
+    loader = DataLoader(_Steps(data), batch_size=None, num_workers=data.decode_threads, persistent_workers=True)
     while True:
         yield from loader
 
 
-def _augmented(options: Options, shards: Path) -> Iterator[torch.Tensor]:
+def _augmented(data: DataConfig) -> Iterator[torch.Tensor]:
     """This loader's batches with all that the field's loader does: RandAugment, floats, normalisation; on the CPU."""
-    for number, batch in enumerate(endless(*plans_and_loader(_config(options, shards)))):
+    for number, batch in enumerate(endless(*plans_and_loader(data))):
         seeds = image_seeds(0, number, batch.place_ids_B, batch.views_B)
         yield normalise(randaugment(batch.images_B3HW, seeds, num_ops=3, magnitude=9))
 
 
-def seconds_to_first_batch(options: Options, shards: Path, *, into_epoch: float, world_size: int = 1) -> float:
+def seconds_to_first_batch(data: DataConfig, *, into_epoch: float, world_size: int = 1) -> float:
     """From nothing but the path to the last rank's first batch of a run that starts at this part of an epoch."""
-    data = _config(options, shards)
     began = time.perf_counter()
     plans, loader = plans_and_loader(data, rank=world_size - 1, world_size=world_size)
     next(loader.batches(plans.epoch(3), range(int(into_epoch * plans.num_steps), plans.num_steps)))
     return time.perf_counter() - began
 
 
-def resident_growth_mb(options: Options, shards: Path) -> float:
+def resident_growth_mb(data: DataConfig, epochs: int) -> float:
     """Growth of the resident memory over the second half of the epochs, each of which sees large cities ten times."""
-    data = _config(options, shards)
     places = read_mixture(data)
-    large = [places.cities[city] for city in np.flatnonzero(np.bincount(places.place_city) >= options.places)]
+    large = [places.cities[city] for city in np.flatnonzero(np.bincount(places.place_city) >= data.places_per_batch)]
     data = data.model_copy(update={"composition": "city", "repeat": dict.fromkeys(large, 10)})
     plans, loader = plans_and_loader(data)
     resident = []
-    for epoch in range(options.epochs):
+    for epoch in range(epochs):
         for _ in loader.batches(plans.epoch(epoch), range(plans.num_steps)):
             pass
         resident.append(_resident_mb())
@@ -136,14 +128,13 @@ def main(options: Options) -> dict[str, float]:
             render_town(work / "town", Town(held_out_places=0))
             source = work / "town" / "train"
         write_shards(read_gsv_cities(source), work / "set", ShardOptions(shard_bytes=8 * 2**20))
-        data = _config(options, work / "set")
+        batch, data = options.batch, _config(options, work / "set")
         if options.stores:
             counts = {"images": options.images, "rounds": options.rounds}
             figures = measure_stores(options.stores, work / "set", data, **counts)
             write_json(options.json, figures)
             return figures
-        jpegs = _planned_jpegs(options, work / "set")
-        batch = options.places * options.views
+        jpegs = _planned_jpegs(data, options.images)
         rates: dict[str, list[float]] = {}
 
         def measure(name: str, rate: float) -> None:
@@ -152,23 +143,25 @@ def main(options: Options) -> dict[str, float]:
 
         for _ in range(options.rounds):
             for _ in range(_CLOSE):
-                measure("bare", bare(jpegs, options.side, options.threads))
-                measure("loader", images_per_second(endless(*plans_and_loader(data)), options.images, batch))
-            measure("processes", images_per_second(by_processes(options, work / "set"), options.images, batch))
-            measure("augmented", images_per_second(_augmented(options, work / "set"), options.images, batch))
-            arguments = (options.side, options.places, options.views, options.threads)
-            measure("pil", images_per_second(pandas_pil(source, *arguments), options.images, batch))
-            measure("webdataset", images_per_second(webdataset(work / "set", *arguments), options.images, batch))
+                measure("bare", bare(jpegs, batch.side, options.threads))
+                measure("loader", images_per_second(endless(*plans_and_loader(data)), options.images, batch.images))
+            measure("processes", images_per_second(by_processes(data), options.images, batch.images))
+            measure("augmented", images_per_second(_augmented(data), options.images, batch.images))
+            measure("pil", images_per_second(pandas_pil(source, batch, options.threads), options.images, batch.images))
+            measure(
+                "webdataset",
+                images_per_second(webdataset(work / "set", batch, options.threads), options.images, batch.images),
+            )
             if options.streaming_python:
-                measure("streaming", _streaming(options, source, work / "mds", batch))
-        first_batch_s = seconds_to_first_batch(options, work / "set", into_epoch=0)
+                measure("streaming", _streaming(options, source, work / "mds"))
+        first_batch_s = seconds_to_first_batch(data, into_epoch=0)
         resume_s = max(
-            seconds_to_first_batch(options, work / "set", into_epoch=part, world_size=world_size)
+            seconds_to_first_batch(data, into_epoch=part, world_size=world_size)
             for part in (0.1, 0.5, 0.9)
-            for world_size in (1, 2, options.places)
-            if options.places % world_size == 0
+            for world_size in (1, 2, batch.places)
+            if batch.places % world_size == 0
         )
-        growth_mb = resident_growth_mb(options, work / "set")
+        growth_mb = resident_growth_mb(data, options.epochs)
 
     rate = {name: median(values) for name, values in rates.items()}
     figures = {f"{name}_images_per_s": value for name, value in rate.items()}
@@ -200,7 +193,7 @@ def main(options: Options) -> dict[str, float]:
         for name, value in rate.items()
     ]
     print_table(
-        f"loaders, {options.threads} threads, to {options.side} px", ["", "images/s", "range", "this loader / it"], rows
+        f"loaders, {options.threads} threads, to {batch.side} px", ["", "images/s", "range", "this loader / it"], rows
     )
     print(
         f"of bare, pair by pair: {min(ratios):.2f} - {max(ratios):.2f}; first batch after {first_batch_s:.2f} s, of a "
@@ -218,28 +211,27 @@ def _resident_mb() -> float:
 def _config(options: Options, shards: Path) -> DataConfig:
     return DataConfig(
         shards=str(shards),
-        places_per_batch=options.places,
-        images_per_place=options.views,
+        places_per_batch=options.batch.places,
+        images_per_place=options.batch.views,
         composition="mixed",
-        image_size=options.side,
+        image_size=options.batch.side,
         decode_threads=options.threads,
     )
 
 
-def _planned_jpegs(options: Options, shards: Path) -> list[bytes]:
+def _planned_jpegs(data: DataConfig, images: int) -> list[bytes]:
     """The bytes of the images that the loader is asked for, in its order."""
-    data = _config(options, shards)
     places = read_mixture(data)
     plans = EpochPlans(places, data, seed=0)
     (index,) = places.sets
     jpegs: list[bytes] = []
     epoch = 0
-    while len(jpegs) < options.images:
+    while len(jpegs) < images:
         plan = plans.epoch(epoch)
-        for place, views in zip(plan.places_SP.ravel(), plan.views_SPK.reshape(-1, options.views), strict=True):
+        for place, views in zip(plan.places_SP.ravel(), plan.views_SPK.reshape(-1, data.images_per_place), strict=True):
             jpegs += _jpegs_of(index, int(place), views.tolist())
         epoch += 1
-    return jpegs[: options.images]
+    return jpegs[:images]
 
 
 def _jpegs_of(index: ShardIndex, place: int, views: list[int]) -> list[bytes]:
@@ -250,9 +242,10 @@ def _jpegs_of(index: ShardIndex, place: int, views: list[int]) -> list[bytes]:
     return [data[where.offsets[view] : where.offsets[view] + where.sizes[view]] for view in views]
 
 
-def _streaming(options: Options, source: Path, mds: Path, batch: int) -> float:
+def _streaming(options: Options, source: Path, mds: Path) -> float:
     command = [options.streaming_python, "-m", "benchmarks.loader_peers", source, mds]
-    sizes = {"side": options.side, "batch": batch, "threads": options.threads, "images": options.images}
+    batch = options.batch
+    sizes = {"side": batch.side, "batch": batch.images, "threads": options.threads, "images": options.images}
     for name, value in sizes.items():
         command += [f"--{name}", str(value)]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,23 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What every loader makes."""
+
+    side: int = 224
+    """Side in pixels of the images delivered."""
+    places: int = 30
+    """Places in a batch."""
+    views: int = 4
+    """Views of each place."""
+
+    @property
+    def images(self) -> int:
+        """Images in a batch."""
+        return self.places * self.views
 
 
 def images_per_second(batches: Iterator[Any], images: int, batch_size: int) -> float:
@@ -89,13 +107,13 @@ class PandasPlaces(Dataset[torch.Tensor]):
         return torch.stack(images)
 
 
-def pandas_pil(folder: Path, side: int, places: int, k: int, workers: int) -> Iterator[torch.Tensor]:
+def pandas_pil(folder: Path, batch: Batch, threads: int) -> Iterator[torch.Tensor]:
     """torch's DataLoader over single files, in the file order of places as the field's recipe has it."""
-    dataset = PandasPlaces(folder, side, k)
-    loader = DataLoader(dataset, batch_size=places, num_workers=workers, drop_last=True, persistent_workers=True)
+    dataset = PandasPlaces(folder, batch.side, batch.views)
+    loader = DataLoader(dataset, batch_size=batch.places, num_workers=threads, drop_last=True, persistent_workers=True)
     while True:
-        for batch in loader:
-            yield batch.flatten(0, 1)
+        for images in loader:
+            yield images.flatten(0, 1)
 
 
 class _Pick:
@@ -126,7 +144,7 @@ class _Resize:
         )
 
 
-def webdataset(shards: Path, side: int, places: int, k: int, workers: int) -> Iterator[torch.Tensor]:
+def webdataset(shards: Path, batch: Batch, threads: int) -> Iterator[torch.Tensor]:
     """webdataset's own pipeline over the same tars: shuffle, K views of a sample, its decoder, batches, WebLoader."""
     import webdataset as wds
 
@@ -134,12 +152,12 @@ def webdataset(shards: Path, side: int, places: int, k: int, workers: int) -> It
     dataset = (
         wds.WebDataset(tars, shardshuffle=False, resampled=True, seed=0)
         .shuffle(200)
-        .map(_Pick(k))
+        .map(_Pick(batch.views))
         .decode("torchrgb8")
-        .map(_Resize(side))
-        .batched(places, collation_fn=torch.cat)
+        .map(_Resize(batch.side))
+        .batched(batch.places, collation_fn=torch.cat)
     )
-    yield from wds.WebLoader(dataset, batch_size=None, num_workers=workers)
+    yield from wds.WebLoader(dataset, batch_size=None, num_workers=threads)
 
 
 def write_mds(files: list[Path], folder: Path) -> None:

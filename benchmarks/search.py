@@ -17,9 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import faiss
 import numpy as np
@@ -37,15 +37,11 @@ ROWS_PER_SEED = 1 << 16
 
 
 @dataclass(frozen=True)
-class Options:
-    """What is measured."""
+class Task:
+    """A search for random queries in a database of random rows."""
 
-    json: Path | None = None
-    """File for the figures."""
     rows: int = 1_000_000
     """Database rows of the comparison with one index."""
-    large_rows: int = 10_000_000
-    """Database rows that are searched in blocks alone; 0 for none."""
     size: int = 64
     """Channels of a row."""
     queries: int = 100
@@ -54,6 +50,29 @@ class Options:
     """Neighbours of each."""
     block_mb: int = 64
     """Rows held at a time, in MB; rounded up to a multiple of 65,536 rows."""
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block, a multiple of ROWS_PER_SEED."""
+        return -(-(self.block_mb << 20) // (4 * self.size * ROWS_PER_SEED)) * ROWS_PER_SEED
+
+    def mb(self, rows: int) -> float:
+        """MB of that many rows."""
+        return rows * self.size * 4 / 2**20
+
+    def __str__(self) -> str:
+        return f"{self.queries} queries, top {self.k}, in {self.rows:,} x {self.size} rows"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    json: Path | None = None
+    """File for the figures."""
+    task: Annotated[Task, tyro.conf.arg(name="")] = field(default_factory=Task)
+    large_rows: int = 10_000_000
+    """Database rows that are searched in blocks alone; 0 for none."""
     world_sizes: tuple[int, ...] = (1, 2, 4)
     """Numbers of ranks, one thread each."""
     large_world: int = 2
@@ -80,8 +99,8 @@ def main() -> None:
 def _against_one_index(options: Options) -> dict[str, float]:
     turns = []
     for _ in range(options.repeats):
-        bare = {world: _run(options, "bare", world, options.rows) for world in {1, *options.world_sizes}}
-        turns.append((bare, {world: _run(options, "ranks", world, options.rows) for world in options.world_sizes}))
+        bare = {world: _run(options.task, "bare", world) for world in {1, *options.world_sizes}}
+        turns.append((bare, {world: _run(options.task, "ranks", world) for world in options.world_sizes}))
     one, first = turns[0][0][1], turns[0][1][options.world_sizes[0]]
     cpu = float(np.median([bare[1]["cpu"] for bare, _ in turns]))
     figures = {"flat_cpu_s": cpu}
@@ -117,20 +136,20 @@ def _against_one_index(options: Options) -> dict[str, float]:
         "queries with its neighbours",
         "ids, scores equal at any number of ranks",
     ]
-    title = f"{options.queries} queries, top {options.k}, in {options.rows:,} x {options.size} rows"
-    print_table(f"{title}, blocks of {options.block_mb} MB; {options.repeats} turns", columns, rows)
+    title = f"{options.task}, blocks of {options.task.block_mb} MB; {options.repeats} turns"
+    print_table(title, columns, rows)
     return figures
 
 
 def _large(options: Options) -> dict[str, float]:
     """A database in blocks, and the memory that it takes beside what the rows would take."""
-    found = _run(options, "blocks", options.large_world, options.large_rows)
-    whole_mb = options.large_rows * options.size * 4 / 2**20
+    task = replace(options.task, rows=options.large_rows)
+    found, whole_mb = _run(task, "blocks", options.large_world), task.mb(task.rows)
     row = [f"{options.large_world} ranks", f"{found['wall']:.1f}", f"{found['cpu']:.1f}", f"{found['mb']:.0f}"]
     print_table(
-        f"{options.queries} queries, top {options.k}, in {options.large_rows:,} x {options.size} rows",
+        str(task),
         ["", "s", "CPU s, all ranks", "peak MB above start, a rank", "MB of a block", "MB of all rows"],
-        [[*row, f"{_block_rows(options.block_mb, options.size) * options.size * 4 / 2**20:.0f}", f"{whole_mb:.0f}"]],
+        [[*row, f"{task.mb(task.block_rows):.0f}", f"{whole_mb:.0f}"]],
     )
     return {
         "large_rows": float(options.large_rows),
@@ -142,9 +161,9 @@ def _large(options: Options) -> dict[str, float]:
 
 
 def _approximate(options: Options) -> dict[str, float]:
-    count = min(options.rows, 50_000)
-    ((_, rows_ND),) = _blocks(0, count, options.size, count, [0.0])
-    queries_QD = _rows(-1, options.queries, options.size)
+    count = min(options.task.rows, 50_000)
+    ((_, rows_ND),) = _blocks(0, count, options.task.size, count, [0.0])
+    queries_QD = _rows(-1, options.task.queries, options.task.size)
     figures: dict[str, float] = {}
     rows: list[list[str]] = []
     _, exact = search_blocks(queries_QD, [(0, rows_ND)], 10)
@@ -155,12 +174,12 @@ def _approximate(options: Options) -> dict[str, float]:
         seconds, recall = time.perf_counter() - start, agreement(ids, exact)
         rows.append([name, f"{recall:.1f}", f"{seconds:.2f}"])
         figures[f"recall_{factory.replace(',', '_').lower()}"] = recall
-    title = f"Approximate indices, random {count:,} x {options.size}"
+    title = f"Approximate indices, random {count:,} x {options.task.size}"
     print_table(title, ["index", "% of the exact top 10", "s, building included"], rows)
     return figures
 
 
-def _run(options: Options, kind: str, world: int, rows: int) -> dict[str, Any]:
+def _run(task: Task, kind: str, world: int) -> dict[str, Any]:
     """Searches in `world` processes; the work of all.
 
     `bare` are indices over parts of the rows; `ranks` search one database, whose rows are there; in `blocks` rows are
@@ -168,7 +187,7 @@ def _run(options: Options, kind: str, world: int, rows: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "options.json").write_text(json.dumps({**vars(options), "json": None, "rows": rows}))
+        (folder / "task.json").write_text(json.dumps(asdict(task)))
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         start = [sys.executable, "-m", "benchmarks.search", "rank", name]
         ranks = [subprocess.Popen([*start, str(rank), str(world), kind], env=env) for rank in range(world)]
@@ -182,20 +201,19 @@ def _run(options: Options, kind: str, world: int, rows: int) -> dict[str, Any]:
 
 
 def _rank(folder: Path, rank: int, world: int, kind: str) -> None:
-    options = json.loads((folder / "options.json").read_text())
-    rows, size, k = options["rows"], options["size"], options["k"]
+    task = Task(**json.loads((folder / "task.json").read_text()))
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    queries_QD = _rows(-1, options["queries"], size)
-    search_blocks(queries_QD[:20], [(0, _rows(0, 4096, size))], 5)  # loads what FAISS loads at its first call
+    queries_QD = _rows(-1, task.queries, task.size)
+    search_blocks(queries_QD[:20], [(0, _rows(0, 4096, task.size))], 5)  # loads what FAISS loads at its first call
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    seeds = -(-rows // ROWS_PER_SEED)
-    first, stop = (min(rows, seeds * r // world * ROWS_PER_SEED) for r in (rank, rank + 1))
+    seeds = -(-task.rows // ROWS_PER_SEED)
+    first, stop = (min(task.rows, seeds * r // world * ROWS_PER_SEED) for r in (rank, rank + 1))
     making = [0.0]
     blocks: Iterable[tuple[int, NDArray[np.float32]]]
-    blocks = _blocks(first, stop, size, _block_rows(options["block_mb"], size), making)
-    index = faiss.IndexFlatIP(size)
+    blocks = _blocks(first, stop, task.size, task.block_rows, making)
+    index = faiss.IndexFlatIP(task.size)
     if kind == "bare":
         for _, rows_ND in blocks:
             index.add(rows_ND)
@@ -205,7 +223,7 @@ def _rank(folder: Path, rank: int, world: int, kind: str) -> None:
     made, peak = making[0], Peak()
     dist.barrier()
     start, cpu = time.perf_counter(), time.process_time()
-    scores, ids = index.search(queries_QD, k) if kind == "bare" else search_ranks(queries_QD, blocks, k)
+    scores, ids = index.search(queries_QD, task.k) if kind == "bare" else search_ranks(queries_QD, blocks, task.k)
     figures = {
         "wall": time.perf_counter() - start,
         "cpu": time.process_time() - cpu - (making[0] - made),
@@ -216,11 +234,6 @@ def _rank(folder: Path, rank: int, world: int, kind: str) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _block_rows(block_mb: int, size: int) -> int:
-    """Rows of a block, a multiple of ROWS_PER_SEED."""
-    return -(-(block_mb << 20) // (4 * size * ROWS_PER_SEED)) * ROWS_PER_SEED
 
 
 def _blocks(

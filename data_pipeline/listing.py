@@ -20,14 +20,17 @@ CITY = re.compile(r"[\w-]+")
 CITY_BYTES = 64
 NO_PLACE = -1
 
+FACTS = {
+    **dict.fromkeys(("year", "month", "northdeg"), pa.int64()),
+    **dict.fromkeys(("lat", "lon"), pa.float64()),
+    "panoid": pa.string(),
+}
+"""What a source may know of a photograph, and a shard set keeps."""
 SCHEMA = pa.schema(
     [
         ("city", pa.string()),
         ("place", pa.int64()),
-        *((name, pa.int64()) for name in ("year", "month", "northdeg")),
-        ("lat", pa.float64()),
-        ("lon", pa.float64()),
-        ("panoid", pa.string()),
+        *FACTS.items(),
         ("file", pa.string()),
         ("csv", pa.string()),
         ("row", pa.int64()),

@@ -26,6 +26,7 @@ from data_pipeline.index import (
     read_table,
     write_table,
 )
+from data_pipeline.listing import FACTS
 from data_pipeline.photo_source import PhotoSource
 from data_pipeline.shard_options import ShardOptions
 from data_pipeline.tars import END_OF_TAR, pack_place
@@ -33,7 +34,6 @@ from data_pipeline.tars import END_OF_TAR, pack_place
 if TYPE_CHECKING:
     from data_pipeline.photos import Photo
 
-_COPIED = ("year", "month", "northdeg", "panoid", "lat", "lon")
 _NAMED = 3
 
 
@@ -209,6 +209,6 @@ def _write_tar(
 
 def _index_row(image: dict[str, Any], photo: Photo, place: int, shard: str) -> dict[str, Any]:
     """An index row but for what its place in the tar decides; place ids count from 0 in each shard until the end."""
-    row: dict[str, Any] = {key: image[key] for key in _COPIED}
+    row: dict[str, Any] = {key: image[key] for key in FACTS}
     row |= {"place_id": place, "city": image["city"], "city_place_id": image["place"], "shard": shard}
     return row | {"width": photo.width, "height": photo.height}

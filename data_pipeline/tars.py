@@ -8,10 +8,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_pipeline.listing import FACTS
+
 BLOCK = tarfile.BLOCKSIZE
 END_OF_TAR = bytes(2 * BLOCK)
 
-_VIEW_KEYS = ("year", "month", "northdeg", "lat", "lon", "panoid", "width", "height")
+_VIEW_KEYS = (*FACTS, "width", "height")
 
 
 def sample_key(city: str, city_place_id: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -154,13 +153,13 @@ def _linked(text: str) -> str:
 
 def commands(_: str = "") -> str:
     """The help of every verb, as a terminal shows it."""
-    from launch.cli import VERBS
+    from launch.cli import VERBS, function_of
 
     parts = []
-    for verb, (target, arguments, text) in VERBS.items():
-        module, _, function = target.partition(":")
-        said = _help_of(getattr(importlib.import_module(module), function), verb)
-        parts += [f"## {verb}", f"`rerankvpr {verb} {arguments}`".replace(" `", "`"), text, f"```text\n{said}\n```"]
+    for name, verb in VERBS.items():
+        said = _help_of(function_of(name), name)
+        usage = f"`rerankvpr {name} {verb.arguments}`".replace(" `", "`")
+        parts += [f"## {name}", usage, verb.text, f"```text\n{said}\n```"]
     return "\n\n".join(parts)
 
 

@@ -6,87 +6,82 @@ import importlib
 import os
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from configs.names import nearest
 from launch.interrupted import one_line_when_interrupted
 from trainer.errors import one_line_errors
 from trainer.stop_signal import COMMAND
 
-# Each verb's function is imported when it is called: help should not wait for torch.
+
+@dataclass(frozen=True)
+class Verb:
+    """A line of the help, and what is called: `module:function`, or `main` of launch/VERB_command.py."""
+
+    arguments: str
+    text: str
+    calls: str = ""
+
+
 VERBS = {
-    "demo": ("launch.demo:main", "", "Renders a town, trains on it with two ranks, shows what was learned."),
-    "shard": ("launch.data_commands:shard", "KIND SRC OUT", "Writes a data set as tar shards with an index."),
-    "verify": ("launch.data_commands:verify", "OUT", "Checks every byte of a shard set against its index."),
-    "inspect": (
-        "launch.inspect_command:main",
+    "demo": Verb("", "Renders a town, trains on it with two ranks, shows what was learned.", "launch.demo:main"),
+    "shard": Verb("KIND SRC OUT", "Writes a data set as tar shards with an index.", "launch.data_commands:shard"),
+    "verify": Verb("OUT", "Checks every byte of a shard set against its index.", "launch.data_commands:verify"),
+    "inspect": Verb(
         "SHARDS [--out DIR] [--plan FILE]",
         "Shows what a shard set holds: counts, a contact sheet, a map, the plan of an epoch.",
     ),
-    "train": (
-        "trainer.command:main",
+    "train": Verb(
         "RECIPE [--section.key value] [--resume]",
         "Trains a recipe; one process is a group of one.",
+        "trainer.command:main",
     ),
-    "plan": (
-        "launch.plan_command:main",
+    "plan": Verb(
         "RECIPE [--section.key value] [--ranks N --device-gb X --tflops T]",
         "What a training would take: memory, steps, bytes sent, time; refuses what it would refuse.",
     ),
-    "launch": (
-        "launch.torchrun:main",
+    "launch": Verb(
         "[--nnodes N --rdzv HOST --nproc-per-node N] -- VERB ...",
         "Runs a verb on many processes by torchrun.",
+        "launch.torchrun:main",
     ),
-    "submit": (
-        "launch.submit:main",
+    "submit": Verb(
         "[--nodes N --gpus-per-node N --time T] -- VERB ... [--then VERB ...]",
         "Submits stages of work to SLURM, each after the one before it.",
+        "launch.submit:main",
     ),
-    "doctor": (
-        "launch.doctor:main",
-        "[--shared DIR...]",
-        "Checks the nodes of a group: versions, folders, network, GPUs.",
+    "doctor": Verb(
+        "[--shared DIR...]", "Checks the nodes of a group: versions, folders, network, GPUs.", "launch.doctor:main"
     ),
-    "rank": ("launch.rank:main", "[--fit] -- VERB ...", "One process of a launch on several nodes."),
-    "eval": (
-        "launch.eval_command:main",
-        "--checkpoint DIR|--weights FILE --benchmarks NAME...",
-        "Recall before and after re-ranking.",
-    ),
-    "index": (
-        "launch.index_command:main",
+    "rank": Verb("[--fit] -- VERB ...", "One process of a launch on several nodes.", "launch.rank:main"),
+    "eval": Verb("--checkpoint DIR|--weights FILE --benchmarks NAME...", "Recall before and after re-ranking."),
+    "index": Verb(
         "build DB --checkpoint C --out IDX | add IDX DB | info IDX | verify IDX",
         "Encodes a database of photographs once, for `locate`.",
     ),
-    "locate": (
-        "launch.locate_command:main",
-        "PHOTO... --index IDX",
-        "Where photographs were taken: candidates, position, whether to believe it.",
+    "locate": Verb(
+        "PHOTO... --index IDX", "Where photographs were taken: candidates, position, whether to believe it."
     ),
-    "show": (
-        "launch.show_command:main",
-        "attention|pca|matches|similarity IMAGE... --model RUN",
-        "Draws what a network sees of photographs.",
-    ),
-    "report": (
-        "launch.report_command:main",
-        "FOLDER... [--out PAGE.html]",
-        "Evaluations as one page, several against each other.",
-    ),
-    "serve": ("launch.serve_command:main", "--index IDX", "A web page of an index, on this machine alone."),
-    "sync": ("launch.sync_command:main", "OUTPUT...", "Sends MLflow what it has not got of trainings."),
-    "export": (
-        "launch.export_command:main",
-        "CHECKPOINT OUT.safetensors|.onnx|.pt2|FOLDER",
-        "The trained network for other programs.",
-    ),
+    "show": Verb("attention|pca|matches|similarity IMAGE... --model RUN", "Draws what a network sees of photographs."),
+    "report": Verb("FOLDER... [--out PAGE.html]", "Evaluations as one page, several against each other."),
+    "serve": Verb("--index IDX", "A web page of an index, on this machine alone."),
+    "sync": Verb("OUTPUT...", "Sends MLflow what it has not got of trainings."),
+    "export": Verb("CHECKPOINT OUT.safetensors|.onnx|.pt2|FOLDER", "The trained network for other programs."),
 }
+
+
+def function_of(verb: str) -> Callable[[list[str]], int]:
+    """What a verb calls, imported when it is asked for: help should not wait for torch."""
+    module, _, name = (VERBS[verb].calls or f"launch.{verb}_command:main").partition(":")
+    function: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def _help() -> None:
     lines = ["rerankvpr: distributed training of visual place recognition, with re-ranking", ""]
-    for verb, (_, arguments, text) in VERBS.items():
-        lines += [f"  rerankvpr {verb} {arguments}".rstrip(), f"      {text}"]
+    for name, verb in VERBS.items():
+        lines += [f"  rerankvpr {name} {verb.arguments}".rstrip(), f"      {verb.text}"]
     lines += [
         "",
         "`rerankvpr VERB --help` shows a verb's flags; `rerankvpr --version` what is installed;",
@@ -116,8 +111,6 @@ def main(argv: list[str]) -> int:
     if verb not in VERBS:
         print(f"rerankvpr: unknown verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
         return 2
-    module, _, function = VERBS[verb][0].partition(":")
     os.environ.setdefault(COMMAND, shlex.join(["rerankvpr", *argv]))
     with one_line_when_interrupted(verb), one_line_errors():
-        status: int = getattr(importlib.import_module(module), function)(rest)
-        return status
+        return function_of(verb)(rest)

@@ -19,6 +19,7 @@ from configs.flags import parse_flags
 from configs.plugins import described, load_plugins
 from configs.recipe_flags import named_plugins
 from configs.registry import SOURCES
+from data_pipeline.shard_options import SHARD_BYTES, ShardOptions
 from launch.faults import print_faults
 from launch.parts import part_of
 from trainer.progress import progress_bar
@@ -38,21 +39,21 @@ class Writing:
 
     min_images_per_place: int = 4
     """Places with fewer images are left out and counted."""
-    shard_mb: Annotated[int, tyro.conf.arg(name="shard-mb")] = 256
+    shard_mb: Annotated[int, tyro.conf.arg(name="shard-mb")] = SHARD_BYTES // 2**20
     """Size of a tar in MB (2^20 bytes)."""
-    max_bad: float = 0.001
+    max_bad: float = ShardOptions.max_bad
     """Share of images that may be missing or damaged; more stop the run."""
-    max_side: int | None = None
+    max_side: int | None = ShardOptions.max_side
     """Longer side in pixels that larger photographs are scaled to; without it every photograph keeps its bytes."""
-    quality: int = 95
+    quality: int = ShardOptions.quality
     """JPEG quality of the photographs that are scaled or converted."""
-    convert: bool = False
+    convert: bool = ShardOptions.convert
     """Write what is no JPEG (PNG, WebP, TIFF, HEIC, ...) as a JPEG; without it such photographs are refused."""
     shuffle: int | None = None
     """Seed that shuffles the places of each city, for readers that go through the tars in order."""
-    workers: int = 1
+    workers: int = ShardOptions.workers
     """Processes that write tars at a time."""
-    threads: int | None = None
+    threads: int | None = ShardOptions.threads
     """Threads that read and check photographs, over all workers; as many as cores without it."""
     plugins: tuple[str, ...] = ()
     """Your code, files (my_vpr.py) or modules, that adds kinds of data sets; see docs/extending.md."""
@@ -249,7 +250,6 @@ def write_shard_set(console: Console, command: Any) -> ShardSummary:
     """Shards a data set under a progress bar; the command is `parse_shard`'s."""
     part = part_of(command.part)
     from data_pipeline.listing import shuffle_places
-    from data_pipeline.shard_options import ShardOptions
     from data_pipeline.shards import write_shards
 
     listing = command.listing()

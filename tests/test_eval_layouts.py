@@ -169,20 +169,21 @@ def test_openvprlabs_msls_val(tmp_path: Path, spec: str) -> None:
 @pytest.mark.usefixtures("any_counts")
 @pytest.mark.parametrize("truth", ["gt", "gt_25m"])
 @pytest.mark.parametrize(
-    ("spec", "folder", "stem"),
+    ("spec", "stem"),
     [
-        ("pitts30k", "pitts30k", "pitts30k_test"),
-        ("pitts30k/val", "pitts30k", "pitts30k_val"),
-        ("pitts30k-val", "pitts30k-val", "pitts30k_val"),
-        ("pitts250k", "pitts250k", "pitts250k_test"),
-        ("layout:pitts250k:x", "x", "pitts250k_test"),
+        ("pitts30k", "pitts30k_test"),
+        ("pitts30k/val", "pitts30k_val"),
+        ("pitts30k-val", "pitts30k_val"),
+        ("pitts250k", "pitts250k_test"),
+        ("layout:pitts250k:x", "pitts250k_test"),
     ],
 )
-def test_lists_of_pittsburgh(tmp_path: Path, spec: str, folder: str, stem: str, truth: str) -> None:
-    photos(tmp_path / folder, ["000/a.jpg", "000/b.jpg", "queries_real/000/q.jpg"])
-    np.save(tmp_path / folder / f"{stem}_dbImages.npy", np.array(["000/a.jpg", "000/b.jpg"]))
-    np.save(tmp_path / folder / f"{stem}_qImages.npy", np.array(["queries_real/000/q.jpg"]))
-    np.save(tmp_path / folder / f"{stem}_{truth}.npy", rows([0, 1]), allow_pickle=True)
+def test_lists_of_pittsburgh(tmp_path: Path, spec: str, stem: str, truth: str) -> None:
+    folder = tmp_path / spec.rpartition(":")[2].partition("/")[0]
+    photos(folder, ["000/a.jpg", "000/b.jpg", "queries_real/000/q.jpg"])
+    np.save(folder / f"{stem}_dbImages.npy", np.array(["000/a.jpg", "000/b.jpg"]))
+    np.save(folder / f"{stem}_qImages.npy", np.array(["queries_real/000/q.jpg"]))
+    np.save(folder / f"{stem}_{truth}.npy", rows([0, 1]), allow_pickle=True)
     assert positives(load(spec, tmp_path)) == [[0, 1]]
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from configs.files import replacing
 from data_pipeline.archives.chunks import chunk_path, chunks_of, read_chunk
 from data_pipeline.archives.files import Archive
-from data_pipeline.archives.source import NOWHERE, ArchivedPhotos
+from data_pipeline.archives.source import NOWHERE, NUMBERS, ArchivedPhotos
 from data_pipeline.archives.wanted import Wanted
 from data_pipeline.photographs import counted
 from data_pipeline.tables import RowTable
@@ -31,7 +31,7 @@ class Found:
     member: NDArray[np.int64]
     names: pa.Array
     container: NDArray[np.int32]
-    numbers: NDArray[np.int64]  # [members, 5]: offset, length, size, method, crc32
+    numbers: NDArray[np.int64]  # [members, 5], NUMBERS of each
     containers: list[str]
     changed_ns: list[int]
     again: int
@@ -46,19 +46,14 @@ class Found:
             numbers = np.where(self.member[:, None] >= 0, self.numbers[self.member], 0)
             container = np.where(self.member >= 0, self.container[self.member], NOWHERE).astype(np.int32)
         else:
-            numbers, container = np.zeros((len(lines), 5), np.int64), np.full(len(lines), NOWHERE, np.int32)
-        offset, length, own, method, crc32 = (np.ascontiguousarray(column) for column in numbers.T)
+            numbers, container = np.zeros((len(lines), len(NUMBERS)), np.int64), np.full(len(lines), NOWHERE, np.int32)
         return ArchivedPhotos(
             shown=shown_as,
             containers=tuple(self.containers),
             changed_ns=np.array(self.changed_ns, dtype=np.int64),
             lines=lines,
             container=container,
-            offset=offset,
-            length=length,
-            size=own,
-            method=method.astype(np.int8),
-            crc32=crc32,
+            numbers=numbers,
             threads=threads,
             retry_s=retry_s,
         )
@@ -120,14 +115,12 @@ def collect(archives: Sequence[Archive], folder: Path, wanted: Wanted, *, need_s
             count += len(table)
             names.append(table["name"].combine_chunks())
             container.append(where)
-            numbers.append(
-                np.stack([table[name].to_numpy() for name in ("offset", "length", "size", "method", "crc32")], 1)
-            )
+            numbers.append(np.stack([table[name].to_numpy() for name in NUMBERS], 1))
     return Found(
         member=member,
         names=pa.chunked_array(names, pa.string()).combine_chunks() if names else pa.array([], pa.string()),
         container=np.concatenate(container) if container else np.zeros(0, np.int32),
-        numbers=np.concatenate(numbers).astype(np.int64) if numbers else np.zeros((0, 5), np.int64),
+        numbers=np.concatenate(numbers).astype(np.int64) if numbers else np.zeros((0, len(NUMBERS)), np.int64),
         containers=list(containers),
         changed_ns=changed_ns,
         again=named - int((member >= 0).sum()),

@@ -16,6 +16,7 @@ from data_pipeline.photo_source import RETRY_S, shared_reader
 from data_pipeline.storage import is_remote
 
 NOWHERE = -1
+NUMBERS = ("offset", "length", "size", "method", "crc32")  # of a `Member`
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class ArchivedPhotos:
     """Photographs by the line of the table that names them.
 
     `lines` (int64 [N], ascending); `container` (int32 [N]) is a number in `containers` (locations of archives and spill
-    files, which changed at `changed_ns`), NOWHERE for a row without a member; `offset`, `length`, `size` (int64 [N])
-    and `method` (int8 [N]) as in `Member`, `crc32` (int64 [N]). `shown` is what messages call the source.
+    files, which changed at `changed_ns`), NOWHERE for a row without a member; `numbers` (int64 [N, 5]) are the members'
+    NUMBERS. `shown` is what messages call the source.
     """
 
     shown: str
@@ -32,11 +33,7 @@ class ArchivedPhotos:
     changed_ns: NDArray[np.int64]
     lines: NDArray[np.int64]
     container: NDArray[np.int32]
-    offset: NDArray[np.int64]
-    length: NDArray[np.int64]
-    size: NDArray[np.int64]
-    method: NDArray[np.int8]
-    crc32: NDArray[np.int64]
+    numbers: NDArray[np.int64]
     threads: int = 0
     retry_s: float = RETRY_S
 
@@ -57,7 +54,7 @@ class ArchivedPhotos:
         at = self._at(images["row"].to_numpy())
         there = self.container[at] != NOWHERE
         changed_ns = np.where(there, self.changed_ns[self.container[at]], 0) if len(self.containers) else at * 0
-        return np.where(there, self.size[at], -1), changed_ns
+        return np.where(there, self.numbers[at, NUMBERS.index("size")], -1), changed_ns
 
     def part(self, images: pa.Table) -> ArchivedPhotos:
         """The photographs of these images alone."""
@@ -72,11 +69,7 @@ class ArchivedPhotos:
             changed_ns=self.changed_ns[used],
             lines=self.lines[at],
             container=container,
-            offset=self.offset[at],
-            length=self.length[at],
-            size=self.size[at],
-            method=self.method[at],
-            crc32=self.crc32[at],
+            numbers=self.numbers[at],
         )
 
     def read(self, image: Mapping[str, Any]) -> bytes:
@@ -84,9 +77,10 @@ class ArchivedPhotos:
         at = int(self._at(np.array([image["row"]]))[0])
         if self.container[at] == NOWHERE:
             raise FileNotFoundError(self.where(image))
-        location, length = self.containers[self.container[at]], int(self.length[at])
-        stored = shared_reader(self.retry_s).read(location, int(self.offset[at]), length) if length else b""
-        return unpack(stored, int(self.method[at]), int(self.size[at]), int(self.crc32[at]))
+        location = self.containers[self.container[at]]
+        offset, length, size, method, crc32 = self.numbers[at].tolist()
+        stored = shared_reader(self.retry_s).read(location, offset, length) if length else b""
+        return unpack(stored, method, size, crc32)
 
     def where(self, image: Mapping[str, Any]) -> str:
         """The member's name, with its archive if it has one."""
