@@ -27,7 +27,11 @@ from trainer.memory_plan import Sizes, parameter_sizes, plan_memory
 from trainer.sent_bytes import bytes_sent
 
 MIB = 2**20
-SECTIONS = {"forward": ("forward",), "loss": ("loss",), "backward": ("backward", "reduce"), "update": ("update",)}
+# The plan's phases in each section of a step; the end of forward holds what the loss then finds.
+SECTIONS = {
+    **{"forward": ("forward", "loss"), "loss": ("loss",)},
+    **{"backward": ("backward", "reduce"), "update": ("update",)},
+}
 HELD = {
     "weights": ("weights", "weights, partitioned", "weights, small ones whole"),
     "queue": ("queue",),
@@ -123,7 +127,8 @@ def compare(recipe: Recipe, ranks: int, sizes: Sizes, counted: Simulated) -> Com
     planned, wire = bytes_sent(recipe, sizes, ranks), counted.wire_bytes()
     sent = {name: (wire.get(name, 0.0), planned.get(name, 0.0)) for name in {**planned, **wire}}
     parts = [part for part in plan_memory(recipe, ranks=ranks, on_cpu=False, sizes=sizes).parts if part.device]
-    parts = [part for part in parts if part.name != "process" and "evaluate" not in part.phases]
+    apart = ("process", "batches copied ahead")  # what is not the step's
+    parts = [part for part in parts if part.name not in apart and "evaluate" not in part.phases]
     memory = {
         name: (
             float(counted.held[name]),
@@ -135,7 +140,8 @@ def compare(recipe: Recipe, ranks: int, sizes: Sizes, counted: Simulated) -> Com
     of_images = [part for part in parts if part.name == "images of the step"]
     memory["activations and images"] = float(counted.kept), sum(part.device for part in kept + of_images)
     for section, phases in SECTIONS.items():
-        at = [sum(part.device for part in parts if {phase, "always"} & set(part.phases)) for phase in phases]
+        there = [part for part in parts if section != "forward" or part.name != "loss"]
+        at = [sum(part.device for part in there if {phase, "always"} & set(part.phases)) for phase in phases]
         memory[f"peak in {section}"] = float(counted.peaks[section]), max(at)
     peaks = [memory[f"peak in {section}"] for section in SECTIONS]
     memory["peak"] = max(one for one, _ in peaks), max(one for _, one in peaks)

@@ -6,11 +6,13 @@ group, in which a collective operation returns at once. No formula of `rerankvpr
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,12 +147,19 @@ class Counts:
         num_bytes = storage.nbytes()
 
         def freed(_: object) -> None:
-            del self._live[key]
-            self.total -= num_bytes
+            if self._live.pop(key, None):
+                self.total -= num_bytes
 
         self._live[key] = (weakref.ref(storage, freed), num_bytes)
         self.total += num_bytes
         self._peak()
+
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts tensors no more that are shapes without memory on a real device too."""
+        for one in tensors:
+            assert isinstance(one, Elsewhere)
+            _, num_bytes = self._live.pop(one.held.untyped_storage()._cdata)
+            self.total -= num_bytes
 
     def _peak(self) -> None:
         self.found.peaks[self.section] = max(self.total, self.found.peaks.get(self.section, 0))
@@ -184,17 +193,18 @@ def simulate(recipe: Recipe, ranks: int, *, full: bool = True) -> Simulated:
     """
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
     import torch.testing._internal.distributed.fake_pg  # noqa: F401 - makes the backend known
-    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
-    coordinator.assert_ints_same_as_other_ranks = _broadcast
+    _stand_in_for_deepspeed()
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     model = meta_model(recipe.model)
     counts = Counts()
     with pretend_training_device(numerics=False, watcher=counts):
         steps = steps_elsewhere(recipe, model, counts.enter)
+        for shapes in getattr(steps.state.engine.optimizer, "round_robin_bit16_meta", []):
+            counts.leave_out(shapes)
         if full:
             _fill(steps.state.queue)
-        _many_at_once(steps.state.engine.optimizer)
+        _as_on_gpu(steps.state.engine.optimizer)
         _announce(steps.state.engine, counts.enter)
         for number in range(2):  # the first makes optimizer state and compares the ranks' batches
             if number:
@@ -204,6 +214,49 @@ def simulate(recipe: Recipe, ranks: int, *, full: bool = True) -> Simulated:
             counts.enter("between")
     dist.destroy_process_group()
     return counts.found
+
+
+def _stand_in_for_deepspeed() -> None:
+    """Replaces what of ZeRO-3 compares numbers, and what cuts each weight into W parts to put them together again.
+
+    The parts are 1,024 for each weight and rank; what is sent and held is the same without them.
+    """
+    from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = _broadcast
+    partition_parameters.AllGatherCoalescedHandle.wait = _gathered
+    stage3.reduce_scatter_coalesced = _reduced_and_scattered
+
+
+def _gathered(handle: Any, handle_dependency: bool = True) -> None:  # noqa: ARG001
+    """Ends a gather of weights: each is there whole, in memory of its own."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if handle.complete:
+        return
+    handle.allgather_handle.wait()
+    for param in handle.params:
+        whole = torch.empty(param.ds_numel, dtype=handle.partitions[0].dtype, device=HERE)
+        param.data = whole.view(param.ds_shape).to(param.ds_tensor.dtype)
+        param.ds_status = ZeroParamStatus.AVAILABLE
+    handle.complete = True
+
+
+def _reduced_and_scattered(tensors: list[torch.Tensor], group: Any = None) -> list[torch.Tensor]:
+    """This rank's part of each gradient: a view of one tensor of all, padded to equal parts."""
+    import deepspeed
+    from deepspeed.runtime.comm.coalesced_collectives import _torch_reduce_scatter_fn
+
+    ranks, rank = deepspeed.comm.get_world_size(group), deepspeed.comm.get_rank(group)
+    sizes = [math.ceil(one.numel() / ranks) for one in tensors]
+    together = tensors[0].view(-1) if len(tensors) == 1 and tensors[0].numel() == ranks * sizes[0] else None
+    if together is None:
+        together = torch.empty(ranks * sum(sizes), dtype=tensors[0].dtype, device=HERE)
+    own = together.narrow(0, rank * sum(sizes), sum(sizes))
+    _torch_reduce_scatter_fn(together, own, group=group)
+    numels = [max(0, min(size, one.numel() - rank * size)) for size, one in zip(sizes, tensors, strict=True)]
+    starts = itertools.accumulate(sizes, initial=0)
+    return [own.narrow(0, start, numel) for start, numel in zip(starts, numels, strict=False)]
 
 
 def _broadcast(numbers: list[int]) -> None:
@@ -223,11 +276,13 @@ def _fill(queue: MemoryQueue | SetQueues) -> None:
     queue.num_enqueued.fill_(queue.size)
 
 
-def _many_at_once(optimizer: Any) -> None:
-    """Has torch's optimizer work on many tensors at once, as it does on a GPU."""
-    for group in getattr(optimizer, "optimizer", optimizer).param_groups:
-        if "foreach" in group:
-            group["foreach"] = True
+def _as_on_gpu(optimizer: Any) -> None:
+    """Has torch's Adam update in one kernel, as `build_engine` has it on a GPU, and SGD many tensors at once."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    is_adam = isinstance(inner, torch.optim.Adam)
+    vars(sys.modules[torch.optim.Adam.__module__])["_device_dtype_check_for_fused"] = lambda *_, **__: None
+    for group in inner.param_groups:
+        group |= {"fused": is_adam, "foreach": not is_adam}
 
 
 def _announce(engine: Any, enter: Callable[[str], None]) -> None:

@@ -19,6 +19,7 @@ from configs.schema import DataConfig
 from configs.secrets import without_secrets
 from data_pipeline.augment import Drawn
 from data_pipeline.cache import RangeCache
+from data_pipeline.copies import CopyStream
 from data_pipeline.images import decode_into, empty_batch
 from data_pipeline.index import PlaceRange
 from data_pipeline.nvjpeg import decode_on_gpu, empty_on_gpu, hand_over
@@ -34,7 +35,7 @@ GB = 2**30
 class PlaceBatch:
     """A rank's share of a global step: B = P/W * K images, those of a place together."""
 
-    images_B3HW: torch.Tensor  # uint8, in pinned memory where there is a GPU
+    images_B3HW: torch.Tensor  # uint8; on the GPU, or in pinned memory if there is one
     place_ids_B: torch.Tensor  # int64
     views_B: torch.Tensor  # int64
     place_ids_N: torch.Tensor | None = None  # int64, of the global step, in the order of ranks
@@ -69,6 +70,8 @@ class _Step:
     drawn: Future[Drawn] | None = None
     reads: Sequence[Future[bytes] | Reading] = field(default_factory=list)
     images_B3HW: torch.Tensor | None = None
+    copies: CopyStream | None = None
+    on_its_way: torch.Tensor | None = None  # the images' copy on the GPU, if it has begun
     decoded: list[Future[None]] = field(default_factory=list)
 
     @property
@@ -79,12 +82,29 @@ class _Step:
         for future in self.decoded:
             future.result()
         assert self.images_B3HW is not None
-        if self.images_B3HW.is_cuda:
-            hand_over(self.images_B3HW)
+        images_B3HW = self.images_B3HW
+        if self.copies:
+            self.copy()
+            assert self.on_its_way is not None
+            images_B3HW = self.copies.hand_over(self.on_its_way)
+        elif images_B3HW.is_cuda:
+            hand_over(images_B3HW)
         place_ids_N = torch.from_numpy(np.repeat(self.all_places, self.views_PK.shape[1]))
         drawn = self.drawn.result() if self.drawn else self.draw_now() if self.draw else None
         views_N = torch.from_numpy(self.all_views_PK.reshape(-1))
-        return PlaceBatch(self.images_B3HW, self.place_ids_B, self.views_B, place_ids_N, drawn, views_N)
+        return PlaceBatch(images_B3HW, self.place_ids_B, self.views_B, place_ids_N, drawn, views_N)
+
+    def copy_if_decoded(self) -> None:
+        """Begins to copy the images to the GPU, if they are all there: nobody waits, and no error is raised here."""
+        if self.copies and all(one.done() and not one.exception() for one in self.decoded):
+            self.copy()
+
+    def copy(self) -> None:
+        """Begins to copy the images to the GPU, unless that has begun."""
+        assert self.copies
+        assert self.images_B3HW is not None
+        if self.on_its_way is None:
+            self.on_its_way = self.copies.begin(self.images_B3HW)
 
     @property
     def place_ids_B(self) -> torch.Tensor:
@@ -103,13 +123,21 @@ class PlaceLoader:
     """Reads places from tar shards, by a range read of each or whole tars in order, and decodes views in threads.
 
     Places are read ahead of the decoder up to data.read_ahead_mb, and steps decoded ahead of the caller up to
-    data.prefetch_batches. A view whose bytes differ from the index's crc32, or do not decode, is replaced by the next
-    view of the same place, so the replacement depends on nothing but the plan; it is named on stderr once and counted,
-    and more than data.max_bad_images of them on a rank stop the run.
+    data.prefetch_batches. With `copies` batches are given on the GPU: the next one, if it is decoded, is on its way
+    there while the caller works on one. A view whose bytes differ from the index's crc32, or do not decode, is replaced
+    by the next view of the same place, so the replacement depends on nothing but the plan; it is named on stderr once
+    and counted, and more than data.max_bad_images of them on a rank stop the run.
     """
 
     def __init__(
-        self, places: Places, config: DataConfig, *, rank: int, world_size: int, reader: RangeReader | None = None
+        self,
+        places: Places,
+        config: DataConfig,
+        *,
+        rank: int,
+        world_size: int,
+        reader: RangeReader | None = None,
+        copies: CopyStream | None = None,
     ) -> None:
         self.places, self.config = places, config
         self.rank, self.world_size = rank, world_size
@@ -118,7 +146,8 @@ class PlaceLoader:
         if config.decode == "nvjpeg" and not torch.cuda.is_available():
             raise ValueError("data.decode nvjpeg needs an NVIDIA GPU, and torch sees none; use cpu")
         self._gpu = torch.device("cuda", torch.cuda.current_device()) if config.decode == "nvjpeg" else None
-        self._pinned = torch.cuda.is_available() and self._gpu is None
+        self._copies = copies if self._gpu is None else None
+        self._pinned = self._gpu is None and (torch.cuda.is_available() or copies is not None)
         self._lock = threading.Lock()
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
         self._lanes: list[ThreadPoolExecutor] = []
@@ -199,6 +228,8 @@ class PlaceLoader:
             batch = step.batch()
             held -= step.num_bytes
             del step
+            if decoding:
+                decoding[0].copy_if_decoded()
             yield batch
 
     def _start_decoding(self, step: _Step, decoders: ThreadPoolExecutor) -> None:
@@ -221,6 +252,7 @@ class PlaceLoader:
             step.images_B3HW = empty_on_gpu(step.views_PK.size, size, self._gpu)
         else:
             step.images_B3HW = empty_batch(step.views_PK.size, size, pin_memory=self._pinned)
+            step.copies = self._copies
         return step.images_B3HW.unflatten(0, shape_PK)
 
     def _read(self, place: PlaceRange, stop: threading.Event | None = None) -> bytes:

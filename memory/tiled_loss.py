@@ -63,7 +63,7 @@ class TiledLoss:
     def run(
         self, anchors_AD: torch.Tensor, batch_CD: torch.Tensor, pairing: Pairing, *, with_grad: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Loss, mining figures, and the loss's gradients by anchors [A, D] and by batch references [C, D]."""
+        """Loss, mining figures, and `gradient_scale` times the loss's gradients by anchors and batch references."""
         sums = _Sums()
         weight_A = self._anchor_weights(anchors_AD, batch_CD, pairing)
         for placed in self._tiles(anchors_AD, batch_CD, pairing, weight_A):
@@ -77,10 +77,9 @@ class TiledLoss:
         share_T = 1 / terms_T2[:, 1].clamp(min=1)
         loss = (terms_T2[:, 0] * share_T).sum().to(anchors_AD)
         stats = dict(zip(sums.stats, flat[terms_T2.numel() :], strict=True))
-        anchor_grad_AD, batch_grad_CD = torch.zeros_like(anchors_AD), torch.zeros_like(batch_CD)
-        for share, anchor_grad, batch_grad in zip(share_T, sums.anchor_grads, sums.batch_grads, strict=False):
-            anchor_grad_AD += share.to(anchors_AD) * anchor_grad
-            batch_grad_CD += share.to(anchors_AD) * batch_grad
+        scale_T = (self.gradient_scale * share_T).to(anchors_AD)
+        anchor_grad_AD = _weighted_sum(scale_T, sums.anchor_grads, anchors_AD)
+        batch_grad_CD = _weighted_sum(scale_T, sums.batch_grads, batch_CD)
         figures = _figures(stats)
         if self.near:
             figures["near_negatives"] = stats["near"] / stats["anchors"]
@@ -218,7 +217,7 @@ class _WithGradient(torch.autograd.Function):
             anchors_AD.detach(), batch_CD.detach(), pairing, with_grad=any(ctx.needs_input_grad)
         )
         stats.update(found)
-        ctx.save_for_backward(*(grad.mul_(tiled.gradient_scale) for grad in grads))
+        ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
@@ -233,6 +232,17 @@ class _WithGradient(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _weighted_sum(weight_T: torch.Tensor, terms: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """The sum of terms times their weights, in the memory of the first: of a large batch a term is hundreds of MB."""
+    if not terms:
+        return torch.zeros_like(like)
+    for weight, term in zip(weight_T, terms, strict=True):
+        term.mul_(weight)
+    for term in terms[1:]:
+        terms[0].add_(term)
+    return terms[0]
 
 
 def _as_double(x: torch.Tensor | int, device: torch.device) -> torch.Tensor:

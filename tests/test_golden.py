@@ -13,15 +13,9 @@ import torch.distributed as dist
 from tests.curves import check_golden, curve, folder_of_trainings
 from tests.networks import AGGREGATORS
 from tests.ranks import on_ranks
-from tests.town_shards import STEPS, town_of_24, town_recipe
+from tests.town_shards import STEPS, town_recipe, wait_for_the_town
 
 pytestmark = pytest.mark.slow
-
-
-def wait_for_the_town() -> None:
-    if dist.get_rank() == 0:
-        town_of_24()
-    dist.barrier()
 
 
 def check_thirty_steps_are_golden() -> None:

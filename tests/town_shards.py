@@ -6,6 +6,8 @@ import fcntl
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.town.render import Town, render_town
@@ -23,6 +25,13 @@ def town_of_24() -> Path:
         render_town(place / "town", Town(seed=3, places=24, views=3, held_out_places=0), processes=1)
         write_shards(read_gsv_cities(place / "town" / "train", min_images_per_place=3), place / "shards")
     return place / "shards"
+
+
+def wait_for_the_town() -> None:
+    """Has rank 0 render the shard set; every rank calls this."""
+    if dist.get_rank() == 0:
+        town_of_24()
+    dist.barrier()
 
 
 def town_recipe(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:

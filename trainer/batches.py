@@ -11,6 +11,7 @@ import torch
 from configs.image_size import height_width
 from configs.schema import DataConfig, Recipe
 from data_pipeline.augment import Drawn, image_seeds, randaugment_of
+from data_pipeline.copies import CopyStream
 from data_pipeline.loader import Draw, PlaceBatch, PlaceLoader, build_reader
 from data_pipeline.mixture import EpochPlans, read_mixture
 from data_pipeline.plan import EpochPlan
@@ -30,7 +31,10 @@ class Batches:
         self.places = read_mixture(recipe.data, reader)
         self.reader = reader
         self.plans = EpochPlans(self.places, recipe.data, seed=recipe.seed)
-        self._loader = PlaceLoader(self.places, recipe.data, rank=rank.rank, world_size=rank.world_size, reader=reader)
+        copies = CopyStream(rank.device) if rank.device.type == "cuda" else None
+        self._loader = PlaceLoader(
+            self.places, recipe.data, rank=rank.rank, world_size=rank.world_size, reader=reader, copies=copies
+        )
         self.steps_per_epoch = self.plans.num_steps
         self.total_steps = recipe.trainer.epochs * self.steps_per_epoch
         if recipe.trainer.max_steps:

@@ -210,10 +210,14 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     bucket = (min(BUCKET, trained) if on_cpu else BUCKET) * each * (2 if engine.overlap and stage < 3 else 1)
     sent = each + FP32 if sends_wide(recipe) else each  # bytes of an element of the copies that are sent
     flattened = min(BUCKET, trained) * sent
-    # torch's Adam makes its denominator of one flat group at a time: in two steps on a CPU, in one on a GPU.
-    group = (sizes.largest_group * share if stage or half else sizes.largest if on_cpu else trained) * FP32
-    steps_on_cpu = on_cpu or offloads
-    temporaries = group * (0 if recipe.optim.name == "sgd" else 2 if steps_on_cpu else 1)
+    # One flat group is updated at a time. torch's Adam makes its denominator in two steps on a CPU, and nothing on a
+    # GPU, where it is fused; SGD adds weight decay to a copy of the gradients.
+    group = (sizes.largest if on_cpu and not stage and not half else sizes.largest_group * share) * FP32
+    of_adam = 2 if on_cpu or offloads else 0
+    temporaries = group * ((recipe.optim.weight_decay > 0) if recipe.optim.name == "sgd" else of_adam)
+    # DeepSpeed copies the group's gradients: flat, and in 16 bits once more as fp32. Below stage 3 it then frees them.
+    flat = group * each / FP32
+    stepping = max(group + (flat if half else 0), group + temporaries - (flat if stage < 3 else 0))
 
     # Gradients of one chunk grow while its activations are freed; of earlier chunks they are all there.
     while_they_grow: tuple[Phase, ...] = ("backward", "reduce") if engine.encode_chunks > 1 else ("reduce",)
@@ -222,6 +226,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
         return Part(name, 0.0 if host else num_bytes, num_bytes if host else 0.0, phases or ("always",), tensor)
 
     if stage == 3:
+        wide = FP32 / each if sends_wide(recipe) else 1.0  # a bucket is of the type that is sent
         partitioned = (trained * each + frozen_bytes(recipe, sizes)) / ranks
         whole = sizes.kept_whole * each + sizes.kept_whole_frozen * each_frozen
         # Autograd's reference to a weight that gradients go through keeps it whole from forward to backward, though
@@ -241,9 +246,9 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
             placed("weights, gathered", gathered, False, *composes, "forward", "loss", "backward"),
             placed("gradients", trained / ranks * (each + (FP32 if offloads else 0)), offloads),
             placed("optimizer", trained / ranks * (masters + FP32 * moments), offloads),
-            placed("optimizer, while it steps", temporaries + (0 if offloads else group), offloads, "update"),
-            placed("reduce bucket", bucket, False),
-            placed("reduce bucket, as sent", flattened * (1 + 1 / ranks), False, "backward"),
+            placed("optimizer, while it steps", temporaries if offloads else stepping, offloads, "update"),
+            placed("reduce bucket", bucket * wide, False),
+            placed("reduce bucket, as sent", min(BUCKET, trained) * each * wide * (1 + 1 / ranks), False, "backward"),
         ]
     weights = trained * each + frozen_bytes(recipe, sizes)
     if stage == 0:
@@ -278,7 +283,7 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     return [
         *parts,
         placed("gradients of the optimizer", own, False, *reduces, "update"),
-        placed("optimizer, while it steps", temporaries + group + (group / 2 if half else 0), False, "update"),
+        placed("optimizer, while it steps", stepping, False, "update"),
     ]
 
 
@@ -345,6 +350,8 @@ def _data_parts(recipe: Recipe, ranks: int, on_cpu: bool, shard_bytes: float) ->
     mixed = data.stream_buffer_places * 250e3 if data.access == "stream" else 0.0  # bytes of a place in GSV-Cities
     read = min(data.read_ahead_mb * 2.0**20 + mixed / ranks, shard_bytes / ranks)
     parts = [Part("decoded batches", 0.0, ahead * batch), Part("read ahead", 0.0, read)]
+    if not on_cpu and data.decode_threads:  # one on its way, and for a moment the last one and the next but one
+        parts.append(Part("batches copied ahead", 2.0 * batch))
     return [*parts, Part("images of the step", batch * (augmented + (0 if on_cpu else 1)))]
 
 
