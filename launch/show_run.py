@@ -98,7 +98,7 @@ def _swept(of: Sequence[Path], sweeping: Sweeping) -> SweptRecall:
         raise ValueError("show sweep takes one folder that `rerankvpr eval --sweep --out` wrote, or one benchmark")
     (given,) = of
     folder = given / "sweeps" if (given / "sweeps").is_dir() else given
-    files = [given] if given.is_file() else sorted(folder.glob("*.json")) if folder.name == "sweeps" else []
+    files = [given] if given.is_file() else sorted(folder.rglob("*.json")) if folder.name == "sweeps" else []
     if len(files) > 1:
         raise ValueError(f"{folder}: {len(files)} sweeps; name one of them, such as {files[0]}")
     if files:

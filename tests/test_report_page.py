@@ -17,6 +17,7 @@ from eval.report.charts import line_chart, map_chart
 from eval.report.page import choose_queries
 from eval.report.predictions import RERANKED, RETRIEVED, SCHEMA
 from eval.report.stored import read_evaluation
+from eval.report.training_curves import training_curves
 from launch.report_command import main
 from tests.photos import jpeg
 
@@ -86,7 +87,7 @@ def test_outcomes_and_choice(photos: Path, tmp_path: Path) -> None:
     assert list(found.outcome.values()) == OUTCOMES
     assert found.hits(RETRIEVED).tolist() == [0, 0, 1, 1, 0]  # without the one that has no ground truth
     names = found.queries
-    assert choose_queries(found, {}, 3) == [names[1], names[2], names[3]]
+    assert choose_queries(found, {}, 3) == [names[2], names[1], names[3]]
     other = read_evaluation(write_evaluation(tmp_path / "b", photos, BEFORE, [False, *AFTER[1:]])).found["town"]
     assert choose_queries(found, {"b": other}, 1) == [names[0]]
     assert choose_queries(found, {}, 0) == []
@@ -114,7 +115,8 @@ def test_two_evaluations_are_set_against_each_other(photos: Path, tmp_path: Path
     other = write_evaluation(tmp_path / "b", photos, BEFORE, [True, True, True, False, None, False])
     assert main([str(one), str(other), "--out", str(tmp_path / "both.html")]) == 0
     page = (tmp_path / "both.html").read_text()
-    assert "1 won, 1 lost of 5" in page
+    assert "1 won, 1 lost" in page
+    assert "of 5 queries" in page
     assert len(re.findall('data-outcome="[a-z]+ differs"', page)) == 2
 
 
@@ -140,6 +142,25 @@ def test_what_is_no_evaluation_is_one_line(damage: str, message: str, photos: Pa
             pq.write_table(pa.table({"x": [1]}), folder / "predictions.parquet")
     with pytest.raises(ValueError, match=message):
         main([str(folder)])
+
+
+def test_recalls_of_one_benchmark_are_drawn_once_and_of_several_by_the_smallest_k(tmp_path: Path) -> None:
+    def drawn(names: list[str]) -> list[str]:
+        lines = [
+            {
+                "step": step,
+                **{f"eval/{name}{kind}recall_{k}": 10 * k for name in names for kind in kinds for k in (1, 5)},
+            }
+            for step, kinds in ((0, ("", "reranked_")), (5, ("",)), (9, ("", "reranked_")))
+        ]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (chart,) = training_curves(tmp_path / "metrics.jsonl")
+        assert chart.count("<circle") == 5 * len(re.findall("retrieved<", chart))  # a mark for each validation
+        return re.findall(r">([^<]*R@[^<]*)<", chart)
+
+    assert drawn(["town/", ""]) == [f"R@{k} {stage}" for stage in ("retrieved", "re-ranked") for k in (1, 5)]
+    several = [f"{name}, R@1 {stage}" for name in ("town", "port", "mean") for stage in ("retrieved", "re-ranked")]
+    assert drawn(["town/", "port/", ""]) == several
 
 
 def test_charts_of_little() -> None:
@@ -177,7 +198,7 @@ def test_a_browser_shows_the_page(photos: Path, tmp_path: Path) -> None:
         page.locator("input[value=all]").focus()
         page.keyboard.press("ArrowRight")
         assert page.locator("article:visible").count() == 1
-        assert page.locator("article:visible h3").inner_text().endswith("rescued")
+        assert page.locator("article:visible h3").inner_text().startswith("rescued")
         assert page.locator("output").inner_text() == "1 of 6 shown"
         page.emulate_media(color_scheme="dark")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"

@@ -136,9 +136,11 @@ SWEPT = SweptRecall(
 
 def test_a_sweep_is_read_back_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out/sweeps").mkdir(parents=True)
+    (tmp_path / "walk/sweeps/gardens_point/day").mkdir(parents=True)  # a benchmark's name may have slashes
+    SWEPT.write(tmp_path / "walk/sweeps/gardens_point/day/night.json")
     SWEPT.write(tmp_path / "out/sweeps/town.json")
     assert read_swept(tmp_path / "out/sweeps/town.json") == SWEPT
-    for given in ("out", "out/sweeps", "out/sweeps/town.json"):
+    for given in ("out", "out/sweeps", "out/sweeps/town.json", "walk"):
         assert main(["sweep", str(tmp_path / given), "--out", str(tmp_path / "swept.png")]) == 0
     assert "R@1 91.5 retrieved, at most 97.0 re-ranked" in capsys.readouterr().out
     assert picture_of(tmp_path / "swept.png").std() > 10

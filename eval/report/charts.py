@@ -9,7 +9,10 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 420, 240, 46, 36, 14, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 420, 250, 64, 42, 14, 14
+ROW = 18  # of a legend
+TICKS = 5  # of an axis, about
+MARKED = 12  # points of a line up to which each is marked
 COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 2", "10 4")  # so that lines differ without colour too
 MOST_POINTS = 600  # of a line
@@ -25,7 +28,10 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
 ) -> str:
-    """An SVG of named lines, each (xs, ys); values that are not finite leave a gap. Empty if no line has two points."""
+    """An SVG of named lines, each (xs, ys); values that are not finite leave a gap. Empty if no line has two points.
+
+    A chart of one line without a name has no legend.
+    """
     kept: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
     for name, (xs, ys) in lines.items():
         step = max(1, math.ceil(len(xs) / MOST_POINTS))
@@ -37,8 +43,10 @@ def line_chart(
     every_x = np.concatenate([xs for xs, _ in kept.values()])
     every_y = np.concatenate([ys[np.isfinite(ys)] for _, ys in kept.values()])
     x_low, x_high = x_range or _range(float(every_x.min()), float(every_x.max()))
-    y_low, y_high = y_range or _range(float(every_y.min()), float(every_y.max()))
-    parts = [_axes(title, x, y, (x_low, x_high), (y_low, y_high), rows=len(kept))]
+    y_ticks = _ticks(*(y_range or _range(float(every_y.min()), float(every_y.max()))))
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+    named = list(kept) != [""]
+    parts = [_axes(title, x, y, (x_low, x_high), y_ticks, rows=len(kept) if named else 0)]
     for number, (name, (x_N, y_N)) in enumerate(kept.items()):
         style = f'stroke="{COLOURS[number % len(COLOURS)]}" stroke-dasharray="{DASHES[number % len(DASHES)]}"'
         px = LEFT + (x_N - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
@@ -49,11 +57,20 @@ def line_chart(
                 run.append(f"{one_x:.1f},{one_y:.1f}")
             elif run:
                 parts.append(f'<polyline points="{" ".join(run)}" fill="none" stroke-width="2" {style}/>')
+                if len(px) <= MARKED:
+                    parts += [_dot(point, COLOURS[number % len(COLOURS)]) for point in run]
                 run = []
-        at = HEIGHT + 6 + 16 * number
+        if not named:
+            continue
+        at = HEIGHT + 8 + ROW * number
         parts.append(f'<line x1="{LEFT}" x2="{LEFT + 26}" y1="{at}" y2="{at}" stroke-width="2" {style}/>')
         parts.append(f'<text x="{LEFT + 32}" y="{at + 4}">{escape(name)}</text>')
     return "".join(parts) + "</svg></figure>"
+
+
+def _dot(point: str, colour: str) -> str:
+    x, y = point.split(",")
+    return f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>'
 
 
 def map_chart(points: Mapping[str, NDArray[np.float64]], links_L4: NDArray[np.float64], *, title: str) -> str:
@@ -76,7 +93,7 @@ def map_chart(points: Mapping[str, NDArray[np.float64]], links_L4: NDArray[np.fl
         )
         return at
 
-    legend = height + 16 * (len(known) + 1)
+    legend = height + ROW * (len(known) + 1) + 4
     parts = [
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 420 {legend:.0f}" role="img" aria-label="{escape(title)}">'
@@ -89,9 +106,9 @@ def map_chart(points: Mapping[str, NDArray[np.float64]], links_L4: NDArray[np.fl
     for number, (kind, xy) in enumerate(known.items()):
         step = max(1, math.ceil(len(xy) / MOST_DOTS))
         parts += [_mark(number, one_x, one_y) for one_x, one_y in place(xy[::step]).tolist()]
-        at = height + 10 + 16 * number
+        at = height + 12 + ROW * number
         parts.append(f'{_mark(number, 14, at)}<text x="26" y="{at + 4:.0f}">{escape(kind)}: {len(xy):,}</text>')
-    at = height + 14 + 16 * len(known)
+    at = height + 16 + ROW * len(known)
     parts.append(f'<text x="10" y="{at:.0f}">{span:,.0f} m across</text>')
     return "".join(parts) + "</svg></figure>"
 
@@ -112,30 +129,39 @@ def _range(low: float, high: float) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _axes(title: str, x: str, y: str, xs: tuple[float, float], ys: tuple[float, float], *, rows: int) -> str:
+def _axes(title: str, x: str, y: str, xs: tuple[float, float], y_ticks: list[float], *, rows: int) -> str:
+    low, high = y_ticks[0], y_ticks[-1]
     parts = [
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 4 + 16 * rows}" role="img" aria-label="{escape(title)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 4 + ROW * rows}" role="img" aria-label="{escape(title)}">'
     ]
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        at = HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
+    for value in y_ticks:
+        at = HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
         parts.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--line)"/>'
-            f'<text x="{LEFT - 5}" y="{at + 4:.1f}" text-anchor="end">{_short(ys[0] + share * (ys[1] - ys[0]))}</text>'
+            f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_short(value)}</text>'
         )
     for value in _ticks(*xs):
-        across = LEFT + (value - xs[0]) / (xs[1] - xs[0]) * (WIDTH - LEFT - RIGHT)
-        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_short(value)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x)}</text>')
-    parts.append(f'<text transform="translate(11 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
+        if xs[0] <= value <= xs[1]:
+            across = LEFT + (value - xs[0]) / (xs[1] - xs[0]) * (WIDTH - LEFT - RIGHT)
+            label = f'<text x="{across:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(value)}</text>'
+            parts.append(label)
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 7}" text-anchor="middle">{escape(x)}</text>')
+    parts.append(f'<text transform="translate(13 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
     return "".join(parts)
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Five values of an axis; each whole number between whole ends that are near each other."""
-    if low == int(low) and high == int(high) and high - low <= 12:
+    """Round values from one at or below `low` to one at or above `high`; each whole number of a short range of them."""
+    if low == int(low) and high == int(high) and high - low <= 2 * TICKS:
         return [float(value) for value in range(int(low), int(high) + 1)]
-    return [low + share * (high - low) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    from matplotlib.ticker import MaxNLocator
+
+    return [float(value) for value in MaxNLocator(TICKS, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+
+
+def _range(low: float, high: float) -> tuple[float, float]:
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def _short(value: float) -> str:

@@ -39,6 +39,7 @@ def draw_heat_map(path: Path, swept: SweptRecall) -> None:
     bar = figure.colorbar(shown)
     bar.set_label(f"recall in %; white is retrieval's {swept.retrieved:.1f}", fontsize=TEXT)
     bar.ax.tick_params(labelsize=TEXT)
+    bar.ax.set_ylim(max(low, 0.0), min(high, 100.0))
     save_figure(figure, path)
 
 
@@ -50,5 +51,6 @@ def _frame_own(axis: Any, swept: SweptRecall) -> bool:
     from matplotlib.patches import Rectangle
 
     corner = swept.match.index(match) - 0.5, swept.saliency.index(saliency) - 0.5
-    axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=BLACK, linewidth=2.5))
+    for colour, width in ((BLACK, 4.5), ("white", 1.8)):  # is seen on dark and on light
+        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=width, clip_on=False))
     return True

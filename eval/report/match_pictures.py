@@ -48,7 +48,7 @@ def _figure(describer: Describer, pair: Pair, kept: dict[Path, LocalImage], pict
         ends = np.concatenate([a_M2[chosen], b_M2[chosen]], axis=1)[:MOST_LINES].tolist()
         lines += [f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{u:.0f}" y2="{v:.0f}" {style}/>' for x, y, u, v in ends]
     counted = int(match.agrees_M.sum())
-    said = f"{pair.caption}: {len(match.cosine_M)} matches, {counted} of them score, cosine {match.similarity:.2f}"
+    said = f"{pair.caption}; {counted} of {len(match.cosine_M)} matches score, cosine {match.similarity:.2f}"
     images = "".join(
         f'<image href="data:image/jpeg;base64,{pictures[path]}" x="{x}" width="{SIDE}" height="{SIDE}" '
         'preserveAspectRatio="none"/>'

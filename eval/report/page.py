@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.report.charts import line_chart
+from eval.report.figures import short_name
 from eval.report.page_style import SCRIPT, STYLE
 from eval.report.page_tables import comparison_table, results_table
 from eval.report.predictions import RERANKED, RETRIEVED
@@ -120,9 +121,10 @@ def _benchmark(
     for query in chosen:
         if thumbs.is_full:
             break
-        rows.append(_query(query, found, others, thumbs))
-    shown = "" if len(rows) == len(found.queries) else f"{len(rows)} of {len(found.queries)} queries are shown, "
-    shown += "those first that re-ranking changed, then wrong ones" if shown else ""
+        rows.append(_query(query, first.name if others else "", found, others, thumbs))
+    shown = "" if len(rows) == len(found.queries) else f"{len(rows)} of {len(found.queries)} queries are shown. "
+    first_of_all = "on which the evaluations differ" if others else "that re-ranking changed"
+    shown += f"First are those {first_of_all}, then wrong ones."
     return (
         f'<h2 id="{_id(name)}">{escape(name)}</h2><p>{escape(str(result.get("protocol", "")))}. '
         f"{len(found.queries)} queries: {said}. {shown}</p>{notes}"
@@ -132,14 +134,12 @@ def _benchmark(
 
 
 def choose_queries(found: Found, others: Mapping[str, Found], most: int) -> list[str]:
-    """At most `most` queries in their own order: those that evaluations or stages differ on first, right ones last."""
+    """At most `most` queries: those that evaluations differ on first, then by what re-ranking did, right ones last."""
     outcome = found.outcome
     differ = {
         query for query in found.queries if any(one.outcome.get(query) != outcome[query] for one in others.values())
     }
-    ranked = sorted(found.queries, key=lambda query: (query not in differ, ORDER.index(outcome[query])))
-    kept = set(ranked[:most])
-    return [query for query in found.queries if query in kept]
+    return sorted(found.queries, key=lambda query: (query not in differ, ORDER.index(outcome[query])))[:most]
 
 
 def _filter(name: str, counts: Counter[str], several: bool) -> str:
@@ -156,20 +156,22 @@ def _filter(name: str, counts: Counter[str], several: bool) -> str:
     )
 
 
-def _query(query: str, found: Found, others: Mapping[str, Found], thumbs: Thumbnails) -> str:
+def _query(query: str, name: str, found: Found, others: Mapping[str, Found], thumbs: Thumbnails) -> str:
     outcome = found.outcome[query]
     differs = any(one.outcome.get(query) != outcome for one in others.values())
     strips = [_strip("query", [_picture(found.root / query, query, "", thumbs)])]
-    labels = {RETRIEVED: "retrieved", RERANKED: "re-ranked"}
+    labels = {stage: f"{name}, {stage}" if name else stage for stage in (RETRIEVED, RERANKED)}
     for stage, label in labels.items():
         if query in found.stages.get(stage, {}):
             strips.append(_candidates(label, found.stages[stage][query], found.root, thumbs))
-    for name, other in others.items():
+    for one, other in others.items():
         if query in other.final:
-            strips.append(_candidates(name, other.final[query], other.root, thumbs))
+            stage = RERANKED if RERANKED in other.stages else RETRIEVED
+            strips.append(_candidates(f"{one}, {stage}", other.final[query], other.root, thumbs))
     kinds = f"{outcome} differs" if differs else outcome
     return (
-        f'<article class="query" data-outcome="{kinds}"><h3>{escape(query)}: {outcome}</h3>'
+        f'<article class="query" data-outcome="{kinds}"><h3 title="{escape(query)}">{outcome}: '
+        f'<span class="small">{escape(short_name(Path(query)))}</span></h3>'
         f'<div class="strips">{"".join(strips)}</div></article>'
     )
 
@@ -179,12 +181,16 @@ def _candidates(label: str, candidates: Sequence[Candidate], root: Path, thumbs:
     for place, one in enumerate(candidates[:SHOWN], start=1):
         mark = {True: "✓ right", False: "✗ wrong", None: ""}[one.is_right]
         kind = {True: "yes", False: "no", None: ""}[one.is_right]
-        numbers = [f"{one.score:.2f}"] if np.isfinite(one.score) else []
+        numbers = [f"cosine {one.score:.2f}"] if np.isfinite(one.score) else []
         numbers += [f"{one.matches:.0f} matches"] if np.isfinite(one.matches) else []
-        numbers += [f"{one.metres:,.0f} m"] if np.isfinite(one.metres) else []
-        caption = f'<span class="mark">{mark}</span> {place}. {", ".join(numbers)}'
+        numbers += [f"{_distance(one.metres)} away"] if np.isfinite(one.metres) else []
+        caption = "<br>".join([f'{place}. <span class="mark">{mark}</span>', *numbers])
         figures.append(_picture(root / one.image, f"candidate {place}: {one.image}, {mark}", caption, thumbs, kind))
     return _strip(label, figures)
+
+
+def _distance(metres: float) -> str:
+    return f"{metres / 1000:,.1f} km" if metres >= 1000 else f"{metres:.0f} m"
 
 
 def _strip(label: str, figures: Sequence[str]) -> str:

@@ -20,12 +20,13 @@ td.number, th.number { text-align: right; white-space: nowrap; } .small { color:
 .note { border-left: 4px solid var(--b); padding: .2em .8em; background: var(--soft); margin: .4em 0; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem; } .chart { margin: 0; flex: 1 1 320px; max-width: 480px; }
 .chart figcaption { font-weight: 600; font-size: .9rem; } .chart svg { width: 100%; height: auto; }
-svg text { font: 11px system-ui, sans-serif; fill: var(--ink); }
+svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
 .query { border-top: 1px solid var(--line); padding: .6rem 0; break-inside: avoid; }
+.query h3 { overflow-wrap: anywhere; } .query h3 .small { font-weight: 400; }
 .strips { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: flex-start; }
 .strip { display: flex; flex-wrap: wrap; gap: .3rem; align-items: flex-start; }
 .strip > b { width: 0; min-width: 100%; font-weight: 600; font-size: .8rem; color: var(--quiet); }
-.strip figure { margin: 0; width: 96px; overflow-wrap: anywhere; font-size: .72rem; line-height: 1.25; }
+.strip figure { margin: 0; width: 96px; overflow-wrap: anywhere; font-size: .75rem; line-height: 1.3; }
 .strip img { width: 96px; height: 72px; object-fit: cover; border: 3px solid var(--line); border-radius: 3px;
   display: block; background: var(--soft); }
 .yes img { border-color: var(--right); } .no img { border-color: var(--wrong); border-style: dashed; }
@@ -34,7 +35,7 @@ fieldset { border: 1px solid var(--line); border-radius: 4px; }
 fieldset label { margin-right: 1em; white-space: nowrap; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 1rem; }
 .pairs figure { margin: 0; } .pairs svg { width: 100%; height: auto; background: var(--soft); }
-.pairs figcaption { font-size: .85rem; } [hidden] { display: none !important; }
+.pairs figcaption { font-size: .85rem; overflow-wrap: anywhere; } [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--a); outline-offset: 2px; }
 pre { background: var(--soft); padding: .6em; overflow-x: auto; }
 .results .about { max-width: min(70rem, calc(100vw - 4rem)); font-weight: 600; } .results .small { font-weight: 400; }

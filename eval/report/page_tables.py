@@ -74,41 +74,47 @@ def _rate(seconds: Any, what: str) -> str:
 
 
 def comparison_table(evaluations: Sequence[Evaluation]) -> str:
-    """The first evaluation against each other one: R@1 of the last stage, paired over the queries that both have."""
-    first = evaluations[0]
-    rows = []
-    for other in evaluations[1:]:
-        rows += [_compared(name, first, other) for name in first.found]
-    head = "".join(
-        f'<th scope="col">{text}</th>'
-        for text in (
-            "benchmark",
-            "evaluation",
-            f"R@1 of {escape(first.name)}",
-            "R@1",
-            "difference, 95 %",
-            "queries that flipped",
-        )
+    """The first evaluation against each other one: R@1 of the last stage, paired over the queries that both have.
+
+    The benchmark stands above its rows, so that their figures are in sight on a phone.
+    """
+    first, others = evaluations[0], evaluations[1:]
+    heads = ("R@1, %", f"difference to {escape(first.name)}", "won, lost")
+    groups = []
+    for name in first.found:
+        rows = "".join(_compared(name, first, other) for other in others)
+        about = f'<th scope="rowgroup" colspan="4"><div class="about">{escape(name)}</div></th>'
+        groups.append(f"<tbody><tr>{about}</tr>{rows}</tbody>")
+    columns = "".join(f'<th scope="col" class="number">{head}</th>' for head in heads)
+    return (
+        '<p class="small">R@1 after the last stage, over the queries that both have. Won: right here, and wrong in '
+        f"{escape(first.name)}; lost: the reverse. Intervals: 95 %, paired.</p>"
+        f'<div class="scroll"><table class="results"><thead><tr><th scope="col">evaluation</th>{columns}</tr></thead>'
+        f"{''.join(groups)}</table></div>"
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _compared(name: str, first: Evaluation, other: Evaluation) -> str:
-    about = f"<td>{escape(name)}</td><td>{escape(other.name)}</td>"
+    """A row for each of the two."""
     if name not in other.found:
-        return f'<tr>{about}<td colspan="4">not there</td></tr>'
+        return f'<tr><th scope="row">{escape(other.name)}</th><td colspan="3">not there</td></tr>'
     mine, theirs = first.found[name].outcome, other.found[name].outcome
     both = [query for query in mine if query in theirs and "unlabelled" not in (mine[query], theirs[query])]
     if not both:
-        return f'<tr>{about}<td colspan="4">no query with ground truth in both</td></tr>'
+        about = f'<th scope="row">{escape(other.name)}</th>'
+        return f'<tr>{about}<td colspan="3">no query with ground truth in both</td></tr>'
     ok = np.array([[one[query] in ("right", "rescued") for query in both] for one in (mine, theirs)])
     gain = 100.0 * (ok[1].astype(float) - ok[0])
     low, high = bootstrap_means(gain, RESAMPLES)
     won, lost = int((ok[1] & ~ok[0]).sum()), int((ok[0] & ~ok[1]).sum())
-    numbers = (
-        f"{100 * ok[0].mean():.1f}",
-        f"{100 * ok[1].mean():.1f}",
-        f'{gain.mean():+.1f} <span class="small">{low:+.1f} to {high:+.1f}</span>',
-        f"{won} won, {lost} lost of {len(both)}",
+    rows = (
+        (first.name, f"{100 * ok[0].mean():.1f}", "", f"of {len(both)} queries"),
+        (
+            other.name,
+            f"{100 * ok[1].mean():.1f}",
+            f'{gain.mean():+.1f}<br><span class="small">{low:+.1f} to {high:+.1f}</span>',
+            f"{won} won, {lost} lost",
+        ),
     )
-    return f"<tr>{about}{''.join(f'<td class=number>{number}</td>' for number in numbers)}</tr>"
+    cells = ("".join(f"<td class=number>{number}</td>" for number in numbers) for _, *numbers in rows)
+    return "".join(f'<tr><th scope="row">{escape(row[0])}</th>{of}</tr>' for row, of in zip(rows, cells, strict=True))

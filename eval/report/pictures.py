@@ -16,7 +16,7 @@ from eval.benchmarks.benchmark import Benchmark
 from eval.local_features import NO_CELL, LocalFeatures, compact, grid_of, read_local
 from eval.matching import Matches, agreeing, mutual_matches
 from eval.pixels import load_image
-from eval.report.figures import BLUE, ORANGE, short_name
+from eval.report.figures import BLUE, ORANGE, TEXT, short_name
 from eval.result import Result
 from model.network import PlaceModel
 
@@ -69,7 +69,7 @@ def _frame(axis: Any, path: Path, title: str, colour: str | None) -> None:
     axis.imshow(read_image(path, 224).permute(1, 2, 0).numpy())
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_title(title, fontsize=8)
+    axis.set_title(title, fontsize=TEXT - 1)
     for spine in axis.spines.values():
         spine.set_visible(colour is not None)
         spine.set_color(colour or "black")
@@ -84,7 +84,7 @@ def _draw_retrieval(path: Path, benchmark: Benchmark, result: Result, chosen: li
         stages.append(("re-ranked", result.reranked_QK))
     shown = min(SHOWN, *(ranked_QK.shape[1] for _, ranked_QK in stages))  # fewer of a shallow search, or small database
     columns = 1 + shown * len(stages)
-    figure = Figure(figsize=(1.7 * columns, 1.85 * len(chosen)), layout="constrained")
+    figure = Figure(figsize=(1.7 * columns, 1.9 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), columns, squeeze=False)
     for row, query in zip(axes, chosen, strict=True):
         _frame(row[0], benchmark.queries[query], f"query {benchmark.queries[query].stem[-NAME:]}", None)
@@ -98,9 +98,9 @@ def _draw_retrieval(path: Path, benchmark: Benchmark, result: Result, chosen: li
                 title = f"{label} {place + 1}{MARKS[is_right]}"
                 _frame(row[1 + stage * shown + place], benchmark.database[number], title, COLOURS[is_right])
     told = "\n✓, blue: the place of the query; ✗, orange: another place" if benchmark.num_labelled else ""
-    figure.suptitle(f"{benchmark.name} ({benchmark.protocol}){told}", fontsize=10)
+    figure.suptitle(f"{benchmark.name} ({benchmark.protocol}){told}", fontsize=TEXT)
     with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=90)
+        figure.savefig(partial, format="png", dpi=110)
     return path
 
 
@@ -121,7 +121,7 @@ def _draw_matches(
 
     was_training = model.training
     model.eval()
-    figure = Figure(figsize=(8.4, 2.25 * len(chosen)), layout="constrained")
+    figure = Figure(figsize=(8.4, 2.4 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), 2, squeeze=False, width_ratios=(2, 2))
     for (left, right), query in zip(axes, chosen, strict=True):
         number = int(ranked_QK[query, 0])
@@ -141,7 +141,7 @@ def _draw_matches(
             )
         left.imshow(picture, alpha=0.45, zorder=2)
         names = [short_name(file) for file in (benchmark.queries[query], benchmark.database[number])]
-        left.set_title(f"{names[0]} and its first candidate: CLS attention", fontsize=8)
+        left.set_title(f"{names[0]}\nand its first candidate: CLS attention", fontsize=TEXT - 1)
         right.imshow(picture)
         matched, scoring = _matches(matches, features, config.rerank)
         side = model.spec.patch
@@ -156,12 +156,12 @@ def _draw_matches(
         agree = "" if config.rerank.geometry == "none" else f", {int(scoring.sum())} agree on a shift"
         shown = f"; {LINES} drawn" if int(scoring.sum()) > LINES else ""
         title = f"{names[1]}\n{len(matched)} matches{agree}{shown}{verdict}{MARKS[is_right]}"
-        right.set_title(title, fontsize=8, color=COLOURS[is_right] or "black")
+        right.set_title(title, fontsize=TEXT - 1, color=COLOURS[is_right] or "black")
         for axis in (left, right):
             axis.set_axis_off()
             axis.set_xlim(0, picture.shape[1])
             axis.set_ylim(picture.shape[0], 0)
-    figure.suptitle(f"{benchmark.name}: what re-ranking sees", fontsize=10)
+    figure.suptitle(f"{benchmark.name}: what re-ranking sees", fontsize=TEXT)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
     model.train(was_training)

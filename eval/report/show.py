@@ -101,7 +101,7 @@ def draw_attention(path: Path, seen: Sequence[Seen]) -> None:
 def draw_pca(path: Path, seen: Sequence[Seen]) -> None:
     """Each image beside its patches, coloured by the three main components of the patches of all images together."""
     colours = patch_colours([one.facet_NC for one in seen])
-    across = min(len(seen), MOST_COLUMNS // 2)
+    across = min(len(seen), MOST_PAIRS)
     figure, axes = _canvas(-(-len(seen) // across), 2 * across)
     panels = axes.flat
     for one, colour_N3 in zip(seen, colours, strict=True):
@@ -147,7 +147,7 @@ def draw_similarity(path: Path, seen: Sequence[Seen], point: tuple[float, float]
     cosines = [one.facet_NC @ patch_C for one in seen]
     low = min(float(cosine_N.min()) for cosine_N in cosines)
     high = max(float(cosine_N.max()) for cosine_N in cosines[1:] or cosines)
-    across = min(len(seen), MOST_COLUMNS // 2)
+    across = min(len(seen), MOST_PAIRS)
     figure, axes = _canvas(-(-len(seen) // across), 2 * across)
     panels = axes.flat
     for number, (one, cosine_N) in enumerate(zip(seen, cosines, strict=True)):
@@ -190,7 +190,7 @@ def draw_matches(path: Path, describer: Describer, pairs: Sequence[tuple[GivenIm
         axis.imshow(canvas)
         scales = [np.array(pixels[key].shape[:0:-1]) / np.array(kept[key].size[::-1]) for key in keys]
         a_M2, b_M2 = match.points_a_M2 * scales[0], match.points_b_M2 * scales[1] + [start, 0]
-        for agrees, colour, alpha in ((False, OTHER, 0.5), (True, SCORES, 0.8)):
+        for agrees, colour, alpha in ((False, OTHER, 0.8), (True, SCORES, 0.9)):
             ends_L22 = np.stack([a_M2, b_M2], axis=1)[match.agrees_M == agrees][:MOST_LINES]
             for x, y in ends_L22.transpose(0, 2, 1):
                 axis.plot(x, y, color=colour, alpha=alpha, linewidth=1, marker="o", markersize=2)

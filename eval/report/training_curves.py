@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,19 +10,21 @@ from eval.report.charts import line_chart
 from eval.report.drift import PREFIX as DRIFT
 from eval.report.training_metrics import metrics_of_steps
 
+_RECALL = re.compile(r"eval/(?:(?P<name>.+)/)?(?P<stage>reranked_)?recall_(?P<k>\d+)")
+
 CHARTS: dict[str, tuple[str, dict[str, str]]] = {
-    "Loss": ("loss", {"train/loss": "loss"}),
+    "Loss": ("loss", {"train/loss": ""}),
     "Hardest pairs": (
         "cosine",
         {"train/hardest_negative": "hardest negative", "train/hardest_positive": "hardest positive"},
     ),
-    "Negatives from memory": ("share", {"memory/negatives_from_memory": "of the mined negatives"}),
+    "Negatives from memory": ("share of the mined ones", {"memory/negatives_from_memory": ""}),
     "Memory queue": (
         "descriptors",
         {"memory/queue_fill": "held", "memory/queue_effective_size": "effective, by their age weights"},
     ),
-    "Learning rate": ("rate", {"train/lr": "learning rate"}),
-    "Speed": ("images/s", {"train/images_per_s": "images per second"}),
+    "Learning rate": ("rate", {"train/lr": ""}),
+    "Speed": ("images/s", {"train/images_per_s": ""}),
 }
 
 
@@ -46,12 +49,28 @@ def training_curves(metrics: Path) -> list[str]:
             name: (steps[key], values[key]) for key, name in names.items() if key in steps
         }
         charts.append(line_chart(lines, title=title, x="step", y=unit))
-    recalls: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-        key: (steps[key], values[key]) for key in steps if "recall_" in key
-    }
+    recalls = {name: (steps[key], values[key]) for key, name in _recall_lines(list(steps)).items()}
     charts.append(line_chart(recalls, title="Recall by validation", x="step", y="recall in %", y_range=(0, 100)))
     if drift:
         ages = sorted(drift)
-        curve: dict[str, tuple[Sequence[float], Sequence[float]]] = {"last measured": (ages, [drift[a] for a in ages])}
+        curve: dict[str, tuple[Sequence[float], Sequence[float]]] = {"": (ages, [drift[a] for a in ages])}
         charts.append(line_chart(curve, title="Drift of the queue", x="age in steps", y="cosine with a new encoding"))
     return [chart for chart in charts if chart]
+
+
+def _recall_lines(keys: Sequence[str]) -> dict[str, str]:
+    """The metrics that are lines of recall, and what each is called.
+
+    One benchmark has a line for each K. Of several, their means are shown and each one's smallest K.
+    """
+    found = {key: match for key in keys if (match := _RECALL.fullmatch(key))}
+    benchmarks = {match["name"] for match in found.values() if match["name"]}
+    several = len(benchmarks) > 1
+    smallest = min((int(match["k"]) for match in found.values()), default=0)
+    lines = {}
+    for key, match in found.items():
+        if (several and int(match["k"]) > smallest) or (not several and benchmarks and not match["name"]):
+            continue
+        of = f"{match['name'] or 'mean'}, " if several else ""
+        lines[key] = f"{of}R@{match['k']} {'re-ranked' if match['stage'] else 'retrieved'}"
+    return lines

@@ -17,6 +17,7 @@ from data_pipeline.positions import Positions
 from eval.benchmarks.benchmark import Benchmark
 from eval.describer import Describer
 from eval.report.charts import map_chart
+from eval.report.figures import short_name
 from eval.report.match_pictures import Pair, draw_pairs
 from eval.report.page import Extras, report_page
 from eval.report.predictions import RERANKED, RETRIEVED
@@ -69,7 +70,7 @@ def _pairs(found: Found) -> list[Pair]:
             for stage in (RETRIEVED, RERANKED):
                 first = found.stages[stage][query][0]
                 verdict = "right" if first.is_right else "wrong"
-                caption = f"{Path(query).name}, {outcome}; first {stage}: {verdict}"
+                caption = f"{short_name(Path(query))}, {outcome}. First {stage}: {verdict}"
                 pairs.append(Pair(found.root / query, found.root / first.image, caption))
     return pairs
 
