@@ -304,7 +304,7 @@ def test_what_a_store_refuses_holds_nothing_up(server: Server, tmp_path: Path, m
     tracker.metrics({"train/loss": 1.0}, 7)
     tracker.close("FINISHED")
     client = MlflowClient(server.uri)
-    for name in ("train/loss", "Main/loss"):
+    for name in ("train/loss", "at_a_glance/loss"):
         assert steps_of(client, tracker.run_id, name) == [0, 1, 3, 5, 7]
     assert steps_of(client, tracker.run_id, "bad_name") == [0, 1, 3, 5]
     assert client.get_run(tracker.run_id).info.status == "FINISHED"

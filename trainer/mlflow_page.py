@@ -26,11 +26,11 @@ COLUMNS = (
     "params.`model.aggregator`",
     "params.`memory.size`",
 )
-# MLflow sorts groups of charts by name, capitals first and names without a group near the end.
+# MLflow sorts groups of charts by name, and puts names without a group near the end.
 FIRST_CHARTS = {
-    "train/loss": "Main/loss",
-    "eval/recall_1": "Main/recall_1",
-    "eval/reranked_recall_1": "Main/reranked_recall_1",
+    "train/loss": "at_a_glance/loss",
+    "eval/recall_1": "at_a_glance/recall_1",
+    "eval/reranked_recall_1": "at_a_glance/reranked_recall_1",
 }
 WORKFLOW = "workflowType=machine_learning"  # of an address: MLflow's menu of training, not that of chat applications
 LONGEST = 5000  # characters of a description; MLflow takes 8,000
@@ -45,7 +45,7 @@ def prepare_experiment(client: Any, experiment_id: str) -> None:
     link = f"#/experiments/{experiment_id}/runs?{WORKFLOW}&viewStateShareKey={VIEW}"
     note = (
         f"Trainings for place recognition; evaluations are runs under them. [Runs with recall and loss]({link}).\n\n"
-        "- `Main/...`: loss and mean recalls once more, so that they are the first charts\n"
+        "- `at_a_glance/...`: loss and mean recalls once more, so that they are the first charts\n"
         "- `eval/recall_1`: mean over benchmarks of recall@1 in %, before re-ranking; `eval/reranked_recall_1` after\n"
         "- `eval/<benchmark>/...`: one benchmark; costs are of evaluations as the recipe asks for them\n"
         "- `train/...`: loss, pairs, pace; `memory/...`: the queue; `system/...`: the machine of rank 0\n"

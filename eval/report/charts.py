@@ -125,10 +125,6 @@ def _mark(kind: int, x: float, y: float) -> str:
             return f'<path d="{path}" stroke="var(--wrong)" stroke-width="2"/>'
 
 
-def _range(low: float, high: float) -> tuple[float, float]:
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
 def _axes(title: str, x: str, y: str, xs: tuple[float, float], y_ticks: list[float], *, rows: int) -> str:
     low, high = y_ticks[0], y_ticks[-1]
     parts = [
