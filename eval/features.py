@@ -358,7 +358,7 @@ def _check_shapes(arrays: dict[str, NDArray[Any]], num_images: int) -> None:
     """Raises ValueError or KeyError unless the arrays are those of a shard of `num_images`."""
     if arrays["descriptors"].ndim != 2 or len(arrays["descriptors"]) != num_images:
         raise ValueError(f"descriptors of shape {arrays['descriptors'].shape} for {num_images} images")
-    if "codes" not in arrays:
+    if not {"codes", SUMS} & arrays.keys():
         return
     count = arrays["count"]
     if count.shape != (num_images,) or count.dtype != np.int64 or (count < 0).any():

@@ -89,6 +89,17 @@ def test_a_flipped_bit_in_stored_features_is_found_where_it_is_read_and_by_verif
     assert shard_is_whole(shard_path(folder, 0), "test", 3)
 
 
+@pytest.mark.parametrize("name", ["descriptors", "codes", "cell", "saliency", "count", "crc32", "scale"])
+def test_a_shard_that_lacks_a_tensor_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    stored = store(tmp_path, [torch.randn(n, 4) for n in (5, 3, 4, 6)])
+    damaged = shard_path(tmp_path, 1)
+    damaged.write_bytes(damaged.read_bytes().replace(f'"{name}"'.encode(), f'"x{name[1:]}"'.encode()))
+    with pytest.raises(
+        FeatureError, match=rf"^feature shard {damaged}: not a whole shard of features; .*\(no '?{name}"
+    ):
+        StoredFeatures(tmp_path, stored.bounds)
+
+
 def test_what_is_read_of_sound_features_is_what_was_written(tmp_path: Path) -> None:
     images = [torch.randn(n, 4) for n in (5, 0, 4)]
     patches = store(tmp_path, images).patches(np.array([2, 1, 0, 2]), torch.device("cpu"))
