@@ -10,6 +10,7 @@ Importing this module imports nothing else of the project, and no torch; `load` 
 
 from __future__ import annotations
 
+import atexit
 import errno
 import importlib
 import importlib.util
@@ -143,6 +144,7 @@ def prepare_arguments() -> list[str]:
 
 def main() -> None:
     """Entry point of the console script."""
+    atexit.register(_ignore_signals)  # the first to be registered is the last to be called
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a verb has its own, Ctrl-C ends without a traceback
     prepare_streams()
@@ -186,6 +188,13 @@ def _keep_status(status: int | str | None) -> None:
     if threading.current_thread() is threading.main_thread():
         for asked in (signal.SIGTERM, signal.SIGINT):
             signal.signal(asked, lambda *_: os._exit(number))
+
+
+def _ignore_signals() -> None:
+    """For the very end, when Python no longer runs handlers and C++ takes its time."""
+    if threading.current_thread() is threading.main_thread():
+        for asked in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(asked, signal.SIG_IGN)
 
 
 def _has_lost_its_reader(descriptor: int) -> bool:

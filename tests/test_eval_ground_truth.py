@@ -164,3 +164,42 @@ def test_gardens_point_notes_the_frames_that_do_not_exist() -> None:
     assert len(benchmarks) == 6
     for benchmark in benchmarks:
         assert "up to 201 for 2 queries (first: 198)" in benchmark.notes[0]
+
+
+def objects_of(kind: str) -> np.ndarray:
+    """An array of objects as they are published."""
+    if kind == "numbers":
+        rows = np.empty((3, 2), dtype=object)
+        for number in range(3):
+            rows[number] = [np.int64(number), np.arange(number, dtype=">i4")]
+        return rows
+    if kind == "lists":
+        ragged = np.empty(3, dtype=object)
+        ragged[:] = [[1], [], [2, 3]]
+        return ragged
+    return np.asfortranarray(np.array([["a", "é"], ["b.jpg", "c"], ["d", ""]], dtype=object))
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize("kind", ["numbers", "lists", "names"])
+def test_pickled_arrays_are_those_that_numpy_reads(kind: str, protocol: int, tmp_path: Path) -> None:
+    array, path = objects_of(kind), tmp_path / "array.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        pickle.dump(array, file, protocol=protocol)
+    found, expected = read_array(path), np.load(path, allow_pickle=True)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    for one, other in zip(found.ravel(), expected.ravel(), strict=True):
+        assert type(one) is type(other)
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_pickled_array_with_fewer_objects_than_its_shape_is_one_line(tmp_path: Path) -> None:
+    """It crashes NumPy, which releases objects that it never read."""
+    path = tmp_path / "rows.npy"
+    np.save(path, objects_of("numbers"), allow_pickle=True)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"]\x94(h", b"]\x94(0h", 1))  # the mark goes, so the list stays empty
+    assert path.read_bytes() != content
+    with pytest.raises(GroundTruthError, match=rf"^ground truth {path}: not a whole .npy file \(.+\)$"):
+        read_array(path)

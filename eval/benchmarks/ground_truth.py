@@ -11,36 +11,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.reading import reading, shown
+from configs.reading import reading, reason, shown
+from eval.benchmarks.object_arrays import read_objects
 
 MAX_NAME_BYTES = 1024
 FARTHEST_M = 1e10  # from an origin: beyond any map, also of cities that are set apart by 1e9 m
 
-_ARRAYS_ALONE = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *(
-        (f"{package}.{module}", name)
-        for package in ("numpy.core", "numpy._core")
-        for module, name in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    ),
-    ("_codecs", "encode"),  # how protocol 2 writes bytes
-}
-
 
 class GroundTruthError(ValueError):
     """Ground truth that cannot be read, or that does not belong to the images; one line naming the file."""
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAYS_ALONE:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
-        return super().find_class(module, name)
 
 
 def read_array(path: Path) -> NDArray[Any]:
@@ -54,7 +33,9 @@ def read_array(path: Path) -> NDArray[Any]:
         try:
             array: NDArray[Any] = _read_npy(file)
         except pickle.UnpicklingError as error:
-            raise GroundTruthError(f"ground truth {path} holds more than arrays, which is refused: {error}") from error
+            raise GroundTruthError(
+                f"ground truth {path} holds more than arrays, which is refused: {reason(error)}"
+            ) from error
         return array
 
 
@@ -97,10 +78,7 @@ def _read_npy(file: BinaryIO) -> NDArray[Any]:
     if not dtype.hasobject:
         file.seek(0)
         return np.lib.format.read_array(file, allow_pickle=False)
-    array = _ArrayUnpickler(file, encoding="latin1").load()
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"a pickled {type(array).__name__}, not an array")
-    return array.reshape(shape)
+    return read_objects(file).reshape(shape)
 
 
 def read_positives(path: Path) -> list[NDArray[np.int64]]:
