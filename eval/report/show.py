@@ -87,14 +87,17 @@ def draw_attention(path: Path, seen: Sequence[Seen]) -> None:
     deep = -(-(2 + heads) // columns)
     figure, axes = _canvas(deep * len(seen), columns)
     titles = ["mean of heads", *(f"head {head}" for head in range(heads))]
+    size = TEXT - 1 if columns <= 2 * MOST_PAIRS else TEXT + 3
     for number, one in enumerate(seen):
         panels = axes[deep * number : deep * (number + 1)].flat
         _picture(next(panels), one, one.name)
         maps_XN = torch.cat([one.attention_HN.mean(dim=0, keepdim=True), one.attention_HN])
         for axis, heat_N, title in zip(panels, min_max(maps_XN), titles, strict=False):
-            shown = _heat(axis, one, heat_N, title)
+            shown = _heat(axis, one, heat_N, "")
+            axis.set_title(title, fontsize=size)
     bar = _colour_bar(figure, axes, shown, "attention of the class token, each map scaled to itself")
-    bar.set_ticks([0, 1], labels=["least", "most"])
+    bar.set_ticks([0, 1], labels=["least", "most"], fontsize=size)
+    bar.ax.xaxis.label.set_fontsize(size)
     save_figure(figure, path)
 
 
