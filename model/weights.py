@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
-from configs.reading import reading
+from configs.reading import reading, shown
 from configs.registry import BACKBONES
 from model.aggregators.aggregator import Aggregator
 from model.backbone import Backbone
@@ -135,7 +135,7 @@ def _fitting(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], 
         if key in found and found[key].shape != expected[key].shape
     ]
     differences = [
-        f"{len(keys)} {label}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+        f"{len(keys)} {label}: {', '.join(map(shown, keys[:4]))}{', ...' if len(keys) > 4 else ''}"
         for label, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if keys
     ]

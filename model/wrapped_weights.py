@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from configs.reading import shown
+
 State = dict[str, torch.Tensor]
 
 AGGREGATOR = "aggregator."
@@ -29,7 +31,7 @@ def unwrapped(content: Any) -> State:
     states = dict(_states(content))
     found = [(place, prefix) for place, state in states.items() for prefix in _prefixes(state)]
     if len(found) > 1:
-        places = ", ".join(sorted(f"{place}{prefix}*" for place, prefix in found))
+        places = ", ".join(sorted(shown(f"{place}{prefix}*") for place, prefix in found))
         raise ValueError(f"it holds {len(found)} backbones, {places}; save the state_dict of one")
     if found:
         place, prefix = found[0]
@@ -46,7 +48,7 @@ def told(content: Any) -> str:
         counts.update(f"{place}{key.partition('.')[0]}" + (".*" if "." in key else "") for key in state)
     if not counts:
         return "it holds no tensors"
-    kinds = [f"{kind} ({count})" if count > 1 else kind for kind, count in counts.most_common(_SHOWN)]
+    kinds = [f"{shown(kind)} ({count})" if count > 1 else shown(kind) for kind, count in counts.most_common(_SHOWN)]
     return f"it holds {', '.join(kinds)}{', ...' if len(counts) > _SHOWN else ''}"
 
 

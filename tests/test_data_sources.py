@@ -21,6 +21,7 @@ from data_pipeline.sources.msls import read_msls
 from data_pipeline.sources.utm_folder import read_utm_folder
 from data_pipeline.verify import verify_shards
 from launch.cli import main
+from tests.fuzz_places import msls_folder
 from tests.photos import jpeg, write_gsv_cities
 
 # Cells
@@ -279,3 +280,11 @@ def test_mistakes_on_the_command_line_are_one_line(
     printed = capsys.readouterr().err
     assert words in printed
     assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("part", ["database", "query"])
+def test_a_part_of_an_msls_city_without_images_is_one_of_none(part: str, tmp_path: Path) -> None:
+    msls_folder(tmp_path, ("cph",))
+    table = tmp_path / "train_val" / "cph" / part / "postprocessed.csv"
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+    assert read_msls(tmp_path, min_images_per_place=1).num_images == 7  # of eight of the other part, one is a panorama

@@ -74,3 +74,12 @@ def test_two_backbones_are_refused_by_their_prefixes(tmp_path: Path, state: dict
     save_file(both, tmp_path / "both.safetensors")
     with pytest.raises(WeightsError, match=r"2 backbones, student\.\*, teacher\.\*; save the state_dict of one"):
         read_weights(tmp_path / "both.safetensors")
+
+
+@pytest.mark.parametrize("state", [{"pos_\nembed": torch.zeros(1)}, {"a": {"b\n.x": torch.zeros(1)}}])
+@pytest.mark.parametrize("read", [lambda file: backbone("tiny14", str(file)), infer_backbone])
+def test_a_key_of_two_lines_is_shown_in_one(read: Any, state: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match=r"odd\.pth .*\\n") as caught:
+        read(tmp_path / "odd.pth")
+    assert "\n" not in str(caught.value)

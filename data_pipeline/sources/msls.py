@@ -97,7 +97,7 @@ def _read_part(source: Path, folder: Path) -> pa.Table:
     if len(both) != len(post):
         raise ValueError(f"{folder}: {len(post) - len(both)} images of postprocessed.csv are not in raw.csv")
     pano = [str(value).lower() == "true" for value in both["pano"].to_pylist()]
-    both = both.filter(pa.array([not value for value in pano]))
+    both = both.filter(pa.array([not value for value in pano], pa.bool_()))
     images = folder.relative_to(source).as_posix() + "/images"
     return both.append_column("file", pa.array([f"{images}/{key}.jpg" for key in both["key"].to_pylist()], pa.string()))
 
