@@ -18,7 +18,7 @@ from eval.given_images import pixels_of
 from eval.report.match_pictures import dim_others
 
 ROWS = 2
-COUNTED, OTHER, RIGHT, WRONG = "#39d6ff", "#c8cdd2", "#2e9e4f", "#cc3b3b"
+COUNTED, OTHER, RIGHT, WRONG = "#39d6ff", "#c8cdd2", "#0072B2", "#D55E00"
 
 
 def rescued(m: Describer, town: Benchmark) -> list[tuple[int, int, int]]:

@@ -242,13 +242,14 @@ def _precision_curve(found: Found) -> str:
 def _facts(evaluations: Sequence[Evaluation]) -> str:
     rows = []
     for one in evaluations:
+        whose = f"<td>{escape(one.name)}</td>" if len(evaluations) > 1 else ""
         rows += [
-            f"<tr><td>{escape(one.name)}</td><td>{escape(key)}</td><td><code>{escape(value)}</code></td></tr>"
+            f"<tr>{whose}<td>{escape(key)}</td><td><code>{escape(value)}</code></td></tr>"
             for key, value in one.facts.items()
         ]
     if not rows:
         return ""
-    return f'<h2 id="made">How was it made?</h2><div class="scroll"><table>{"".join(rows)}</table></div>'
+    return f'<h2 id="made">How was it made?</h2><div class="scroll"><table class="made">{"".join(rows)}</table></div>'
 
 
 def _id(name: str) -> str:

@@ -39,6 +39,7 @@ fieldset label { margin-right: 1em; white-space: nowrap; }
 :focus-visible { outline: 3px solid var(--a); outline-offset: 2px; }
 pre { background: var(--soft); padding: .6em; overflow-x: auto; }
 .results .about { max-width: min(70rem, calc(100vw - 4rem)); font-weight: 600; } .results .small { font-weight: 400; }
+.made td { min-width: 0; overflow-wrap: anywhere; }
 .results tbody tr:not(:first-child) th { font-weight: 400; }
 @media (max-width: 600px) { th, td { min-width: 0; padding: .3em .35em; }
   .results td.number { white-space: normal; min-width: 3.6em; } .results td.number:last-child { min-width: 9em; } }
