@@ -206,8 +206,13 @@ def print_collectives(setting: Setting, counted: Simulated) -> None:
     print_table(title, ["kind", "section", "place", "calls", "MiB of each"], lines)
 
 
-def print_scaling(times: dict[Setting, StepTime], images: int) -> dict[str, float]:
-    """Time of a step on H100s, on paper, and images/s per GPU as a share of those of the fewest GPUs; the shares."""
+def print_scaling(
+    times: dict[Setting, StepTime], with_overlap: dict[Setting, StepTime], images: int
+) -> dict[str, float]:
+    """Time of a step on H100s, on paper, and images/s per GPU as a share of those of the fewest GPUs; the shares.
+
+    `with_overlap` are the times of the same steps if engine.overlap is on, which sends the same.
+    """
     rows, shares = [], {}
     for setting, time in times.items():
         _ranks, stage, placement, chunks = setting
@@ -223,8 +228,10 @@ def print_scaling(times: dict[Setting, StepTime], images: int) -> dict[str, floa
         milliseconds = [time.network, time.loss, *sending, time.overlapped, time.total]
         rows.append([*_named(setting), *(f"{1e3 * x:.2f}" for x in milliseconds)])
         rows[-1] += [f"{images / time.total:,.0f}", f"{share:.1%}"]
+        rows[-1] += [f"{fewest.total / with_overlap[setting].total:.1%}"]
     columns = ["GPUs", "ZeRO", "placement", "chunks", "network, ms", "loss, ms", "gradients sent, ms"]
     columns += ["weights sent, ms", "loss sent, ms", "hidden, ms", "step, ms", "images/s per GPU", "weak scaling"]
+    columns += ["with overlap"]
     print_table("a step on H100s, on paper (benchmarks/links.py has the assumptions)", columns, rows)
     return shares
 
@@ -237,16 +244,16 @@ def main(options: Options) -> dict[str, float]:
     counted = simulate_all(recipes)
     sizes = parameter_sizes(recipes[settings[0]])
     compared = {setting: compare(recipes[setting], setting[0], sizes, counted[setting]) for setting in settings}
-    times = {
-        one: step_time(counted[one], Cluster(), zero_stage=one[1], overlap=recipes[one].engine.overlap)
-        for one in settings
-    }
+    times, with_overlap = (
+        {one: step_time(counted[one], Cluster(), zero_stage=one[1], overlap=overlap) for one in settings}
+        for overlap in (options.overlap, True)
+    )
     if options.collectives:
         for setting in settings:
             print_collectives(setting, counted[setting])
     print_bytes(compared)
     print_memory(compared)
-    shares = print_scaling(times, 4 * options.places)
+    shares = print_scaling(times, with_overlap, 4 * options.places)
     figures = {f"{name}/weak_scaling": share for name, share in shares.items()}
     for setting, one in compared.items():
         name = "/".join(map(str, setting))
@@ -258,6 +265,7 @@ def main(options: Options) -> dict[str, float]:
             formula = bytes_of_loss(setting[0], batch, sizes.descriptor, placement) / setting[0]
             figures[f"{name}/sent/loss/by_memory_scaling"] = formula
         figures[f"{name}/step_ms"] = 1e3 * times[setting].total
+        figures[f"{name}/step_ms_with_overlap"] = 1e3 * with_overlap[setting].total
     write_json(options.json, figures)
     return figures
 

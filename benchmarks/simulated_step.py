@@ -167,6 +167,7 @@ class Counts:
     def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Counts the operations of a matrix product, and the bytes of anything else that is no view."""
         packet = func.overloadpacket
+        packet = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)  # in place: the same arithmetic
         tensors = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, torch.Tensor)]
         if packet in flop_registry:
             dtype = str(tensors[0].dtype).removeprefix("torch.")

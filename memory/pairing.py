@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from memory.place_counts import references_of_places
 from memory.queue import MemoryQueue
@@ -58,7 +60,7 @@ class Pairing:
     widest: int  # most columns on any rank
     ranks: ReferenceRanks
     live: bool  # batch references carry gradient
-    counts: list[int] | None  # references of each anchor's place, itself too; None if the host does not know
+    counts: NDArray[np.int64] | None  # references of each anchor's place, itself too; None if the host does not know
 
     def column_ids(self) -> torch.Tensor:
         """The place of each of this rank's columns [C + m]."""
@@ -115,7 +117,7 @@ class Pairing:
         )
 
 
-def _counts(batch: GlobalBatch, queue: MemoryQueue, anchors: slice) -> list[int] | None:
+def _counts(batch: GlobalBatch, queue: MemoryQueue, anchors: slice) -> NDArray[np.int64] | None:
     if batch.host_ids_N is None:
         return None
-    return references_of_places(batch.host_ids_N[anchors], batch.host_ids_N, queue)
+    return references_of_places(batch.host_ids_N[anchors], batch.host_ids_N, queue.host_ids())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -23,12 +22,10 @@ class Entries(NamedTuple):
 
 
 class _HostIds:
-    """The place ids of a queue on the host, and how often each is there."""
+    """The place ids of a queue on the host."""
 
     def __init__(self, place_ids_M: torch.Tensor) -> None:
-        self._ids_M = place_ids_M.cpu().clone()
-        self.counts = Counter(self._ids_M.tolist())
-        del self.counts[EMPTY]
+        self.ids_M = place_ids_M.cpu().clone()
         self.belongs_to(place_ids_M)
 
     def belongs_to(self, place_ids_M: torch.Tensor) -> None:
@@ -38,18 +35,6 @@ class _HostIds:
     def still_of(self, place_ids_M: torch.Tensor) -> bool:
         """Whether nobody has written to the device's ids since."""
         return self._of is place_ids_M and self._version == place_ids_M._version
-
-    def replace(self, slot: int, ids_k: torch.Tensor) -> None:
-        """Takes over what was written from a slot on."""
-        here = self._ids_M[slot : slot + len(ids_k)]
-        for place, count in Counter(here.tolist()).items():
-            if self.counts[place] == count:
-                del self.counts[place]
-            else:
-                self.counts[place] -= count
-        del self.counts[EMPTY]
-        self.counts.update(ids_k.tolist())
-        here.copy_(ids_k)
 
 
 class MemoryQueue(nn.Module):
@@ -99,8 +84,8 @@ class MemoryQueue(nn.Module):
     ) -> None:
         """Stores the global batch of a step, oldest entries making room; of more than M rows the last M stay.
 
-        `host_ids_N` are the same place ids on the host, if they are known there: `count_by_place` then need not ask
-        the device for them.
+        `host_ids_N` are the same place ids on the host, if they are known there: `host_ids` then need not ask the
+        device for them.
         """
         n = len(descriptors_ND)
         known = self._host_ids() if host_ids_N is not None else None
@@ -115,15 +100,18 @@ class MemoryQueue(nn.Module):
             self.place_ids_M[slot : slot + count] = place_ids_N[row : row + count]
             self.steps_M[slot : slot + count] = step
             if known is not None and host_ids_N is not None:
-                known.replace(slot, host_ids_N[row : row + count])
+                known.ids_M[slot : slot + count] = host_ids_N[row : row + count]
             first, row = first + count, row + count
         if known is not None:
             known.belongs_to(self.place_ids_M)
         self.num_enqueued += n
 
-    def count_by_place(self) -> Counter[int]:
-        """Held entries of each place, over all ranks. Asks the device only if ids were stored that the host missed."""
-        return self._host_ids().counts
+    def host_ids(self) -> torch.Tensor:
+        """The place of each held entry [n] on the host, of all ranks, in slot order.
+
+        Asks the device only if ids were stored that the host missed.
+        """
+        return self._host_ids().ids_M[: len(self)]
 
     def _host_ids(self) -> _HostIds:
         if self._known is None or not self._known.still_of(self.place_ids_M):

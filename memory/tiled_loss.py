@@ -93,14 +93,14 @@ class TiledLoss:
         ids_G, order_G = pairing.reference_ids_G.sort(stable=True)
         first_A = torch.searchsorted(ids_G, pairing.anchor_ids_A)
         count_A = torch.searchsorted(ids_G, pairing.anchor_ids_A, right=True) - first_A
-        counts = pairing.counts if pairing.counts is not None else count_A.tolist()
+        counts = pairing.counts if pairing.counts is not None else count_A.cpu().numpy()
         itself_A = pairing.anchor_start + torch.arange(len(anchors_AD), device=ids_G.device)
         log_weight_R = torch.cat(
             [anchors_AD.new_zeros(num_batch), memory.log_weight_m.to(anchors_AD), anchors_AD.new_zeros(1)]
         )
         size = anchors_AD.element_size()
         column_bytes = max(self.loss.arrays * size, size + 9 if self.near else 0)  # float64 and bool of what is near
-        row_bytes = column_bytes * (pairing.widest + 1) + 8 * size * max(counts)
+        row_bytes = column_bytes * (pairing.widest + 1) + 8 * size * int(counts.max())
         num_tiles = math.ceil(len(anchors_AD) / max(1, self.tile_bytes // row_bytes))
         num_rows = math.ceil(len(anchors_AD) / num_tiles)
         buffer_AR = anchors_AD.new_empty(num_rows, num_columns + 1)  # one for all tiles: fresh memory costs time
@@ -112,7 +112,7 @@ class TiledLoss:
             torch.mm(anchors_AD[rows], batch_CD.T, out=similarity_AR[:, :num_batch])
             torch.mm(anchors_AD[rows], memory.descriptors_mD.T, out=similarity_AR[:, num_batch:num_columns])
             similarity_AR[:, num_columns] = -torch.inf
-            slots_P = torch.arange(max(counts[rows]), device=ids_G.device)
+            slots_P = torch.arange(int(counts[rows].max()), device=ids_G.device)
             same_place_AP = slots_P < count_A[rows, None]
             reference_AP = order_G[(first_A[rows, None] + slots_P).clamp(max=len(order_G) - 1)]
             is_positive_AP = same_place_AP & (reference_AP != itself_A[rows, None])

@@ -59,11 +59,7 @@ def waits_of_a_step(steps: Steps, device: Device, count: int = 3) -> tuple[Count
 
 
 def check_a_step_waits_as_often_as_budgeted_and_computes_what_it_does_on_the_cpu() -> None:
-    """Tolerance 1e-4: attention takes another kernel there, and Adam amplifies its rounding.
-
-    Of two ranks the first loss alone: at ZeRO 0 the gradient norm of two ranks is another one on the pretend device
-    (0.146, on the CPU 0.100), and why is not known.
-    """
+    """Tolerance 1e-4: attention takes another kernel there, and Adam amplifies its rounding."""
     for zero_stage, budget in BUDGET.items():
         recipe = recipe_of(engine={"zero_stage": zero_stage}, memory={"placement": "sharded"})
         on_cpu = steps_on_cpu(recipe)
@@ -72,9 +68,7 @@ def check_a_step_waits_as_often_as_budgeted_and_computes_what_it_does_on_the_cpu
         with pretend_training_device() as device:
             waits, found = waits_of_a_step(steps_elsewhere(recipe, model), device)
             assert waits == budget, device.table()
-        if dist.get_world_size() == 1:
-            np.testing.assert_allclose(found, expected, rtol=1e-4)
-        assert found[0][0] == pytest.approx(expected[0][0], rel=1e-4)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=f"ZeRO {zero_stage}")
 
 
 def check_no_setting_adds_a_wait() -> None:
