@@ -34,6 +34,7 @@ FORMAT_VERSION = 1
 INDEX = "index.parquet"
 INDEX_DIGEST = "index.parquet.sha256"
 METADATA_KEY = b"rerankvpr"
+MOST_NAME_BYTES = 255  # of a tar, its folder in the set included
 NO_GAPS = ("city", "city_place_id", "view", "shard", "size", "width", "height")  # unlike what a photograph may not say
 
 SCHEMA = pa.schema(
@@ -308,6 +309,8 @@ def _metadata(raw: dict[str, Any]) -> ShardSetMetadata:
         name = PurePosixPath(shard.name)
         if name.is_absolute() or ".." in name.parts or "\0" in shard.name or "\\" in shard.name:
             raise ValueError(f"tar {shown(shard.name)!r} is outside the set")
+        if len(shard.name.encode("utf-8", "surrogatepass")) > MOST_NAME_BYTES:
+            raise ValueError(f"tar {shown(shard.name)!r}: no file has so long a name")
         if type(shard.size) is not int or not 0 <= shard.size < 2**62 or not isinstance(shard.sha256, str):
             raise ValueError(f"tar {shown(shard.name)}: size {shown(shard.size)}, sha256 {shown(shard.sha256)}")
     metadata = ShardSetMetadata(**raw | {"shards": shards, "bad": [BadImage(**bad) for bad in raw["bad"]]})
