@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,12 @@ def edit(folder: Path, rank: int, change: Callable[[Entries], object]) -> None:
     file.write_bytes(pickle.dumps(dumped))
 
 
+def dumped(folder: Path, rank: int) -> Entries:
+    """The entries of a new dump of this rank."""
+    flight_recorder.dump(folder, rank)
+    return list(pickle.loads((folder / f"{PREFIX}{rank}").read_bytes())["entries"])  # noqa: S301 - written by this test
+
+
 def last_of_the_world(entries: Entries) -> dict[str, Any]:
     return max((one for one in entries if one["input_sizes"] == [[5]]), key=lambda one: one["collective_seq_id"])
 
@@ -42,8 +47,8 @@ def check_dumps_are_read_and_the_rank_that_is_behind_is_named() -> None:
     for _ in range(3):
         dist.all_reduce(torch.ones(5))
     dist.barrier()
-    time.sleep(0.5)  # gloo's own thread notes that an operation is done, after it has let this one go
-    flight_recorder.dump(folder, rank)
+    # gloo's own thread notes that an operation is done, after it has let this one go.
+    assert forked.wait_until(lambda: all(one["retired"] for one in dumped(folder, rank)), 60)
     dist.barrier()
     if rank == 0:
         records = collected(folder)

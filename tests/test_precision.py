@@ -131,6 +131,9 @@ def test_blocks_are_compiled_to_three_graphs_however_many_they_are(monkeypatch: 
     counting = Counting(monkeypatch)
     model = build_backbone(replace(BACKBONES.get("tiny14"), depth=12))
     model.num_frozen_blocks = 6
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
     images_B3HW = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     expected_BTC = model.train()(images_B3HW)
     model.compile_blocks(counting)  # type: ignore[arg-type]

@@ -21,9 +21,9 @@ def town_of_24() -> Path:
     place = scratch() / "town_of_24"
     with place.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
-    if not (place / "shards" / "index.parquet").exists():
-        render_town(place / "town", Town(seed=3, places=24, views=3, held_out_places=0), processes=1)
-        write_shards(read_gsv_cities(place / "town" / "train", min_images_per_place=3), place / "shards")
+        if not (place / "shards" / "index.parquet").exists():
+            render_town(place / "town", Town(seed=3, places=24, views=3, held_out_places=0), processes=1)
+            write_shards(read_gsv_cities(place / "town" / "train", min_images_per_place=3), place / "shards")
     return place / "shards"
 
 

@@ -219,13 +219,15 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     flat = group * each / FP32
     stepping = max(group + (flat if half else 0), group + temporaries - (flat if stage < 3 else 0))
 
-    # Gradients of one chunk grow while its activations are freed; of earlier chunks they are all there.
-    while_they_grow: tuple[Phase, ...] = ("backward", "reduce") if engine.encode_chunks > 1 else ("reduce",)
+    # Gradients of one chunk grow while its activations are freed; of earlier chunks they are all there, to the end.
+    chunked: tuple[Phase, ...] = ("backward", "reduce", "update")
+    while_they_grow = chunked if engine.encode_chunks > 1 else chunked[1:2]
 
     def placed(name: str, num_bytes: float, host: bool, *phases: Phase, tensor: float = math.inf) -> Part:
         return Part(name, 0.0 if host else num_bytes, num_bytes if host else 0.0, phases or ("always",), tensor)
 
     if stage == 3:
+        full: Phase = "backward" if trained > BUCKET else "reduce"  # when the first bucket is
         wide = FP32 / each if sends_wide(recipe) else 1.0  # a bucket is of the type that is sent
         partitioned = (trained * each + frozen_bytes(recipe, sizes)) / ranks
         whole = sizes.kept_whole * each + sizes.kept_whole_frozen * each_frozen
@@ -248,17 +250,17 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
             placed("optimizer", trained / ranks * (masters + FP32 * moments), offloads),
             placed("optimizer, while it steps", temporaries if offloads else stepping, offloads, "update"),
             placed("reduce bucket", bucket * wide, False),
-            placed("reduce bucket, as sent", min(BUCKET, trained) * each * wide * (1 + 1 / ranks), False, "backward"),
+            placed("reduce bucket, as sent", min(BUCKET, trained) * each * wide * (1 + 1 / ranks), False, full),
         ]
     weights = trained * each + frozen_bytes(recipe, sizes)
     if stage == 0:
-        masters, copied = (FP32, trained * FP32) if half else (0, 0.0)
+        masters = FP32 if half else 0
         return [
             placed("weights", weights, False),
             placed("gradients", trained * each, False, *while_they_grow, "update", tensor=sizes.largest * each),
             placed("gradients, as sent", min(trained, REDUCE_ALL) * sent, False, "reduce"),
             placed("optimizer", trained * (masters + FP32 * moments), False),
-            placed("optimizer, while it steps", temporaries + copied, False, "update"),
+            placed("optimizer, while it steps", temporaries + trained * masters, False, "update"),
         ]
     # Stage 1 keeps all gradients until backward is done; stage 2 sends each bucket as it fills, and keeps its own part.
     own = trained / ranks * each
@@ -294,8 +296,7 @@ def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
     trained = num_trained_blocks(recipe.model)
     stream = images * spec.num_tokens(side) * spec.channels * each  # bytes of all tokens
     width, _ = mlp_widths(spec)
-    wide = max(width, 3)  # of the widest tensor: MLP, or query, key and value
-    block = images * block_activations(recipe.model, side, each)
+    wide, block = max(width, 3), images * block_activations(recipe.model, side, each)  # MLP, or query, key and value
     narrow = 7 * stream  # of a block's: what has one number a channel
     kept = trained * stream if recipe.engine.activation_checkpointing else trained * block
     kept_narrow = trained * (stream if recipe.engine.activation_checkpointing else narrow)
@@ -306,7 +307,8 @@ def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
     pixels = images * 3 * num_pixels(side)
     grid, precision = spec.grid(*height_width(side)), DTYPES[recipe.engine.precision]
     head = aggregator_cost(recipe.model, spec.num_tokens(side), grid, precision)
-    both: tuple[Phase, ...] = ("loss", "backward")
+    # With chunks the loss has descriptors alone; a chunk runs once more, with its activations, to go backward.
+    both: tuple[Phase, ...] = ("backward",) if recipe.engine.encode_chunks > 1 else ("loss", "backward")
     return [
         Part("activations, one a channel", kept_narrow + 2 * stream, phases=both, tensor=stream),
         Part("activations, wider", kept - kept_narrow, phases=both, tensor=wide * stream),
@@ -331,10 +333,12 @@ def _memory_parts(recipe: Recipe, size: int, ranks: int) -> list[Part]:
     arrays = LOSSES.build(name, recipe.loss.args).arrays if is_for_tiles(LOSSES, name) else 4
     anchors, columns = batch if shards > 1 else batch // ranks, (batch + memory.size) / shards
     column = max(FP32 * arrays, 13 if memory.min_negative_m else 0)  # or similarity, float64 distance and answer
+    copies = 3 if shards > 1 else 2  # of the batch's descriptors: gathered, as gradients, as anchors of all ranks
     tile = min(memory.tile_mb << 20, anchors * columns * column)
     parts = [
         Part("queue", memory.size * FP32 * size / shards + memory.size * 16),
-        Part("loss", tile + 4 * batch * size * FP32 + 24 * (batch + memory.size), phases=("loss",)),
+        Part("loss", tile + copies * batch * size * FP32 + 24 * (batch + memory.size), phases=("loss",)),
+        Part("descriptors of the batch", batch * size * FP32, phases=("backward", "reduce", "update")),  # for the queue
     ]
     if memory.size and memory.drift_every:
         parts.append(Part("drift probe", memory.drift_images * (3 * num_pixels(data.image_size) + size * FP32)))
