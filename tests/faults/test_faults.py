@@ -65,7 +65,8 @@ def test_a_rank_without_memory_is_one_line(workplace: Path) -> None:
     process = training.faulty_ranks(workplace, workplace / "no_memory", {"memory": {"rank": 1, "step": 2}}, *LONG)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 1
-    (line,) = [line for line in text.splitlines() if line.startswith("rerankvpr: ")]
+    lines = [line for line in text.splitlines() if line.startswith("rerankvpr: ")]
+    (line,) = [line for line in lines if "another rank is gone" not in line]  # rank 0 may say that, or be ended before
     assert line.startswith("rerankvpr: rank 1: out of memory (")
 
 
