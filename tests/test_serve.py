@@ -221,7 +221,8 @@ def test_the_page_in_a_browser(server: Server, photos: Path, tmp_path: Path) -> 
         assert page.evaluate("document.activeElement.id") == "file"
         page.set_input_files("#file", query(photos))
         page.locator("#candidates button").nth(4).wait_for()
-        page.wait_for_function("document.querySelectorAll('#matches image').length === 2")
+        page.locator("#matches image").nth(1).wait_for(state="attached")
+        assert page.locator("#matches image").count() == 2
         assert page.locator("#candidates img").evaluate_all("all => all.every(i => i.complete && i.naturalWidth > 0)")
         page.keyboard.press("Tab")
         page.keyboard.press("Tab")
