@@ -30,8 +30,8 @@ LINT_AND_TESTS = said=$$(mktemp) && trap 'cat "$$said"; rm "$$said"' EXIT && \
 lint-apart:
 	@$(MAKE) --no-print-directory lint > '$(SAID)' 2>&1
 
-# Half of the time of a test goes into waiting for others, so there are more processes than cores, of one thread each.
-PROCESSES := $(if $(filter Linux,$(shell uname)),5,1)
+# Tests wait at times, so there is one process more than two cores; with five the tests take as long and time out more.
+PROCESSES := $(if $(filter Linux,$(shell uname)),3,1)
 tests:
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --processes $(PROCESSES) $(SELECTED)
 

@@ -86,7 +86,7 @@ def rank_alone(single_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fp16_scales_the_loss_and_skips_what_overflows(
     zero_stage: int, rank_alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DeepSpeed has fp16 on few CPUs; torch computes it on all, so here it is told that this one has it.
+    """DeepSpeed has fp16 on few CPUs and torch on all, so the test says that this one has it.
 
     Within 2 % of fp32: fp16 keeps 11 bits.
     """
