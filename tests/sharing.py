@@ -52,7 +52,7 @@ class Sharing:
     """The plug-in of the first process; in its forks too, which leave its loop as soon as they are made."""
 
     def __init__(self, processes: int, before: Callable[[], None] = lambda: None) -> None:
-        """`before` is called ahead of the forks if there are slow tests."""
+        """`before` is called ahead of the forks."""
         self.processes, self.before = processes, before
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
@@ -60,8 +60,7 @@ class Sharing:
         if session.testsfailed or session.config.option.collectonly:
             return None  # pytest says which modules could not be imported
         left = Left(in_order(session.items))
-        if any(map(is_slow, session.items)):
-            self.before()
+        self.before()
         gc.freeze()  # memory that no fork collects stays shared
         forks: dict[Connection, Fork] = {}
         for number in range(self.processes):

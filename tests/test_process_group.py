@@ -54,6 +54,7 @@ def late_to_a_collective(rank: int, folder: Path) -> None:
     (folder / f"{rank}.txt").write_text(str(total.item()))
 
 
+@pytest.mark.slow
 def test_ranks_may_be_late_but_not_to_connect(tmp_path: Path) -> None:
     assert in_group(late_to_a_collective, tmp_path) == [0, 0]
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["2.0", "2.0"]
@@ -72,6 +73,7 @@ def never_connected(rank: int, folder: Path) -> None:
     (folder / "seconds.txt").write_text(str(time.monotonic() - began))
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_never_made_ends_in_one_line(tmp_path: Path) -> None:
     assert in_group(never_connected, tmp_path) == [0, 0]
     said = (tmp_path / "said.txt").read_text()

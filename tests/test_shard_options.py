@@ -196,6 +196,7 @@ def test_killed_at_ten_random_moments_and_finished_the_bytes_are_the_same(
     assert len(states) > 2
 
 
+@pytest.mark.slow
 def test_a_lock_that_a_run_left_beside_a_complete_set_is_removed(
     native: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
