@@ -4,8 +4,9 @@
 SIGKILL every `--every` seconds. While the agent lives, it starts the ranks again from its warm fork server; with the
 agent killed too, the same command is run again at once, which imports everything anew. Effective training time is what
 the steps that were kept take in a training that nobody kills and that saves nothing (their number times its mean
-seconds from step to step, measured first), as a share of all time, the first start included; the rest is restarts,
-checkpoints and steps done twice.
+seconds from step to step), as a share of all time, the first start included; the rest is restarts, checkpoints and
+steps done twice. That training runs before and after each scenario, and the mean of both is its unit: machines have
+faster and slower minutes.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Options:
     """How long to train in each scenario."""
     every: float = 60
     """Seconds from one failure to the next."""
-    unbroken: float = 60
-    """Seconds of training that nobody kills, for the time of a step."""
+    unbroken: float = 30
+    """Seconds of training that nobody kills, before and after each scenario, for the time of a step."""
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
     """Of all, one, agent, cold."""
     json: Path | None = None
@@ -79,13 +80,12 @@ class Outcome:
     seconds: float
     kept: int
     done: int
-    unbroken_step_s: float
     outages_s: list[float] = field(default_factory=list)  # from each kill to the end of the first step after it
     parts: list[dict[str, float]] = field(
         default_factory=list
     )  # of each start but the first, as the training logs them
 
-    def figures(self) -> dict[str, float]:
+    def figures(self, unbroken_step_s: float) -> dict[str, float]:
         """By name; medians over restarts. `agent` is the part before the processes of the ranks begin."""
         outage = _median(self.outages_s)
         parts = {name: _median([one[name] for one in self.parts if name in one]) for name in _names(self.parts)}
@@ -94,8 +94,8 @@ class Outcome:
             "seconds": self.seconds,
             "steps_kept": float(self.kept),
             "steps_done": float(self.done),
-            "unbroken_step_s": self.unbroken_step_s,
-            "effective_training_time": self.kept * self.unbroken_step_s / self.seconds,
+            "unbroken_step_s": unbroken_step_s,
+            "effective_training_time": self.kept * unbroken_step_s / self.seconds,
             "steps_lost": 1 - self.kept / max(1, self.done),
             "restart_s": outage,
             "restart_agent_s": outage - parts.pop("restart_s", outage),
@@ -198,7 +198,7 @@ def unbroken_step_s(recipe: Path, output: Path, seconds: float) -> float:
     return (lines[-1]["time_ms"] - lines[0]["time_ms"]) / 1000 / (len(lines) - 1)
 
 
-def run(recipe: Path, output: Path, scenario: Scenario, step_s: float, options: Options) -> Outcome:
+def run(recipe: Path, output: Path, scenario: Scenario, options: Options) -> Outcome:
     """One training under one scenario; kills come at multiples of `every` after the first start."""
     began = time.monotonic()
     process = start(recipe, output, scenario.start_method)
@@ -229,7 +229,6 @@ def run(recipe: Path, output: Path, scenario: Scenario, step_s: float, options: 
         seconds,
         kept=int(found.name.removeprefix("step-")) if found else 0,
         done=len(steps),
-        unbroken_step_s=step_s,
         outages_s=outages_s,
         parts=[
             {name.removeprefix("train/"): value for name, value in line.items() if name.startswith("train/restart_")}
@@ -247,10 +246,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = prepare(folder, options.every)
-        step_s = unbroken_step_s(recipe, folder / "unbroken", options.unbroken)
+        before = unbroken_step_s(recipe, folder / "unbroken", options.unbroken)
         results = {}
         for key in options.scenarios:
-            results[key] = run(recipe, folder / key, SCENARIOS[key], step_s, options).figures()
+            outcome = run(recipe, folder / key, SCENARIOS[key], options)
+            after = unbroken_step_s(recipe, folder / f"unbroken-after-{key}", options.unbroken)
+            results[key], before = outcome.figures((before + after) / 2), after
     rows = [
         (figure, *(f"{one[figure]:.3f}" if figure in one else "" for one in results.values()))
         for figure in _names(list(results.values()))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What needs memory of its own is imported and warmed up before the limit is set.
 CODE = """
-import json, resource, sys
+import json, resource, sys, traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
@@ -33,7 +33,8 @@ from data_pipeline.shard_options import ShardOptions
 from data_pipeline.shards import write_shards
 
 one = ShardOptions(max_bad=1.0, threads=1)
-small, large, source, out = map(Path, sys.argv[1:])
+small, large, source, small_source, out = map(Path, sys.argv[1:])
+write_shards(read_gsv_cities(small_source, min_images_per_place=2), out.with_name("small_set"), one)
 read_photo(small), read_image(small, 28), load_image(small, EvalConfig(resize="native"), 14)
 data, buffer = large.read_bytes(), empty_batch(1, 28)[0]
 pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -50,6 +51,7 @@ for name, run in {
     try:
         ends[name] = str(run())
     except BaseException as error:
+        traceback.print_exc()
         no_thread = str(error) == NO_THREAD and is_out_of_memory(error)  # there was no memory for its stack
         ends[name] = "MemoryError" if no_thread else type(error).__name__
 print(json.dumps(ends))
@@ -61,18 +63,11 @@ def test_a_photograph_that_memory_does_not_hold_is_not_damaged(tmp_path: Path) -
     small, large = tmp_path / "small.jpg", tmp_path / "large.jpg"
     Image.new("RGB", (64, 48)).save(small)
     Image.new("RGB", (9000, 8000)).save(large)  # 216 MB as RGB
-    images = tmp_path / "source" / "Images" / "Oslo"
-    images.mkdir(parents=True)
-    rows = ["place_id,year,month,northdeg,city_id,lat,lon,panoid"]
-    for i in range(2):
-        (images / f"Oslo_0000001_2015_05_090_59.91_10.75_pano{i}.jpg").write_bytes(large.read_bytes())
-        rows.append(f"1,2015,5,90,Oslo,59.91,10.75,pano{i}")
-    (tmp_path / "source" / "Dataframes").mkdir()
-    (tmp_path / "source" / "Dataframes" / "Oslo.csv").write_text("\n".join(rows) + "\n")
-    command = [sys.executable, "-c", CODE, str(small), str(large), str(tmp_path / "source"), str(tmp_path / "set")]
+    sources = [write_place(tmp_path / "source", large), write_place(tmp_path / "small_source", small)]
+    command = [sys.executable, "-c", CODE, *map(str, (small, large, *sources, tmp_path / "set"))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout.splitlines()[-1]).values()) == {"MemoryError"}, done.stdout
+    assert set(json.loads(done.stdout.splitlines()[-1]).values()) == {"MemoryError"}, done.stdout + done.stderr
     assert not (tmp_path / "set" / "index.parquet").exists()
 
 
@@ -94,6 +89,19 @@ def test_a_photograph_that_the_system_has_no_memory_to_open_is_not_bad(
     monkeypatch.setattr(photos, "read_regular", refuse)
     with pytest.raises(MemoryError, match=r"a\.jpg: Cannot allocate memory"):
         photos.read_photo(tmp_path / "a.jpg")
+
+
+def write_place(source: Path, photo: Path) -> Path:
+    """GSV-Cities of one place, of which two photographs have the bytes of `photo`."""
+    images = source / "Images" / "Oslo"
+    images.mkdir(parents=True)
+    rows = ["place_id,year,month,northdeg,city_id,lat,lon,panoid"]
+    for i in range(2):
+        (images / f"Oslo_0000001_2015_05_090_59.91_10.75_pano{i}.jpg").write_bytes(photo.read_bytes())
+        rows.append(f"1,2015,5,90,Oslo,59.91,10.75,pano{i}")
+    (source / "Dataframes").mkdir()
+    (source / "Dataframes" / "Oslo.csv").write_text("\n".join(rows) + "\n")
+    return source
 
 
 def bomb(width: int, height: int) -> bytes:

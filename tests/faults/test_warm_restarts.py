@@ -65,7 +65,7 @@ def test_a_killed_agent_takes_all_with_it(workplace: Path) -> None:
             assert process.poll() is None, process.output()[0]
             time.sleep(0.02)
         family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) >= 4  # the server, two ranks, and multiprocessing's resource tracker
+        assert len(family) >= 3  # the server and two ranks
         process.send_signal(signal.SIGKILL)
         _, alive = psutil.wait_procs(family, timeout=10)
         assert alive == []
