@@ -109,7 +109,7 @@ GUIDED_ROWS = (
 )
 BICUBIC = Row("bicubic", "bicubic, in training and test", {"data.interpolation": "bicubic"})
 RERANK_ROWS = (
-    Row("original-rule", "re-ranked by the original's rule", evaluation="original-rule", stages=(RERANKED,)),
+    Row("original-rule", "re-ranked by the rule of RerankVPR's code", evaluation="original-rule", stages=(RERANKED,)),
     Row("auto", "rerank.when auto", evaluation="auto", stages=(RERANKED,)),
     Row("adaptive", "rerank.when adaptive", evaluation="adaptive", stages=(RERANKED,)),
     Row("saliency-weights", "matches weighted by saliency", evaluation="saliency-weights", stages=(RERANKED,)),

@@ -1,4 +1,4 @@
-"""The index of a shard set: `index.parquet`, one row an image, with counts and digests in its metadata."""
+"""The index of a shard set: `index.parquet`, one row per image, with counts and digests in its metadata."""
 
 from __future__ import annotations
 

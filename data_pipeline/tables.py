@@ -81,7 +81,7 @@ def read_table_of_rows(path: Path, keep: Callable[[list[str]], Collection[str]] 
     names = [_bare(name) for name in table.column_names]
     _refuse_twice(path, names)
     if len(table) == 0:
-        raise ValueError(f"{path}: no rows; expected a row an image")
+        raise ValueError(f"{path}: no rows; expected one row per image")
     columns = {name: _plain(column.combine_chunks()) for name, column in zip(names, table.columns, strict=True)}
     return RowTable(path, columns, lines)
 

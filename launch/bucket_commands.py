@@ -82,7 +82,7 @@ class ShardBucketCommand(Remote, Writing, _Bucket):
     depth: int = 1
     """Levels below the URL at which a folder is a place, with all below it: 2 for images/000/001/."""
     city: str = ""
-    """Name of the city; the folder's without it."""
+    """Name of the city; by default the folder's."""
 
     def listing(self) -> PlaceListing:
         from data_pipeline.sources.bucket import read_bucket

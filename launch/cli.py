@@ -6,6 +6,7 @@ import importlib
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ VERBS = {
     ),
     "plan": Verb(
         "RECIPE [--section.key value] [--ranks N --device-gb X --tflops T]",
-        "What a training would take: memory, steps, bytes sent, time; refuses what it would refuse.",
+        "Prints what a training would take: memory, steps, bytes, time; refuses what it would refuse.",
     ),
     "launch": Verb(
         "[--nnodes N --rdzv HOST --nproc-per-node N] -- VERB ...",
@@ -55,19 +56,22 @@ VERBS = {
         "[--shared DIR...]", "Checks the nodes of a group: versions, folders, network, GPUs.", "launch.doctor:main"
     ),
     "rank": Verb("[--fit] -- VERB ...", "One process of a launch on several nodes.", "launch.rank:main"),
-    "eval": Verb("--checkpoint DIR|--weights FILE --benchmarks NAME...", "Recall before and after re-ranking."),
+    "eval": Verb("--checkpoint DIR|--weights FILE --benchmarks NAME...", "Measures recall before and after re-ranking."),
     "index": Verb(
         "build DB --checkpoint C --out IDX | add IDX DB | info IDX | verify IDX",
         "Encodes a database of photographs once, for `locate`.",
     ),
     "locate": Verb(
-        "PHOTO... --index IDX", "Where photographs were taken: candidates, position, whether to believe it."
+        "PHOTO... --index IDX", "Says where photographs were taken: candidates, position, whether to believe it."
     ),
-    "show": Verb("attention|pca|matches|similarity IMAGE... --model RUN", "Draws what a network sees of photographs."),
-    "report": Verb("FOLDER... [--out PAGE.html]", "Evaluations as one page, several against each other."),
-    "serve": Verb("--index IDX", "A web page of an index, on this machine alone."),
-    "sync": Verb("OUTPUT...", "Sends MLflow what it has not got of trainings."),
-    "export": Verb("CHECKPOINT OUT.safetensors|.onnx|.pt2|FOLDER", "The trained network for other programs."),
+    "show": Verb(
+        "attention|pca|matches|similarity|negatives|drift|sweep WHAT...",
+        "Draws what a network sees of photographs, and what a training or a sweep found.",
+    ),
+    "report": Verb("FOLDER... [--out PAGE.html]", "Makes one page of evaluations, several compared with each other."),
+    "serve": Verb("--index IDX", "Serves a web page of an index, on this machine only."),
+    "sync": Verb("OUTPUT...", "Sends MLflow what it has not received of trainings."),
+    "export": Verb("CHECKPOINT OUT.safetensors|.onnx|.pt2|FOLDER", "Writes the trained network for other programs."),
 }
 
 
@@ -81,7 +85,7 @@ def function_of(verb: str) -> Callable[[list[str]], int]:
 def _help() -> None:
     lines = ["rerankvpr: distributed training of visual place recognition, with re-ranking", ""]
     for name, verb in VERBS.items():
-        lines += [f"  rerankvpr {name} {verb.arguments}".rstrip(), f"      {verb.text}"]
+        lines += [*_wrapped(f"rerankvpr {name} {verb.arguments}".rstrip(), "  "), *_wrapped(verb.text, "      ")]
     lines += [
         "",
         "`rerankvpr VERB --help` shows a verb's flags; `rerankvpr --version` what is installed;",
@@ -89,6 +93,10 @@ def _help() -> None:
         "RERANKVPR_TRACEBACK=1 shows where an error was raised.",
     ]
     print("\n".join(lines))
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 
 def main(argv: list[str]) -> int:

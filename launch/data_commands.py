@@ -44,7 +44,7 @@ class Writing:
     max_bad: float = ShardOptions.max_bad
     """Share of images that may be missing or damaged; more stop the run."""
     max_side: int | None = ShardOptions.max_side
-    """Longer side in pixels that larger photographs are scaled to; without it every photograph keeps its bytes."""
+    """Longer side in pixels that larger photographs are scaled to; by default every photograph keeps its bytes."""
     quality: int = ShardOptions.quality
     """JPEG quality of the photographs that are scaled or converted."""
     convert: bool = ShardOptions.convert
@@ -54,7 +54,7 @@ class Writing:
     workers: int = ShardOptions.workers
     """Processes that write tars at a time."""
     threads: int | None = ShardOptions.threads
-    """Threads that read and check photographs, over all workers; as many as cores without it."""
+    """Threads that read and check photographs, over all workers; by default one per core."""
     plugins: tuple[str, ...] = ()
     """Your code, files (my_vpr.py) or modules, that adds kinds of data sets; see docs/extending.md."""
     part: str | None = None
@@ -103,7 +103,7 @@ class ShardCommand(Writing, Places):
     """Writes GSV-Cities' layout (Images/<City>/, Dataframes/<City>.csv) as tar shards; run again, it resumes."""
 
     cities: tuple[str, ...] = ()
-    """Cities to take; all without it."""
+    """Cities to take; by default all."""
 
     def listing(self) -> PlaceListing:
         from data_pipeline.sources.gsv_cities import read_gsv_cities
@@ -118,7 +118,7 @@ class ShardUtmCommand(Gridded, Writing, Places):
     """Writes a folder of photographs named @UTM_east@UTM_north@...@.jpg as tar shards; run again, it resumes."""
 
     city: str = ""
-    """Name of the city; the folder's without it."""
+    """Name of the city; by default the folder's."""
 
     def listing(self) -> PlaceListing:
         from data_pipeline.sources.utm_folder import read_utm_folder
@@ -133,7 +133,7 @@ class ShardMslsCommand(Gridded, Writing, Places):
     """Writes MSLS' training folders, [train_val/]<city>/{database,query}, as tar shards; run again, it resumes."""
 
     cities: tuple[str, ...] = ()
-    """Cities to take; all without it."""
+    """Cities to take; by default all."""
 
     def listing(self) -> PlaceListing:
         from data_pipeline.sources.msls import read_msls
@@ -155,7 +155,7 @@ class ShardPhotosCommand(Gridded, Writing, Places):
     """
 
     city: str = ""
-    """Name of the city; the folder's without it."""
+    """Name of the city; by default the folder's."""
     track: Path | None = None
     """Table of time, lat, lon (heading): where photographs without GPS were, by the time in their name or EXIF."""
     track_offset_s: float = 0.0

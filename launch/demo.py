@@ -16,8 +16,9 @@ from configs.flags import parse_flags
 from configs.load import load_recipe, recipe_text
 from configs.schema import Recipe
 from launch.torchrun import run as run_torchrun
+from trainer.mlflow_sender import read_state
 from trainer.progress import progress_bar
-from trainer.tracking import open_command
+from trainer.tracking import open_command, where_shown
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,20 @@ def _next_steps(recipe: Recipe) -> list[str]:
             "rerankvpr shard photos PHOTOS data/mine --convert",
             "rerankvpr train mine",
         ],
-        "All curves, in MLflow:": [open_command(recipe.tracking.uri)],
+        "All curves, in MLflow:": _curves(recipe),
     }
     lines = ["", "What next?"]
     for what, commands in steps.items():
         lines += [what, *(f"  {_tool(command)}" for command in commands)]
     return lines
+
+
+def _curves(recipe: Recipe) -> list[str]:
+    """The command that serves the curves, and the address of the experiment if the training was sent."""
+    experiment = read_state(recipe.output).get("experiment_id")
+    if not (isinstance(experiment, str) and experiment):
+        return [open_command(recipe.tracking.uri)]
+    return list(reversed(where_shown(recipe.tracking.uri, experiment).values()))
 
 
 def _tool(command: str) -> str:

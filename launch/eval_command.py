@@ -62,13 +62,13 @@ class EvalCommand:
     """Folder for report.html, results.json, results.csv, predictions.parquet, predictions.csv, files for contests and
     pictures."""
     list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Lists the benchmarks: where to get each, the layouts that are read, what lies under --data-root."""
+    """Lists the benchmarks: where to get each, the layouts that are read, what is found under --data-root."""
     no_rerank: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Retrieval alone; the same as --rerank.no-enabled."""
+    """Retrieval only; the same as --rerank.no-enabled."""
     sweep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also re-ranks at a grid of saliency and match thresholds; a table and, with --out, a heat map a benchmark."""
+    """Also re-ranks at a grid of saliency and match thresholds; a table and, with --out, a heat map per benchmark."""
     track: str = ""
-    """MLflow store or server that gets the results: under the training's run where --checkpoint knows it."""
+    """MLflow store or server to log the results to; under the training's run if --checkpoint names it."""
     stall_s: float = 900
     """Seconds without progress of any rank after which the job ends and the rank that stalled is named; 0 is never."""
     eval: Annotated[EvalConfig, tyro.conf.arg(name="")] = field(default_factory=EvalConfig)

@@ -17,7 +17,7 @@ from eval.report.tables import write_csv, write_results
 from eval.result import Result
 from trainer.mlflow_page import LONGEST, NOTE, log_picture, prepare_experiment
 from trainer.mlflow_store import DeletedError, active_experiment, check_active, metric_name, open_client
-from trainer.tracking import cut, means_of
+from trainer.tracking import cut, means_of, where_shown
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def _log(uri: str, experiment: str, evaluation: Evaluation, parent: str | None, 
                 shown = {"image": str(picture.relative_to(out).with_suffix("")), "step": 0, "time_ms": now}
                 log_picture(client, run, picture, shown)
     client.set_terminated(run)
+    for what, where in where_shown(uri, experiment_id, run).items():
+        console.print(f"{what}: {escape(where)}", highlight=False, soft_wrap=True)
     return run
 
 

@@ -48,16 +48,16 @@ class BuildCommand:
     factory: str = ""
     """FAISS factory string of an approximate index, such as IVF4096,PQ64; trained once; without it search is exact."""
     params: str = ""
-    """How the approximate index is searched, such as nprobe=32; of an index that is there it may be another."""
+    """Search parameters of the approximate index, such as nprobe=32; the same build with others replaces them."""
     part: str = ""
-    """i/n, from 0: encodes every n-th shard of features from the i-th on, as a task of an array; a last run without it
-    makes the index."""
+    """i/n, from 0: encodes every n-th shard of features from the i-th on, as one task of an array; a last run without
+    it makes the index."""
     data_root: Path = Path("data")
     """Folder that holds a folder for each benchmark."""
     plugins: tuple[str, ...] = ()
     """Plug-ins to run, files or modules, that the network needs."""
     no_rerank: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Descriptors alone, without local features: smaller, and `locate` does not re-rank."""
+    """Stores descriptors only, no local features: the index is smaller, and `locate` does not re-rank."""
     timeout_s: int = 1800
     """Seconds after which a rank that is silent ends the job."""
     encoding: Annotated[EncodingConfig, tyro.conf.arg(name="")] = field(default_factory=EncodingConfig)
@@ -65,7 +65,7 @@ class BuildCommand:
 
 @dataclass(frozen=True)
 class AddCommand:
-    """Encodes photographs that the index does not have; nothing is encoded again, and readers see them when all are in.
+    """Encodes the photographs that the index lacks; readers see them once all are in.
 
     A photograph that the index has by name and bytes is left alone.
     """
@@ -75,10 +75,10 @@ class AddCommand:
     db: Annotated[str, tyro.conf.Positional]
     """Photographs, as `rerankvpr index build` takes them."""
     checkpoint: str = ""
-    """A network, held against the one that the index was made with; without it the index's own is used."""
+    """Network to use, refused if it is not the one that built the index; by default the index's own."""
     part: str = ""
-    """i/n, from 0: encodes every n-th shard of features from the i-th on, as a task of an array; a last run without it
-    adds them."""
+    """i/n, from 0: encodes every n-th shard of features from the i-th on, as one task of an array; a last run without
+    it adds them."""
     data_root: Path = Path("data")
     """Folder that holds a folder for each benchmark."""
     plugins: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ class LocateCommand:
     """
 
     photos: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Files, folders, patterns such as 'walk/*.jpg', or - for names on stdin, one a line, answered as they come."""
+    """Files, folders, patterns such as 'walk/*.jpg', or - for names on stdin, one per line, answered as they come."""
     index: Path
     """Folder that `rerankvpr index build` wrote."""
     top: int = 5
@@ -46,21 +46,21 @@ class LocateCommand:
     sequence: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """The photographs are frames of a video in their order; each is judged with its neighbours."""
     checkpoint: str = ""
-    """A network, held against the one that the index was made with; without it the index's own is used."""
+    """Network to use, refused if it is not the one that built the index; by default the index's own."""
     plugins: tuple[str, ...] = ()
     """Plug-ins to run, files or modules, that the network needs."""
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Prints nothing but what went wrong and, on a terminal, how far it is; for use with the files below."""
+    """Prints errors only and, on a terminal, progress; for use with the files below."""
     json: Path | None = None
-    """File for all of it: a JSON array, one object per photograph and line."""
+    """File for all of it: a JSON array, one photograph per line."""
     csv: Path | None = None
     """File for a row per candidate."""
     geojson: Path | None = None
     """File for a point per photograph, as maps and GIS programs read it; those without degrees have no geometry."""
     pairs: Path | None = None
-    """File for hloc: `query candidate` a line, names as in folder and index."""
+    """File of hloc's pairs: `query candidate` per line, named as in folder and index."""
     h5: Path | None = None
-    """File for hloc's global descriptors of the photographs (needs h5py)."""
+    """File of hloc's global descriptors, one group per photograph (needs h5py)."""
     html: Path | None = None
     """File for one page with pictures, matches and a map, that needs no network."""
 

@@ -22,13 +22,13 @@ class PlanCommand(RecipeCommand):
     """
 
     ranks: int | None = None
-    """Ranks of the training; without it WORLD_SIZE, else 1."""
+    """Ranks of the training; by default WORLD_SIZE, else 1."""
     device_gb: float | None = None
-    """Memory of a rank's GPU in GB; without it this machine's."""
+    """Memory of a rank's GPU in GB; by default this machine's."""
     tflops: float | None = None
-    """TFLOP/s that a rank sustains; without it 40 % of the GPU's peak, or what this CPU is measured at."""
+    """TFLOP/s that a rank sustains; by default 40 % of the GPU's peak, or what this CPU is measured at."""
     json: Path | None = None
-    """File for the figures."""
+    """File to write the figures to."""
 
     def __post_init__(self) -> None:
         for name in ("ranks", "device_gb", "tflops"):

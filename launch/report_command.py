@@ -22,7 +22,7 @@ class ReportCommand:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders that `rerankvpr eval --out` wrote; the first is the one that others are compared with."""
     out: Path | None = None
-    """File to write; without it page.html in the folder, or comparison.html in the first of several."""
+    """File to write; by default page.html in the folder, or comparison.html in the first of several."""
     queries: int = 150
     """Most queries that are shown of a benchmark: those first that re-ranking or another evaluation changes."""
 

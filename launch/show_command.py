@@ -21,19 +21,24 @@ OF_IMAGES = ("attention", "pca", "matches", "similarity")
 class ShowCommand:
     """Draws what a network sees of photographs, and what a training or an evaluation found.
 
-    Of photographs, a folder of them, a benchmark, or a run's folder. attention: CLS attention of each head, and their
-    mean. pca: patches as colours, one colour one direction over all images. matches: what re-ranking matches of the
-    first image with each of the others. similarity: one patch of the first image against all patches of each image.
+    attention, pca, matches and similarity take photographs, a folder of them, a benchmark, or a run's folder.
+    attention: where the class token looks, by head and in the mean. pca: patches as colours, one scale for all images.
+    matches: what re-ranking matches between the first image and each of the others. similarity: one patch of the first
+    image against all patches of each image.
 
-    The same with --index: a photograph beside what the index finds for it, several photographs each beside the first
-    that is found, or no photograph for some of the index itself.
+    With --index these draw a photograph beside what the index finds for it, or several photographs, each beside its
+    first candidate; without a photograph, some of the index itself.
 
-    Of a training's folder. negatives: the hardest negatives that its queue gave, how alike and how old they were
-    (trained with --trainer.log-negatives-every). drift: cosine of stored and present descriptors by age, beside the
-    decay (trained with --memory.drift-every).
+    negatives and drift take a training's folder. negatives: the hardest negatives of its queue, how alike and how old
+    they were (trained with --trainer.log-negatives-every). drift: cosine of stored and present descriptors by age,
+    beside the decay (trained with --memory.drift-every).
 
-    sweep: recall over both thresholds of re-ranking, of a folder that `rerankvpr eval --sweep --out` wrote, or of a
-    benchmark, with --model.
+    sweep takes a folder that `rerankvpr eval --sweep --out` wrote, or a benchmark with --model: recall over both
+    thresholds of re-ranking.
+
+    rerankvpr show attention a.jpg b.jpg --model runs/demo --out attention.png
+
+    rerankvpr show matches query.jpg --index city.index --out matches.png
     """
 
     kind: Annotated[
@@ -41,26 +46,26 @@ class ShowCommand:
     ]
     """What to draw."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Photographs, one folder of them, a benchmark as --benchmarks of eval takes it (queries, each with one of its
-    positives), or a run's folder (its first benchmark); negatives, drift: a training's folder; sweep: an evaluation's
-    folder, or a benchmark."""
+    """Photographs, one folder of them, a benchmark as eval's --benchmarks names it (queries, each with one of its
+    positives), or a run's folder (the first benchmark of its recipe). For negatives and drift a training's folder; for
+    sweep an evaluation's folder, or a benchmark."""
     model: str = ""
     """A run's folder, a checkpoint, an exported file, weights (.pth, .safetensors), a model in MLflow, or a backbone's
     name."""
     index: Path | None = None
-    """Folder that `rerankvpr index build` wrote, of attention, pca, matches and similarity; its own network draws."""
+    """Folder that `rerankvpr index build` wrote, whose network is used; for attention, pca, matches and similarity."""
     out: Path = Path("show.png")
     """File to write: .png, .svg or .pdf."""
     layer: int | None = None
-    """Block that is read, negative from the last; attention: the last, otherwise the last but one."""
+    """Block to read, from the end if negative. By default the last for attention, else the last but one."""
     facet: Literal["query", "key", "value"] = "value"
-    """What of the block is read, for pca and similarity."""
+    """Facet of the block that pca and similarity read."""
     point: tuple[float, float] = (0.5, 0.5)
-    """The patch of similarity: x and y in the first image, as shares of its width and height."""
+    """Where the patch of similarity is in the first image: x and y, as shares of its width and height."""
     image_size: int | None = None
-    """Side in pixels of the square that images are resized to; without it as the network was trained."""
+    """Side in pixels of the square that images are resized to; by default the size that the network was trained at."""
     most: int = 8
-    """Most that are drawn of a folder, a benchmark or an index: images, evenly spread; matches, negatives: pairs."""
+    """How many to draw at most: images of a folder, benchmark or index, evenly spread; pairs for matches, negatives."""
     data_root: Path = Path("data")
     """Folder that holds a folder for each benchmark."""
     plugins: tuple[str, ...] = ()

@@ -174,7 +174,7 @@ exit "$status"
 def array_job(
     name: str, folder: Path, verbs: list[list[str]], want: Resources, *, python: str, cwd: Path, launched: bool
 ) -> Job:
-    """An array of one-node jobs, one a verb; `launched` runs each under torchrun, a process a GPU."""
+    """An array of one-node jobs, one per verb; `launched` runs each under torchrun, a process per GPU."""
     program = f"{_words([want.python or python])} -m rerankvpr"
     if launched:
         program += f" launch --nproc-per-node {want.processes_per_node} --"
@@ -261,7 +261,7 @@ def resource_options(want: Resources) -> list[str]:
 
 
 def core_flags(want: Resources) -> list[str]:
-    """srun's flags for the cores of its one task a node: all that the job has there, bound to none of them."""
+    """srun's flags for the cores of its one task per node: all that the job has there, bound to none of them."""
     asked = [f"--cpus-per-task={want.cpus_per_task}"] if want.cpus_per_task else []
     return [*asked, "--cpu-bind=none"]
 

@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
 def _sync(folder: Path, uri: str, console: Console) -> None:
     from trainer.mlflow_sender import Sender, first_line
     from trainer.mlflow_store import DeletedError
+    from trainer.tracking import where_shown
 
     log = folder / metrics_log.NAME
     if holder(folder) or is_open(log):
@@ -86,6 +87,9 @@ def _sync(folder: Path, uri: str, console: Console) -> None:
     counts = ", ".join(f"{n:,} {what}" for what, n in sorted(sender.sent.items()) if n) or "nothing was left to send"
     where = f"run {sender.run_id} at {store}, {status}" if sender.run_id else "no training was begun"
     _print(console, f"{folder}: {counts}; {where}")
+    if sender.run_id and sender.experiment_id:
+        for what, shown in where_shown(uri, sender.experiment_id, sender.run_id).items():
+            _print(console, f"{what}: {shown}")
     if sender.left:
         raise ValueError(f"{folder}: {len(sender.left)} files could not be sent; the same command tries them again")
 

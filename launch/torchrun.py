@@ -65,16 +65,16 @@ class LaunchCommand:
     rdzv_id: str = "rerankvpr"
     """Name of the rendezvous, for two jobs on one port."""
     max_restarts: int | None = None
-    """Restarts after a failed process; without it 0 on one node, 3 with a range of nodes. train resumes."""
+    """Restarts after a failed process; by default 0 on one node, 3 with a range of nodes. train resumes."""
     rdzv_conf: str = ""
     """torchrun's, KEY=VALUE,...; last_call_timeout is 10 here: seconds to wait for further nodes of a range."""
     shutdown_timeout: int = 120
     """Seconds that processes have to save after SIGTERM or SIGUSR1."""
     start_method: Literal["forkserver", "spawn"] = "forkserver"
-    """forkserver: one process per node imports PyTorch and the rest once, while nodes meet; ranks, first and restarted,
-    are forks of it. spawn: each rank imports for itself, as under torchrun."""
+    """forkserver: one process per node imports PyTorch and the rest once, during the rendezvous; ranks, first and
+    restarted, are forks of it. spawn: each rank imports for itself, as under torchrun."""
     dry_run: bool = False
-    """Prints the torchrun command alone."""
+    """Only prints the torchrun command."""
 
     def __post_init__(self) -> None:
         for name in ("max_restarts", "shutdown_timeout"):

@@ -45,7 +45,7 @@ def check_equal_batches(local_BD: torch.Tensor, place_ids_B: torch.Tensor) -> No
         held = ", ".join(f"rank {rank}: {rows} x {size}" for rank, (rows, size) in enumerate(shapes))
         raise ValueError(f"ranks hold unequal batches of descriptors ({held}); the global loss needs them equal")
     if not len(local_BD):
-        raise ValueError("the batch is empty on every rank; the global loss needs at least one image a rank")
+        raise ValueError("the batch is empty on every rank; the global loss needs at least one image per rank")
 
 
 def check_one_id_each(local_BD: torch.Tensor, place_ids_B: torch.Tensor) -> None:

@@ -42,6 +42,7 @@ def test_help_lists_every_verb(capfd: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capfd, "--help")
     assert status == 0
     assert all(f"rerankvpr {verb}" in out for verb in cli.VERBS)
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))

@@ -189,7 +189,7 @@ def test_a_manifest_is_sharded(tmp_path: Path, kind: str, named: bool) -> None:
         ("path,place,lat,lon\na.jpg,1,,\nb.jpg,1,91,0\n", "mine.csv row 3: lat, lon are 91, 0"),
         ("path,place,lat\na.jpg,1,1\n", "mine.csv: a column lat, but no lon; a position is both"),
         ("path,place,month\na.jpg,1,13\n", "mine.csv row 2: month is 13; expected 1 to 12"),
-        ("path,place\n", "mine.csv: no rows; expected a row an image"),
+        ("path,place\n", "mine.csv: no rows; expected one row per image"),
         ("path,place\na.jpg\n", "not a readable table"),
         ("path;lat;lon\na.jpg;48,1;9\n", "mine.csv row 2: lat is '48,1'; a decimal comma; write 48.1"),
         ("path,lat,lon\na.jpg,48,9\n\nb.jpg,9,148\nc.jpg,148,9\n", "mine.csv row 5: lat, lon are 148, 9"),

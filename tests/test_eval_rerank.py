@@ -127,7 +127,7 @@ def test_scores_and_order_equal_plain_loops(
 
 
 def test_each_candidate_has_its_own_patches(tmp_path: Path) -> None:
-    """The union of the candidates' masks, the original's fault, would give both candidates every patch."""
+    """The union of the candidates' masks, the fault of RerankVPR's code, would give both candidates every patch."""
     query = F.normalize(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), dim=1)
     stored_q, stored_d = store(tmp_path / "q", [query]), store(tmp_path / "d", [query[:5], query[5:8]])
     scores = match_scores(

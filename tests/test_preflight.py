@@ -85,7 +85,7 @@ def test_a_batch_that_the_nodes_cannot_share_is_refused(workplace: Path) -> None
 def test_a_good_recipe_passes_and_nothing_is_written(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan([str(workplace / "recipe.yaml")]) == 0
     said = capsys.readouterr()
-    assert "2 an epoch" in said.out
+    assert "2 per epoch" in said.out
     assert "not here" not in said.out + said.err
     assert not (workplace / "run").exists()
 

@@ -66,7 +66,7 @@ def write_evaluation(folder: Path, photos: Path, before: list[Any], after: list[
         "notes": ["3 files were left out"],
     }
     (folder / "results.json").write_text(
-        json.dumps({"model": "runs/x", "results": [result], "made": {"by": "rerankvpr eval <x>"}})
+        json.dumps({"model": "runs/x", "results": [result], "made": {"by": "rerankvpr eval <x>", "curves": "http://host/?a&b"}})
     )
     return folder
 
@@ -107,7 +107,8 @@ def test_the_page_says_what_was_found(photos: Path, tmp_path: Path, capsys: pyte
     assert "1 pictures could not be read, such as" in page
     assert "50 images/s" in page
     assert "rerankvpr eval &lt;x&gt;" in page
-    assert not re.search(r'(?:src|href)="(?!data:|#)', page)  # nothing is loaded
+    assert '<a href="http://host/?a&amp;b"><code>' in page  # to be followed, not loaded
+    assert not re.search(r'(?:src|<link [^>]*href)="(?!data:|#)', page)  # nothing is loaded
 
 
 def test_two_evaluations_are_set_against_each_other(photos: Path, tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
     assert not (folder / "results.json").exists()
     text = finish(warm_ranks(workplace, "killed", "--resume"))
     assert "resumed from" in text
+    assert "curves in MLflow: http://127.0.0.1:5000/#/experiments/1/runs/" in text
     same_run(straight, folder, STEPS)
     tables = [read_negatives(path / "negatives.csv") for path in (straight, folder)]
     assert np.array_equal(tables[0].cosine_n, tables[1].cosine_n)
@@ -121,7 +122,14 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
         assert steps == set(range(1, STEPS + 1)), path
         files = {f.path for f in client.list_artifacts(run_id)}
         expected = {"recipe.yaml", "environment.json", "results.json", "pictures", "report.html", "negatives.csv"}
-        assert files == {*expected, "images"}
+        assert files == expected
+        pictured = {
+            (child.data.params["weights"], file.path.split("~")[-1].split("%2B")[0].split("+")[0])
+            for child in found
+            if child.data.tags.get("mlflow.parentRunId") == run_id
+            for file in client.list_artifacts(child.info.run_id, "images")
+        }
+        assert pictured == {("trained", "retrieval"), ("trained", "matches")}  # of the evaluation, under its few parameters
         run = runs[run_id]
         (dataset,) = [one.dataset for one in run.inputs.dataset_inputs]
         assert (dataset.name, json.loads(dataset.profile)["places"]) == ("shards", 17)

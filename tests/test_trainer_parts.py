@@ -13,7 +13,7 @@ from rich.console import Console
 
 from configs.schema import OptimConfig, Recipe
 from trainer.schedule import learning_rate, validations_since_best
-from trainer.tracking import Tracker, open_command
+from trainer.tracking import Tracker, open_command, where_shown
 
 
 @given(
@@ -96,3 +96,14 @@ def test_other_ranks_track_nothing(tmp_path: Path) -> None:
 def test_the_command_that_is_shown_holds_no_password() -> None:
     assert open_command("sqlite:///mlflow.db") == "mlflow ui --backend-store-uri sqlite:///mlflow.db"
     assert open_command("https://ann:secret@host.example:5000/x") == "https://host.example:5000/x"
+
+
+def test_the_address_that_is_shown_is_of_the_menu_of_training() -> None:
+    own = where_shown("sqlite:///mlflow.db", "7", "abc")
+    assert own == {
+        "curves in MLflow": "http://127.0.0.1:5000/#/experiments/7/runs/abc/model-metrics?workflowType=machine_learning",
+        "which is served by": "mlflow ui --backend-store-uri sqlite:///mlflow.db",
+    }
+    address = "https://host.example:5000/x/#/experiments/7/runs?workflowType=machine_learning"
+    assert where_shown("https://ann:secret@host.example:5000/x/", "7") == {"curves in MLflow": address}
+    assert where_shown("databricks://profile", "7") == {}

@@ -110,7 +110,7 @@ def stream_line(recipe: Recipe, ranks: int, shard_bytes: float) -> str:
     share, of_lane = data.places_per_batch // ranks, data.places_per_batch // data.stream_lanes
     reads = sum(-(-(rank + 1) * share // of_lane) - rank * share // of_lane for rank in range(ranks))
     times = reads / data.stream_lanes
-    size = "" if shard_bytes == float("inf") else f", {times * shard_bytes / 1e9:,.2f} GB an epoch"
+    size = "" if shard_bytes == float("inf") else f", {times * shard_bytes / 1e9:,.2f} GB per epoch"
     hint = (
         f"; make data.stream_lanes a multiple of {ranks} ranks to read it once"
         if times > 1 and data.places_per_batch % ranks == 0

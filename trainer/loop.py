@@ -191,7 +191,7 @@ class Training:
         trained, total = self.state.num_parameters()
         self.context.say(
             f"{recipe.name}: {recipe.model.backbone}, {trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters trained; "
-            f"{batches.places.num_places} places{self._held_out()}, {batches.steps_per_epoch} steps an epoch, "
+            f"{batches.places.num_places} places{self._held_out()}, {batches.steps_per_epoch} steps per epoch, "
             f"{batches.total_steps} in all; {self.rank.world_size} rank(s) on {self.rank.device.type}, "
             f"ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}"
         )
@@ -226,4 +226,6 @@ def train(
             tracker.close("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
             raise
         tracker.close("FINISHED")  # may wait for MLflow
+        for what, where in tracker.where().items():
+            training.context.say(f"{what}: {escape(where)}")
     return summary

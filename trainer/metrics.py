@@ -19,7 +19,7 @@ def group_of(figure: str) -> str:
 
 
 class StepMetrics:
-    """Puts a step's figures together; what is added to the result here is logged."""
+    """A step's figures; what is added to the result here is logged."""
 
     def __init__(self, recipe: Recipe, *, images_per_rank: int) -> None:
         peak = device_peak_tflops(recipe)

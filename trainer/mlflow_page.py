@@ -105,6 +105,22 @@ def log_datasets(client: Any, run_id: str, record: dict[str, Any]) -> None:
         client.log_inputs(run_id, datasets=inputs)
 
 
+def run_shown_on(client: Any, run_id: str, record: dict[str, Any]) -> str:
+    """The run that shows a line's picture: that of the last evaluation of its benchmark, else the training's.
+
+    MLflow writes all parameters of a run above each of its pictures, and an evaluation has four of them.
+    """
+    name = record.get("evaluation")
+    if not isinstance(name, str):
+        return run_id
+    experiment = client.get_run(run_id).info.experiment_id
+    under = client.search_runs(
+        [experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", order_by=["attributes.start_time DESC"]
+    )
+    found = (run.info.run_id for run in under if run.data.params.get("benchmark") == name)
+    return str(next(found, run_id))
+
+
 def log_picture(client: Any, run_id: str, path: Path, record: dict[str, Any]) -> None:
     """A picture for the run's image grid, once, if a line names its `image` (a name), `step` and `time_ms`.
 

@@ -22,7 +22,7 @@ from configs.secrets import without_secrets
 from data_pipeline.folder_lock import LOCK, FolderLock
 from trainer import metrics_log
 from trainer.metrics_log import read_records
-from trainer.mlflow_page import FIRST_CHARTS, describe_run, log_datasets, log_picture, prepare_experiment
+from trainer.mlflow_page import FIRST_CHARTS, describe_run, log_datasets, log_picture, prepare_experiment, run_shown_on
 from trainer.mlflow_store import active_experiment, check_active, metric_name, open_client
 
 STATE = "metrics.sent"
@@ -48,8 +48,8 @@ EVENTS: dict[str, dict[str, type | tuple[type, ...]]] = {
 class Sender:
     """Brings one output folder's `metrics.jsonl` into one MLflow run.
 
-    `run_id` is the run, once there is one; `sent` counts metrics, artifacts, evaluations and models. `say` gets a line
-    about what a store refused for good, which is passed over; all else that a store raises is the caller's to retry.
+    `run_id` and `experiment_id` are set once there is a run; `sent` counts metrics, artifacts, evaluations and
+    models. `say` gets a line about what a store refused for good, which is passed over; all else the caller retries.
     Files are sent from inside the folder alone: its `metrics.jsonl` may be somebody else's. `left` are the lines (by
     their first byte) whose files could not be sent; each new sender tries them once more. One process sends at a time.
     """
@@ -59,9 +59,8 @@ class Sender:
         self.log = folder / metrics_log.NAME
         self.sent: Counter[str] = Counter()
         self.run_id: str | None = None
-        self.offset = 0
+        self.experiment_id, self.offset = "", 0
         self._client: Any = None
-        self._experiment_id = ""
         self._refused_said = False
         self._lock = FolderLock(folder, "sending to MLflow", name=f"{LOCK}.sending")
         self.left: list[int] = []
@@ -119,7 +118,7 @@ class Sender:
                 return False
             raise
         check_active(self._client, run)
-        self._experiment_id = run.info.experiment_id
+        self.experiment_id = run.info.experiment_id
         return True
 
     def send_unwritten(self, records: Sequence[Record]) -> None:
@@ -212,13 +211,13 @@ class Sender:
         if self.run_id is None:
             self.run_id = self._training_elsewhere(record["training"])
         if self.run_id is None:
-            self._experiment_id = active_experiment(self._client, record["experiment"])
+            self.experiment_id = active_experiment(self._client, record["experiment"])
             tags = {"mlflow.source.name": "rerankvpr train"}
             self.run_id = self._run(TRAINING_TAG, record["training"], record["name"], record["time_ms"], tags)
         self._keep_state()
         run = self._client.get_run(self.run_id)
         check_active(self._client, run)
-        self._experiment_id = run.info.experiment_id  # a resume may name another
+        self.experiment_id = run.info.experiment_id  # a resume may name another
         self._set_status("RUNNING", record["time_ms"])
         had, tags = run.data.params, dict(record["facts"])
         # A parameter cannot change in MLflow; a training that resumes with another value says so in a tag.
@@ -228,16 +227,16 @@ class Sender:
             tags["mlflow.source.git.commit"] = tags["git.commit"]
         params = [Param(key, value) for key, value in record["params"].items() if key not in had]
         self._client.log_batch(self.run_id, params=params, tags=[RunTag(key, value) for key, value in tags.items()])
-        self._accepted(lambda: prepare_experiment(self._client, self._experiment_id))
+        self._accepted(lambda: prepare_experiment(self._client, self.experiment_id))
         self._accepted(lambda: describe_run(self._client, run, record))
         self._accepted(lambda: log_datasets(self._client, str(self.run_id), record))
 
     def _run(self, tag: str, value: str, name: str, time_ms: int, tags: dict[str, str]) -> str:
         """The run that carries a tag; created where there is none."""
-        found = self._client.search_runs([self._experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
+        found = self._client.search_runs([self.experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
-        run = self._client.create_run(self._experiment_id, start_time=time_ms, run_name=name, tags={tag: value, **tags})
+        run = self._client.create_run(self.experiment_id, start_time=time_ms, run_name=name, tags={tag: value, **tags})
         return str(run.info.run_id)
 
     def _training_elsewhere(self, training: str) -> str | None:
@@ -248,7 +247,7 @@ class Sender:
             ids = [experiment.experiment_id for experiment in page]
             found = self._client.search_runs(ids, f"tags.`{TRAINING_TAG}` = '{training}'", max_results=1) if ids else []
             if found:
-                self._experiment_id = found[0].info.experiment_id
+                self.experiment_id = found[0].info.experiment_id
                 return str(found[0].info.run_id)
             token = page.token
             if not token:
@@ -279,7 +278,7 @@ class Sender:
         if not path.is_file():
             self._say(f"artifact {path} is gone: not sent to MLflow")
             return
-        log_picture(self._client, str(self.run_id), path, record)
+        log_picture(self._client, run_shown_on(self._client, str(self.run_id), record), path, record)
         if self._accepted(lambda: self._client.log_artifact(self.run_id, str(path), record.get("folder"))):
             self.sent["artifacts"] += 1
 
@@ -332,9 +331,9 @@ class Sender:
 
     def _keep_state(self) -> None:
         uri = without_secrets(self.uri, is_address=True)
-        state = {"uri": uri, "run_id": self.run_id, "offset": self.offset, "left": self.left}
+        sent = {"run_id": self.run_id, "experiment_id": self.experiment_id, "offset": self.offset, "left": self.left}
         with contextlib.suppress(OSError):  # a full disk: the lines after the last that was kept are sent twice
-            write_whole(self.folder / STATE, json.dumps(state) + "\n")
+            write_whole(self.folder / STATE, json.dumps({"uri": uri, **sent}) + "\n")
 
 
 def _metrics(record: Record) -> list[Any]:

@@ -109,7 +109,7 @@ def _body(recipe: Recipe, figures: Figures, name: str, numbers: int, usage: str,
     if figures.dataset:
         yield (
             f"Trained on {sets} (digest {figures.dataset}), {data.places_per_batch} places x "
-            f"{data.images_per_place} images a step, {data.image_size} px, loss {recipe.loss.name}, queue of "
+            f"{data.images_per_place} images per step, {data.image_size} px, loss {recipe.loss.name}, queue of "
             f"{recipe.memory.size}.\n"
         )
     else:

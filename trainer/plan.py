@@ -319,12 +319,12 @@ def summary_lines(planned: TrainingPlan) -> Iterator[str]:
     """Steps, bytes sent and time, a line each."""
     per_epoch = "?" if planned.steps_per_epoch is None else str(planned.steps_per_epoch)
     total = "?" if planned.total_steps is None else str(planned.total_steps)
-    yield f"steps: {per_epoch} an epoch, {total} in all ({planned.steps_from})"
+    yield f"steps: {per_epoch} per epoch, {total} in all ({planned.steps_from})"
     yield from planned.about_places
     sent = ", ".join(f"{name} {num_bytes / 1e6:.1f}" for name, num_bytes in planned.sent.items())
     if planned.recipe.data.access == "stream":
         yield stream_line(planned.recipe, planned.ranks, planned.shard_bytes)
-    yield f"each rank sends {sum(planned.sent.values()) / 1e6:.1f} MB a step" + (f": {sent}" if sent else "")
+    yield f"each rank sends {sum(planned.sent.values()) / 1e6:.1f} MB per step" + (f": {sent}" if sent else "")
     yield _time_line(planned)
     here = planned.machine.host_bytes is not None or planned.machine.on_cpu
     yield from feeding_lines(planned.recipe, planned.feeding, planned.ranks_of_node, is_this_machine=here)
@@ -343,7 +343,7 @@ def _time_line(planned: TrainingPlan) -> str:
     )
     again = planned.flops / useful - 1
     return (
-        f"time: {planned.seconds:.3f} s a step{hours}, if a rank sustains {planned.machine.tflops:.3g} TFLOP/s "
+        f"time: {planned.seconds:.3f} s per step{hours}, if a rank sustains {planned.machine.tflops:.3g} TFLOP/s "
         f"({planned.machine.tflops_from}) and waits neither for data nor for other ranks; evaluation not counted"
         + (f"; {again:.0%} of it is computed again to save memory" if again > 0.005 else "")
     )

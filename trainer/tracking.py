@@ -21,6 +21,7 @@ from configs.schema import Recipe
 from configs.secrets import without_secrets
 from trainer import metrics_log
 from trainer.metrics_log import LogClock, MetricsLog, read_records
+from trainer.mlflow_page import WORKFLOW
 from trainer.mlflow_sender import Record, Sender, first_line
 from trainer.mlflow_store import DeletedError
 from trainer.system_metrics import SystemMetrics
@@ -28,6 +29,7 @@ from trainer.system_metrics import SystemMetrics
 SEND_EVERY_S = 5.0
 LONGEST_PAUSE_S = 60.0
 LONGEST_PARAM = 6000  # characters that MLflow takes
+OWN_UI = "http://127.0.0.1:5000"  # where `mlflow ui` answers
 RECALLS = ("recall_", "reranked_recall_")
 CLOSE_S = {"FINISHED": 120.0, "FAILED": 10.0, "KILLED": 10.0}
 
@@ -96,6 +98,13 @@ class Tracker:
         """The MLflow run, for checkpoints; None until MLflow has answered once."""
         return (self._sending.sender.run_id if self._sending else None) or self._given_run_id
 
+    def where(self) -> dict[str, str]:
+        """How a browser shows the run, by what it is called; empty until MLflow has answered."""
+        sender = self._sending.sender if self._sending else None
+        if sender is None or not (sender.run_id and sender.experiment_id):
+            return {}
+        return where_shown(self._recipe.tracking.uri, sender.experiment_id, sender.run_id)
+
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Values of one step, as they are named."""
         if self._active:
@@ -123,13 +132,20 @@ class Tracker:
         self._event("evaluation", name=name, step=step, params=texts, metrics=own)
 
     def artifact(
-        self, path: Path, folder: str | None = None, *, image: str | None = None, step: int | None = None
+        self,
+        path: Path,
+        folder: str | None = None,
+        *,
+        image: str | None = None,
+        step: int | None = None,
+        evaluation: str | None = None,
     ) -> None:
         """A file, as it will be when it is sent; `folder` is its place among the run's artifacts.
 
-        With `image` and `step` it is also shown among the run's pictures, under that name.
+        With `image` and `step` it is also shown among the pictures of a run, under that name: of the last evaluation of
+        benchmark `evaluation`, else of the training.
         """
-        shown = {"image": image, "step": step} if image else {}
+        shown = {"image": image, "step": step, "evaluation": evaluation} if image else {}
         self._event("artifact", path=self._relative(path), folder=folder, **shown)
 
     def model(self, checkpoint: Path) -> None:
@@ -274,6 +290,21 @@ def is_own_store(uri: str) -> bool:
     """Whether an address is a store of this user's own accord: the one of MLFLOW_TRACKING_URI, or the default one."""
     own = {os.environ.get("MLFLOW_TRACKING_URI", ""), Recipe().tracking.uri} - {""}
     return without_secrets(uri, is_address=True) in {without_secrets(one, is_address=True) for one in own}
+
+
+def where_shown(uri: str, experiment_id: str, run_id: str = "") -> dict[str, str]:
+    """The address of a run's charts, or of an experiment's runs; and the command that serves it if it is no server's.
+
+    MLflow opens an address without its end in the menu of chat applications.
+    """
+    if uri.startswith("databricks"):
+        return {}  # it has pages of its own
+    command = open_command(uri)
+    is_served = command.startswith(("http://", "https://"))
+    page = f"runs/{run_id}/model-metrics" if run_id else "runs"
+    home = command.rstrip("/") if is_served else OWN_UI
+    where = {"curves in MLflow": f"{home}/#/experiments/{experiment_id}/{page}?{WORKFLOW}"}
+    return where if is_served else where | {"which is served by": command}
 
 
 def open_command(uri: str) -> str:

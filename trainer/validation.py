@@ -157,7 +157,7 @@ class Validation:
                 tables,
                 config,
                 name=str(output),
-                facts=how_made(world_size=self.rank.world_size, device=self.rank.device),
+                facts=how_made(world_size=self.rank.world_size, device=self.rank.device) | self.tracker.where(),
                 curves=training_curves(output / "metrics.jsonl"),
             )
             self.tracker.artifact(output / "report.html")
@@ -170,9 +170,9 @@ class Validation:
 
         try:
             for picture in draw_pictures(folder, benchmark, result, self.state.model, config):
-                image = f"pictures/{benchmark.name}/{picture.stem}"
-                step = self.state.progress.step
-                self.tracker.artifact(picture, f"pictures/{benchmark.name}", image=image, step=step)
+                place, step = f"pictures/{benchmark.name}", self.state.progress.step
+                image = f"{place}/{picture.stem}"
+                self.tracker.artifact(picture, place, image=image, step=step, evaluation=benchmark.name)
         except OSError as error:
             self._say(f"pictures could not be written to {folder} ({reason(error)})")
 

@@ -37,7 +37,9 @@ class DataConfig(Section):
     sub_batch: Literal["city", "mixed"] = Field(
         "city", description="composition sets: a set's part of a batch comes from one city of it, or from all (mixed)."
     )
-    places_per_batch: Positive = Field(64, description="P, places in a global batch (over all ranks).")
+    places_per_batch: Positive = Field(
+        64, description="P, places in a global batch (over all ranks; in RerankVPR's code of each process)."
+    )
     images_per_place: Annotated[int, Field(ge=2)] = Field(4, description="K, views drawn of each place.")
     composition: Literal["city", "mixed", "sets"] = Field(
         "city",

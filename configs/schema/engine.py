@@ -25,7 +25,9 @@ class EngineConfig(Section):
     )
     compile: bool = Field(False, description="Blocks through torch.compile; the first step takes minutes.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Precision of the forward and backward pass."
+        "fp32",
+        description="Precision of the forward and backward pass. RerankVPR's code has fp16; fp32 runs anywhere, and "
+        "recipes for GPUs say bf16, which needs no loss scaling."
     )
     reduce_precision: Literal["fp32", "same"] = Field(
         "fp32",
@@ -43,7 +45,7 @@ class EngineConfig(Section):
     encode_chunks: Positive = Field(
         1,
         description="Chunks in which a rank encodes its images, for a batch that does not fit: a second forward "
-        "pass, the gradient of the whole batch (GradCache).",
+        "pass, the gradient of the whole batch (GradCache). RerankVPR's factor 2 averages losses of small batches.",
     )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Peak TFLOP/s of a rank's device, which train/mfu is a share of; None: known GPUs alone."

@@ -21,7 +21,11 @@ class RerankConfig(Section):
         description="always: top_k candidates of every query; adaptive: as many as their first-stage margins call for; "
         "auto: none where the margin is one at which matching changes nothing. Both learn on the database alone.",
     )
-    top_k: Positive = Field(30, description="Candidates re-ranked for each query.")
+    top_k: Positive = Field(
+        30,
+        description="Candidates re-ranked for each query (RerankVPR's code: 10; here each image is encoded once, so "
+        "depth is cheap).",
+    )
     layer: int = Field(-2, description="Block whose facet gives local features; negative counts from the last.")
     facet: Literal["attn", "query", "key", "value", "token"] = Field(
         "value", description="What of the block is read out."
@@ -37,8 +41,8 @@ class RerankConfig(Section):
     )
     saliency_thresh: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         0.2,
-        description="Patches are kept if their min-max normalised CLS attention exceeds this (RerankVPR's code: 0.3); "
-        "None keeps all.",
+        description="Patches are kept if their min-max normalised CLS attention exceeds this; None keeps all. "
+        "RerankVPR's code has 0.3; docs/results.md says how 0.2 was chosen.",
     )
     nn_match_thresh: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.65, description="Least cosine of a mutual nearest neighbour."
@@ -51,8 +55,8 @@ class RerankConfig(Section):
     )
     geometry: Literal["none", "translation"] = Field(
         "translation",
-        description="translation: only the matches that agree on one shift of the patch grid score; none: all (as "
-        "RerankVPR's code).",
+        description="translation: only the matches that agree on one shift of the patch grid score, for a higher "
+        "recall; none: all (as RerankVPR's code).",
     )
     geometry_cells: NonNegative = Field(1, description="Patches by which a match may miss the common shift.")
     global_weight: Annotated[float, Field(ge=0)] = Field(
@@ -83,7 +87,7 @@ class EncodingConfig(Section):
     image_size: ImageSize = Field(
         224,
         description="Side in pixels of the square that images are resized to, or height and width ([322, 434]); "
-        "multiples of the patch.",
+        "multiples of the patch. 224 is what is trained at; RerankVPR's README and its recipes here say 322.",
     )
     resize: Literal["square", "aspect", "native"] = Field(
         "square",

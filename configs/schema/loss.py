@@ -21,14 +21,16 @@ class LossConfig(Section):
     )
     args: dict[str, Argument] = Field(
         default_factory=dict,
-        description="The loss's own arguments; MultiSimilarityLoss: alpha 1, beta 50, base 0 (RerankVPR's code: 2, 50, "
-        "0.5).",
+        description="The loss's own arguments; MultiSimilarityLoss: alpha 1, beta 50, base 0, which VPR trains with "
+        "(RerankVPR's code: 2, 50, 0.5, the library's).",
     )
     miner: str = Field(
         "MultiSimilarityMiner", description="MultiSimilarityMiner, TripletMarginMiner, none; or another of the library."
     )
     miner_args: dict[str, Argument] = Field(
-        default_factory=dict, description="The miner's own arguments; MultiSimilarityMiner: epsilon 0.1."
+        default_factory=dict,
+        description="The miner's own arguments; MultiSimilarityMiner: epsilon 0.1; TripletMarginMiner: margin 0.2, the "
+        "library's (RerankVPR's code: 0.1).",
     )
     guided_weight: Annotated[float, Field(ge=0)] = Field(
         0.0,

@@ -12,7 +12,11 @@ from configs.schema.section import NonNegative, Positive, Section
 class MemoryConfig(Section):
     """The memory queue of past descriptors."""
 
-    size: NonNegative = Field(16384, description="M, descriptors kept over all ranks; 0 switches the queue off.")
+    size: NonNegative = Field(
+        16384,
+        description="M, descriptors kept over all ranks, from epoch to epoch (RerankVPR's code empties its queue after "
+        "each); 0 switches the queue off.",
+    )
     start_epoch: Annotated[float, Field(ge=0)] = Field(
         5, description="Epoch (from 0; a fraction is a part of one) from which the queue is filled and used."
     )
@@ -26,7 +30,9 @@ class MemoryConfig(Section):
         "exponential", description="Age weight of a memory negative: exp(-decay_lambda * steps), or measured drift."
     )
     decay_lambda: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="Larger forgets faster: half the weight is gone after 0.69 / lambda steps; 0 is no decay."
+        0.1,
+        description="Larger forgets faster: half the weight is gone after 0.69 / lambda steps; 0 is no decay. "
+        "RerankVPR's README says the reverse of its code.",
     )
     queue_over: Literal["set", "all"] = Field(
         "set",

@@ -19,7 +19,8 @@ class ModelConfig(Section):
 
     backbone: Annotated[str, registered(BACKBONES)] = Field(
         "vitb14",
-        description=f"One of {', '.join(BACKBONES.names())}, or a plug-in's; _reg has registers, tiny is for demos.",
+        description=f"One of {', '.join(BACKBONES.names())}, or a plug-in's; _reg has registers, tiny is for demos. "
+        "RerankVPR's code has vitl14; the field trains ViT-B.",
     )
     weights: str = Field(
         "timm",

@@ -25,8 +25,8 @@ class OptimConfig(Section):
         Field(
             "cosine",
             description="Learning rate after warm-up: constant; times gamma every step_size or at each of milestones; "
-            "to min_lr_ratio by cosine, once or every step_size, or by line; times gamma each unit; times gamma where "
-            "validations bring no better recall.",
+            "to min_lr_ratio by cosine, once or every step_size, or linearly; times gamma each unit; times gamma if "
+            "validations bring no better recall. RerankVPR's code has exp; cosine ends low without a choice of gamma.",
         )
     )
     schedule_unit: Literal["epoch", "step"] = Field(

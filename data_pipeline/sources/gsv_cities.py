@@ -80,7 +80,7 @@ def _read_csv(path: Path, name: str) -> pa.Table:
     # Blank lines are no rows, and are counted so that a row's number is its line in the file.
     rows = [number for number, line in enumerate(lines, 1) if line][1:]
     if not rows:
-        raise ValueError(f"{path}: a header without rows; expected a row an image")
+        raise ValueError(f"{path}: a header without rows; expected one row per image")
     if len(rows) != len(table):
         raise ValueError(f"{path}: {len(rows)} lines hold {len(table)} rows; expected one line a row")
     for column, (pattern, expected) in _PATTERNS.items():

@@ -17,7 +17,7 @@ from eval.describer import Describer, LocalImage
 from eval.given_images import pixels_of
 from eval.report.match_pictures import dim_others
 
-ROWS = 2
+ROWS = 1
 COUNTED, OTHER, RIGHT, WRONG = "#39d6ff", "#c8cdd2", "#0072B2", "#D55E00"
 
 

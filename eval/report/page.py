@@ -244,12 +244,18 @@ def _facts(evaluations: Sequence[Evaluation]) -> str:
     for one in evaluations:
         whose = f"<td>{escape(one.name)}</td>" if len(evaluations) > 1 else ""
         rows += [
-            f"<tr>{whose}<td>{escape(key)}</td><td><code>{escape(value)}</code></td></tr>"
+            f"<tr>{whose}<td>{escape(key)}</td><td>{_link(value)}</td></tr>"
             for key, value in one.facts.items()
         ]
     if not rows:
         return ""
     return f'<h2 id="made">How was it made?</h2><div class="scroll"><table class="made">{"".join(rows)}</table></div>'
+
+
+def _link(value: str) -> str:
+    """A value of a fact, to be followed if it is an address."""
+    shown = f"<code>{escape(value)}</code>"
+    return f'<a href="{escape(value)}">{shown}</a>' if value.startswith(("http://", "https://")) else shown
 
 
 def _id(name: str) -> str:
