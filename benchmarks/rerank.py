@@ -1,6 +1,6 @@
-"""Re-ranking from stored features against re-encoding the candidates of each query; bytes an image against recall.
+"""Re-ranking from stored features against re-encoding the candidates of each query; bytes per image against recall.
 
-Re-encoding follows the description of RerankVPR's published code: for each query it loads and encodes the query and every
+Re-encoding follows RerankVPR's published code: for each query it loads and encodes the query and every
 candidate again, one after another, and matches all patches. Times are CPU time of one thread, so that other work on the
 machine counts for little. `OMP_NUM_THREADS=1 python -m benchmarks.rerank [--json FILE]`; with `--weights` and
 `--data-root` (a folder that holds gardens_point/) recall at each way of storing is measured as well.

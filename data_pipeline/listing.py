@@ -42,8 +42,8 @@ SCHEMA = pa.schema(
 class PlaceListing:
     """Places and the images of each.
 
-    `images` has SCHEMA's columns, one row per image: city, place (the city's own number), year, month, northdeg, lat, lon
-    (null where unknown), panoid, file, csv (both relative to `source`; csv is empty where no table lists the images),
+    `images` has SCHEMA's columns, one row per image: city, place (the city's own number), year, month, northdeg, lat,
+    lon (null where unknown), panoid, file, csv (relative to `source`; csv is empty where no table lists the images),
     row (line of the csv; the header is line 1). Place p owns rows `place_starts[p]` to `place_starts[p + 1]`, and
     places lie in (city, place) order unless shuffled. `folders` must exist in `source`. `details` is a digest of all
     that the file names do not say. `notes` are on what of the source is not used, or looks odd; `left_out`

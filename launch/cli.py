@@ -31,7 +31,7 @@ VERBS = {
     "verify": Verb("OUT", "Checks every byte of a shard set against its index.", "launch.data_commands:verify"),
     "inspect": Verb(
         "SHARDS [--out DIR] [--plan FILE]",
-        "Shows what a shard set holds: counts, a contact sheet, a map, the plan of an epoch.",
+        "Shows a shard set: counts, a contact sheet, a map, the plan of an epoch.",
     ),
     "train": Verb(
         "RECIPE [--section.key value] [--resume]",
@@ -39,8 +39,8 @@ VERBS = {
         "trainer.command:main",
     ),
     "plan": Verb(
-        "RECIPE [--section.key value] [--ranks N --device-gb X --tflops T]",
-        "Prints what a training would take: memory, steps, bytes, time; refuses what it would refuse.",
+        "RECIPE [--section.key value] [--ranks N --device-gb X]",
+        "Prints a training's memory, steps, bytes and time; refuses what it would.",
     ),
     "launch": Verb(
         "[--nnodes N --rdzv HOST --nproc-per-node N] -- VERB ...",
@@ -48,7 +48,7 @@ VERBS = {
         "launch.torchrun:main",
     ),
     "submit": Verb(
-        "[--nodes N --gpus-per-node N --time T] -- VERB ... [--then VERB ...]",
+        "[--nodes N --gpus-per-node N] -- VERB ... [--then VERB ...]",
         "Submits stages of work to SLURM, each after the one before it.",
         "launch.submit:main",
     ),
@@ -56,9 +56,11 @@ VERBS = {
         "[--shared DIR...]", "Checks the nodes of a group: versions, folders, network, GPUs.", "launch.doctor:main"
     ),
     "rank": Verb("[--fit] -- VERB ...", "One process of a launch on several nodes.", "launch.rank:main"),
-    "eval": Verb("--checkpoint DIR|--weights FILE --benchmarks NAME...", "Measures recall before and after re-ranking."),
+    "eval": Verb(
+        "--checkpoint DIR|--weights FILE --benchmarks NAME...", "Measures recall before and after re-ranking."
+    ),
     "index": Verb(
-        "build DB --checkpoint C --out IDX | add IDX DB | info IDX | verify IDX",
+        "build DB --checkpoint C --out IDX | add IDX DB | info | verify",
         "Encodes a database of photographs once, for `locate`.",
     ),
     "locate": Verb(
@@ -88,8 +90,9 @@ def _help() -> None:
         lines += [*_wrapped(f"rerankvpr {name} {verb.arguments}".rstrip(), "  "), *_wrapped(verb.text, "      ")]
     lines += [
         "",
-        "`rerankvpr VERB --help` shows a verb's flags; `rerankvpr --version` what is installed;",
-        "`rerankvpr --completion bash|zsh|fish` prints a script that completes verbs and flags in a shell.",
+        "`rerankvpr VERB --help` shows a verb's flags; `rerankvpr --version` what is",
+        "installed; `rerankvpr --completion bash|zsh|fish` prints a script that completes",
+        "verbs and flags in a shell.",
         "RERANKVPR_TRACEBACK=1 shows where an error was raised.",
     ]
     print("\n".join(lines))

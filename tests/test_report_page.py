@@ -66,7 +66,9 @@ def write_evaluation(folder: Path, photos: Path, before: list[Any], after: list[
         "notes": ["3 files were left out"],
     }
     (folder / "results.json").write_text(
-        json.dumps({"model": "runs/x", "results": [result], "made": {"by": "rerankvpr eval <x>", "curves": "http://host/?a&b"}})
+        json.dumps(
+            {"model": "runs/x", "results": [result], "made": {"by": "rerankvpr eval <x>", "curves": "http://host/?a&b"}}
+        )
     )
     return folder
 

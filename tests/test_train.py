@@ -129,7 +129,10 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
             if child.data.tags.get("mlflow.parentRunId") == run_id
             for file in client.list_artifacts(child.info.run_id, "images")
         }
-        assert pictured == {("trained", "retrieval"), ("trained", "matches")}  # of the evaluation, under its few parameters
+        assert pictured == {
+            ("trained", "retrieval"),
+            ("trained", "matches"),
+        }  # of the evaluation, under its few parameters
         run = runs[run_id]
         (dataset,) = [one.dataset for one in run.inputs.dataset_inputs]
         assert (dataset.name, json.loads(dataset.profile)["places"]) == ("shards", 17)

@@ -27,7 +27,7 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
         description="Precision of the forward and backward pass. RerankVPR's code has fp16; fp32 runs anywhere, and "
-        "recipes for GPUs say bf16, which needs no loss scaling."
+        "recipes for GPUs say bf16, which needs no loss scaling.",
     )
     reduce_precision: Literal["fp32", "same"] = Field(
         "fp32",

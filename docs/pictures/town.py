@@ -71,7 +71,7 @@ def main() -> int:
     m = rerankvpr.load("runs/demo")
     (town,) = load_benchmarks(["town"], Path("data"))
     chosen = rescued(m, town)[:ROWS]
-    figure = Figure(figsize=(10.4, 2.7 * len(chosen)), layout="constrained")
+    figure = Figure(figsize=(10.4, 2.5 * len(chosen)), layout="constrained")
     for row, (q, before, after) in zip(figure.subplots(len(chosen), 2, squeeze=False), chosen, strict=True):
         draw_pair(row[0], m, town.queries[q], town.database[before], WRONG, "retrieved first (wrong)")
         draw_pair(row[1], m, town.queries[q], town.database[after], RIGHT, "re-ranked first (right)")

@@ -243,10 +243,7 @@ def _facts(evaluations: Sequence[Evaluation]) -> str:
     rows = []
     for one in evaluations:
         whose = f"<td>{escape(one.name)}</td>" if len(evaluations) > 1 else ""
-        rows += [
-            f"<tr>{whose}<td>{escape(key)}</td><td>{_link(value)}</td></tr>"
-            for key, value in one.facts.items()
-        ]
+        rows += [f"<tr>{whose}<td>{escape(key)}</td><td>{_link(value)}</td></tr>" for key, value in one.facts.items()]
     if not rows:
         return ""
     return f'<h2 id="made">How was it made?</h2><div class="scroll"><table class="made">{"".join(rows)}</table></div>'

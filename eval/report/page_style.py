@@ -4,7 +4,8 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --quiet: #6b7280; --line: #d8dbe0; --soft: #f4f5f7;
   --right: #18794e; --wrong: #c62a2f; --a: #2563eb; --b: #c2410c; --c: #15803d; --d: #7e22ce; --e: #0e7490;
   --f: #a16207; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --paper: #16181c; --quiet: #9aa3af; --line: #363b43;
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e8eaed; --paper: #16181c; --quiet: #9aa3af; --line: #363b43;
   --soft: #20242a; --right: #4cc38a; --wrong: #ff8589; --a: #7aa7ff; --b: #ff9e64; --c: #6ee7a0; --d: #d0a2ff;
   --e: #67d5e8; --f: #e6c05a; } }
 * { box-sizing: border-box; }
@@ -31,19 +32,22 @@ svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
   display: block; background: var(--soft); }
 .yes img { border-color: var(--right); } .no img { border-color: var(--wrong); border-style: dashed; }
 .yes .mark { color: var(--right); } .no .mark { color: var(--wrong); } .mark { font-weight: 700; }
-fieldset { border: 1px solid var(--line); border-radius: 4px; }
+fieldset { border: 1px solid var(--line); border-radius: 4px; margin: 1rem 0 .5rem; }
 fieldset label { margin-right: 1em; white-space: nowrap; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 1rem; }
-.pairs figure { margin: 0; } .pairs svg { width: 100%; height: auto; background: var(--soft); }
+.pairs { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; }
+.pairs figure { margin: 0; break-inside: avoid; } .pairs svg { width: 100%; height: auto; background: var(--soft); }
 .pairs figcaption { font-size: .85rem; overflow-wrap: anywhere; } [hidden] { display: none !important; }
 :focus-visible { outline: 3px solid var(--a); outline-offset: 2px; }
 pre { background: var(--soft); padding: .6em; overflow-x: auto; }
 .results .about { max-width: min(70rem, calc(100vw - 4rem)); font-weight: 600; } .results .small { font-weight: 400; }
 .made td { min-width: 0; overflow-wrap: anywhere; }
 .results tbody tr:not(:first-child) th { font-weight: 400; }
+.results tr:has(+ .cost) > * { border-bottom: 0; padding-bottom: 0; } .results .cost td { padding-top: 0; }
 @media (max-width: 600px) { th, td { min-width: 0; padding: .3em .35em; }
-  .results td.number { white-space: normal; min-width: 3.6em; } .results td.number:last-child { min-width: 9em; } }
-@media print { nav, fieldset { display: none; } body { max-width: none; } }
+  .results td.number { white-space: normal; min-width: 3.6em; } .pairs { grid-template-columns: minmax(0, 1fr); }
+  .strip { width: 100%; } .strip + .strip figure { width: calc(20% - .24rem); font-size: .7rem; }
+  .strip + .strip img { width: 100%; height: 3.4rem; } }
+@media print { nav, fieldset { display: none; } :root { color-scheme: light; } body { max-width: none; } }
 """
 
 SCRIPT = """

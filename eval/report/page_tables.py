@@ -26,37 +26,38 @@ def results_table(evaluations: Sequence[Evaluation]) -> str:
         for name, result in one.results.items():
             about = [str(result.get(key, "")) for key in ("protocol", "layout", "pixels", "precision")]
             about += [f"re-ranked: {rule}" for rule in [result.get("rerank_rule")] if rule]
-            counts = f"{result.get('num_queries', '?')} queries in {result.get('num_database', '?')}"
+            counts = f"{result.get('num_queries', '?')} queries in {result.get('num_database', '?')} images"
             told = "; ".join(map(escape, filter(None, [one.name, *about, counts])))
             what = (
-                f'<tr><th scope="rowgroup" colspan="{len(ks) + 2}"><div class="about">{escape(name)}<br>'
+                f'<tr><th scope="rowgroup" colspan="{len(ks) + 1}"><div class="about">{escape(name)}<br>'
                 f'<span class="small">{told}</span></div></th></tr>'
             )
-            rows = "".join(f"<tr>{cells}</tr>" for cells in _stages(result, ks))
+            rows = "".join(_stages(result, ks))
             groups.append(f"<tbody>{what}{rows}</tbody>")
     return (
-        f'<div class="scroll"><table class="results"><thead><tr><th scope="col">stage</th>{heads}'
-        f'<th scope="col" class="number">cost</th></tr></thead>{"".join(groups)}</table></div>'
+        f'<div class="scroll"><table class="results"><thead><tr><th scope="col">stage</th>{heads}</tr></thead>'
+        f"{''.join(groups)}</table></div>"
     )
 
 
 def _stages(result: dict[str, Any], ks: Sequence[int]) -> list[str]:
     timings = result.get("timings") or {}
-    extraction = _rate(timings.get("extraction_s_per_image"), "images/s, encoded")
-    search, rerank = (_rate(timings.get(f"{name}_s_per_query"), "queries/s") for name in ("retrieval", "rerank"))
-    rows = [_row("retrieved", result.get("recall"), result.get("recall_interval"), ks, f"{extraction}<br>{search}")]
+    extraction = _rate("encoding", timings.get("extraction_s_per_image"), "image")
+    search = _rate("search", timings.get("retrieval_s_per_query"), "query")
+    rows = [_row("retrieved", result.get("recall"), result.get("recall_interval"), ks, [extraction, search])]
     if result.get("recall_reranked"):
         stored = f"{1000 * float(result.get('mb_per_image', 0)):.0f} kB stored per image"
-        cost = f"{rerank}<br>{stored}"
+        cost = [_rate("matching", timings.get("rerank_s_per_query"), "query"), stored]
         rows.append(_row("re-ranked", result["recall_reranked"], result.get("reranked_interval"), ks, cost))
         gain = {str(k): v for k, v in (result.get("gain") or {}).items()}
         if gain:
             values = {k: v[0] for k, v in gain.items()}
-            rows.append(_row("gain, paired", values, {k: v[1:] for k, v in gain.items()}, ks, "", sign="+"))
+            rows.append(_row("gain, paired", values, {k: v[1:] for k, v in gain.items()}, ks, [], sign="+"))
     return rows
 
 
-def _row(stage: str, values: Any, intervals: Any, ks: Sequence[int], cost: str, sign: str = "") -> str:
+def _row(stage: str, values: Any, intervals: Any, ks: Sequence[int], cost: Sequence[str], sign: str = "") -> str:
+    """A stage's recalls, and below them what it costs: a column of it would be out of sight on a phone."""
     by_k = {int(k): float(v) for k, v in (values or {}).items()}
     bounds = {int(k): v for k, v in (intervals or {}).items()}
     cells = []
@@ -64,13 +65,16 @@ def _row(stage: str, values: Any, intervals: Any, ks: Sequence[int], cost: str, 
         interval = bounds.get(k) or ()
         small = f'<br><span class="small">{" to ".join(f"{b:{sign}.1f}" for b in interval)}</span>' if interval else ""
         cells.append(f'<td class="number">{f"{by_k[k]:{sign}.1f}" if k in by_k else "-"}{small}</td>')
-    return f'<th scope="row">{stage}</th>{"".join(cells)}<td class="number small">{cost}</td>'
+    row = f'<tr><th scope="row">{stage}</th>{"".join(cells)}</tr>'
+    told = "; ".join(filter(None, cost))
+    return row + (f'<tr class="cost"><td colspan="{len(ks) + 1}" class="small">{told}</td></tr>' if told else "")
 
 
-def _rate(seconds: Any, what: str) -> str:
+def _rate(what: str, seconds: Any, of: str) -> str:
     if not seconds:
         return ""
-    return f"{1000 * float(seconds):.2f} ms = {1 / float(seconds):,.0f} {what}"
+    many = {"image": "images", "query": "queries"}[of]
+    return f"{what} {1000 * float(seconds):.2f} ms per {of} ({1 / float(seconds):,.0f} {many}/s)"
 
 
 def comparison_table(evaluations: Sequence[Evaluation]) -> str:

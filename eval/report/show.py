@@ -217,7 +217,7 @@ def _canvas(rows: int, columns: int, *, wide: float = 1.0) -> tuple[Any, Any]:
 
 def _picture(axis: Any, one: Seen, title: str) -> None:
     axis.imshow(one.image_HW3)
-    axis.set_title(title.replace("/", "/\n"), fontsize=TEXT - 1)
+    axis.set_title(title.replace("/", "/\n").replace("...", "...\n"), fontsize=TEXT - 1)
 
 
 def _heat(axis: Any, one: Seen, heat_N: torch.Tensor, title: str, low: float = 0, high: float = 1) -> Any:

@@ -19,41 +19,44 @@ from eval.result import Result
 SETTINGS = ("top_k", "saliency_thresh", "nn_match_thresh")  # of the re-ranking, columns of their own
 
 
-def results_table(results: list[Result]) -> Table:
-    """First stage and re-ranked, one row each, with intervals, protocol, what was read of the folder, and cost."""
-    ks = next((list(result.retrieved.by_k) for result in results if result.retrieved), [])
-    title = "Recall in %, with 95 % intervals over queries" if ks else "Predictions, without recall"
-    rules = list(dict.fromkeys(result.rerank_rule for result in results if result.rerank_rule))
-    table = Table(title="\n".join([title, *(f"re-ranked: {rule}" for rule in rules)]), title_justify="left")
-    table.add_column("benchmark, protocol", overflow="fold")
-    table.add_column("stage")
+def results_tables(results: list[Result]) -> list[Table]:
+    """A table per benchmark: a row per stage with intervals and cost, under what was read and how it was re-ranked."""
+    return [_results_table(result) for result in results]
+
+
+def _results_table(result: Result) -> Table:
+    counts = f"{result.num_queries} queries in {result.num_database} images"
+    if result.num_labelled:
+        counts = f"{counts}, {result.num_labelled} with ground truth"
+    rule = f"re-ranked: {result.rerank_rule}" if result.rerank_rule else ""
+    about = f"{counts}; {result.protocol}; {result.layout}; {result.pixels}, {result.precision}"
+    unit = "recall in %, 95 % intervals over queries" if result.retrieved else "predictions, without recall"
+    title = Text("\n".join(filter(None, (result.name, about, rule, unit))), no_wrap=False)
+    title.stylize("bold", 0, len(result.name))
+    table = Table(title=title, title_justify="left", title_style="")
+    table.add_column("stage", no_wrap=True)
+    ks = list(result.retrieved.by_k)
     for k in ks:
         table.add_column(f"R@{k}", justify="right", no_wrap=True)
-    table.add_column("cost", justify="right")
+    table.add_column("cost", justify="right", no_wrap=True)
     none = ["-"] * len(ks)
-    for result in results:
-        ms = {name: f"{1000 * seconds:.2f} ms" for name, seconds in result.timings.items()}
-        counts = f"{result.num_queries} queries in {result.num_database}"
-        if result.num_labelled:
-            counts = f"{counts}, {result.num_labelled} with ground truth"
-        about = (result.name, result.protocol, result.layout, f"{result.pixels}, {result.precision}", counts)
-        speed = f"{result.images_per_s:,.0f} images/s"
-        cost = f"{ms['extraction_s_per_image']}/image\n{speed}\n{ms['retrieval_s_per_query']}/query"
-        label = "retrieved"
-        if result.index_agreement is not None:
-            label += f"\n{result.index}: {result.index_agreement:.1f} %\nof the exact"
-        table.add_row(Text("\n".join(filter(None, about))), label, *(_cells(result.retrieved) or none), cost)
-        if result.reranked is not None:
-            label = "re-ranked"
-            if result.num_left_alone:
-                label += f"\n({result.num_left_alone} left alone)"
-            if result.matches_QT is not None and result.mean_depth < result.matches_QT.shape[1]:
-                label += f"\n({result.mean_depth:.1f} matched each)"
-            cost = f"{ms['rerank_s_per_query']}/query\n{result.mb_per_image:.3f} MB/image"
-            table.add_row("", label, *(_cells(result.reranked) or none), cost)
-            if result.gain:
-                table.add_row("", "gain, paired", *_cells(result.gain, "+.1f"), "")
-        table.add_section()
+    ms = {name: f"{1000 * seconds:.2f} ms" for name, seconds in result.timings.items()}
+    speed = f"{result.images_per_s:,.0f} images/s"
+    cost = f"{ms['extraction_s_per_image']}/image\n{speed}\n{ms['retrieval_s_per_query']}/query"
+    label = "retrieved"
+    if result.index_agreement is not None:
+        label += f"\n{result.index}:\n{result.index_agreement:.1f} % of\nthe exact"
+    table.add_row(label, *(_cells(result.retrieved) or none), cost)
+    if result.reranked is not None:
+        label = "re-ranked"
+        if result.num_left_alone:
+            label += f"\n({result.num_left_alone} left alone)"
+        if result.matches_QT is not None and result.mean_depth < result.matches_QT.shape[1]:
+            label += f"\n({result.mean_depth:.1f} matched each)"
+        cost = f"{ms['rerank_s_per_query']}/query\n{result.mb_per_image:.3f} MB/image"
+        table.add_row(label, *(_cells(result.reranked) or none), cost)
+        if result.gain:
+            table.add_row("gain, paired", *_cells(result.gain, "+.1f"), "")
     return table
 
 
