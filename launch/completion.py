@@ -44,7 +44,7 @@ def commands() -> dict[str, Callable[..., Any]]:
     from launch.plan_command import PlanCommand
     from launch.report_command import ReportCommand
     from launch.serve_command import ServeCommand
-    from launch.show_command import ShowCommand
+    from launch.show_flags import ShowCommand
     from launch.slurm import Resources
     from launch.sync_command import SyncCommand
     from launch.torchrun import LaunchCommand

@@ -22,6 +22,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -95,20 +96,18 @@ def become_server(modules: Sequence[str], agent: int) -> None:
     served_by = Server(os.getpid(), time.monotonic() - began, unsafe)
 
 
-def run_rank(*argv: str) -> None:
-    """What a forked rank runs: `rerankvpr ARGV`. Ends by SystemExit with its status."""
+def run_rank(program: str, *argv: str) -> None:
+    """What a forked rank runs: `python -m PROGRAM ARGV`. Ends by SystemExit with its status."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     shown = [without_secrets(word, is_address=has_secret(word)) for word in argv]  # `ps` is for all to see
     become_rank([f"rerankvpr:rank-{rank}-of-{world}", *shown])
-    sys.argv = ["rerankvpr", *argv]
+    sys.argv = [program, *argv]
     if served_by is None or served_by.unsafe:
-        why = served_by.unsafe if served_by else "the fork server could not import rerankvpr"
+        why = served_by.unsafe if served_by else f"the fork server could not import {program}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"rerankvpr: ranks of this node start cold: {why}", file=sys.stderr, flush=True)
-        sys.exit(_in_a_new_process(["-m", "rerankvpr", *hidden(argv)]))
-    from rerankvpr import main
-
-    as_a_program(main)
+        sys.exit(_in_a_new_process(["-m", program, *hidden(argv)]))
+    as_a_program(lambda: runpy.run_module(program, run_name="__main__", alter_sys=True))
 
 
 def become_rank(name: Sequence[str]) -> None:
@@ -125,7 +124,7 @@ def become_rank(name: Sequence[str]) -> None:
         finalizer.atexit = False  # a temporary folder of the server's is not a rank's to remove
 
 
-def as_a_program(main: Callable[[], None]) -> None:
+def as_a_program(main: Callable[[], object]) -> None:
     """Calls `main` and ends as Python ends a program: with its status, or a traceback on stderr and status 1.
 
     multiprocessing ends a fork by os._exit; what `main` left to be done at the end, as temporary folders do, is done.

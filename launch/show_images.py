@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from configs.registry import BENCHMARKS
+from launch.show_flags import OF_PATHS, ShowCommand
 
 if TYPE_CHECKING:  # help and mistakes should not wait for torch
     from eval.benchmarks.benchmark import Benchmark
@@ -18,26 +19,6 @@ if TYPE_CHECKING:  # help and mistakes should not wait for torch
 T = TypeVar("T")
 
 RECIPE = "recipe.yaml"
-OF_PATHS = ("folder:", "manifest:", "layout:")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a command names. `most` bounds what is taken of folders, benchmarks and indexes."""
-
-    kind: str
-    what: Sequence[Path]
-    model: str
-    index: Path | None
-    most: int
-    data_root: Path
-    plugins: Sequence[str]
-    settings: dict[str, Any]  # of the evaluation, over those of the model
-
-    @property
-    def wants_pairs(self) -> bool:
-        """Whether photographs are drawn two by two."""
-        return self.kind == "matches"
 
 
 @dataclass(frozen=True)
@@ -54,22 +35,23 @@ class Chosen:
         return f"{many}, {self.describer.pixels}{f'; {self.note}' if self.note else ''}"
 
 
-def choose(asked: Asked) -> Chosen:
+def choose(asked: ShowCommand) -> Chosen:
     """The photographs, and the network: --model, else that of the index or the run.
 
     Raises ValueError or OSError in one line: nothing named, no network, no photograph, no ground truth to pair by.
     """
     if asked.index is not None:
         return _of_index(asked, asked.index)
-    run = _run(asked.what)
+    what = asked.what
+    run = _run(what)
     if run is None and not asked.model:
         raise ValueError(
             "show needs --model (a run's folder, a checkpoint, a file of weights or a backbone's name), or --index"
         )
-    if run is not None or _is_benchmark(asked.what):
-        benchmark = one_benchmark(str(asked.what[0]), asked.data_root) if run is None else _benchmark_of(run)
+    if run is not None or _is_benchmark(what):
+        benchmark = one_benchmark(str(what[0]), asked.data_root) if run is None else _benchmark_of(run)
         return _of_benchmark(asked, benchmark, str(run or ""))
-    images = _photographs(asked.what, asked.most)
+    images = _photographs(what, asked.most)
     if not images:
         raise ValueError(f"show {asked.kind} needs photographs, a folder of them, a benchmark, a run or --index")
     if asked.wants_pairs and len(images) < 2:
@@ -89,7 +71,7 @@ def one_benchmark(spec: str, data_root: Path) -> Benchmark:
     return found[0]
 
 
-def _of_benchmark(asked: Asked, benchmark: Benchmark, run: str) -> Chosen:
+def _of_benchmark(asked: ShowCommand, benchmark: Benchmark, run: str) -> Chosen:
     """Queries, evenly spread, each with a photograph of the database that shows its place."""
     known = [query for query in range(len(benchmark.queries)) if len(benchmark.positives(query))]
     if asked.wants_pairs and not known:
@@ -106,7 +88,7 @@ def _of_benchmark(asked: Asked, benchmark: Benchmark, run: str) -> Chosen:
     return Chosen(_load(asked, run), images, pairs if asked.wants_pairs else [], note)
 
 
-def _of_index(asked: Asked, folder: Path) -> Chosen:
+def _of_index(asked: ShowCommand, folder: Path) -> Chosen:
     """A photograph with what the index finds for it, several with the first of each, or the index's own."""
     if asked.settings:
         raise ValueError("--image-size does not go with --index: photographs are shown as the index encoded them")
@@ -154,7 +136,7 @@ def _files(index: Index, numbers: Sequence[int]) -> tuple[list[Path | None], str
     return files, f"; {gone} have no file here" if gone else ""
 
 
-def _load(asked: Asked, run: str = "") -> Describer:
+def _load(asked: ShowCommand, run: str = "") -> Describer:
     from trainer.pretrained import load
 
     return load(asked.model or run, plugins=asked.plugins, **asked.settings)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launch.show_flags import ShowCommand
 from launch.show_images import one_benchmark
 
 if TYPE_CHECKING:  # help and mistakes should not wait for torch
@@ -20,22 +20,12 @@ Draw = Callable[[Path], str]
 """Draws into a file, whose suffix is its format, and returns what to say of it."""
 
 
-@dataclass(frozen=True)
-class Sweeping:
-    """What a benchmark is swept with."""
-
-    model: str
-    data_root: Path
-    plugins: Sequence[str]
-    settings: dict[str, Any]  # of the evaluation, over those of the model
-
-
-def draws_negatives(given: Sequence[Path], most: int) -> Draw:
+def draws_negatives(asked: ShowCommand) -> Draw:
     """The hardest negatives of a run. Raises ValueError or OSError if it has none."""
     from eval.report.negatives import draw_negatives, read_negatives
     from trainer.negatives import NAME
 
-    run = _run("negatives", given)
+    run = _run(asked)
     if not (run / NAME).is_file():
         raise ValueError(f"{run}: holds no {NAME}; train with --trainer.log-negatives-every 50, and with a queue")
     table = read_negatives(run / NAME)
@@ -44,13 +34,13 @@ def draws_negatives(given: Sequence[Path], most: int) -> Draw:
     def draw(path: Path) -> str:
         steps = table.steps
         title = f"{run.name}: the hardest negatives of its queue at {len(steps)} steps, {steps[0]} to {steps[-1]}"
-        pairs = draw_negatives(path, table, photograph, most=most, title=title)
+        pairs = draw_negatives(path, table, photograph, most=asked.most, title=title)
         return f"{len(table.cosine_n)} negatives, {pairs} pairs{note}"
 
     return draw
 
 
-def draws_drift(given: Sequence[Path]) -> Draw:
+def draws_drift(asked: ShowCommand) -> Draw:
     """The drift of a run beside its decay. Raises ValueError or OSError if none was measured."""
     import numpy as np
     import torch
@@ -59,7 +49,7 @@ def draws_drift(given: Sequence[Path]) -> Draw:
     from memory.decay import half_life, log_weight
     from trainer.metrics_log import NAME
 
-    run = _run("drift", given)
+    run = _run(asked)
     drift, memory = read_drift(run / NAME), _recipe(run).memory
     oldest = drift.ages()[-1]
     ages = torch.linspace(0, oldest, min(oldest, 500) + 1, dtype=torch.float64)
@@ -77,11 +67,11 @@ def draws_drift(given: Sequence[Path]) -> Draw:
     return draw
 
 
-def draws_sweep(given: Sequence[Path], sweeping: Sweeping) -> Draw:
+def draws_sweep(asked: ShowCommand) -> Draw:
     """Recall over both thresholds: of an evaluation's files, or of a benchmark that is swept with --model."""
     from eval.report.heat_map import draw_heat_map
 
-    swept = _swept(given, sweeping)
+    swept = _swept(asked)
 
     def draw(path: Path) -> str:
         draw_heat_map(path, swept)
@@ -91,38 +81,38 @@ def draws_sweep(given: Sequence[Path], sweeping: Sweeping) -> Draw:
     return draw
 
 
-def _swept(of: Sequence[Path], sweeping: Sweeping) -> SweptRecall:
+def _swept(asked: ShowCommand) -> SweptRecall:
     from eval.sweep import read_swept
 
-    if len(of) != 1:
+    if len(asked.images) != 1:
         raise ValueError("show sweep takes one folder that `rerankvpr eval --sweep --out` wrote, or one benchmark")
-    (given,) = of
+    (given,) = asked.what
     folder = given / "sweeps" if (given / "sweeps").is_dir() else given
     files = [given] if given.is_file() else sorted(folder.rglob("*.json")) if folder.name == "sweeps" else []
     if len(files) > 1:
         raise ValueError(f"{folder}: {len(files)} sweeps; name one of them, such as {files[0]}")
     if files:
         return read_swept(files[0])
-    if not sweeping.model:
+    if not asked.model:
         raise ValueError(
             f"{given}: no sweep there; `rerankvpr eval ... --sweep --out {given}` writes one, and a benchmark's name "
             "with --model sweeps it"
         )
-    return _sweep_benchmark(sweeping, str(given))
+    return _sweep_benchmark(asked, str(given))
 
 
-def _sweep_benchmark(sweeping: Sweeping, name: str) -> SweptRecall:
+def _sweep_benchmark(asked: ShowCommand, name: str) -> SweptRecall:
     from eval.evaluate import FirstStage, check_depth, evaluate
     from eval.sweep import sweep_recall
     from trainer.pretrained import load
     from trainer.process_group import start_process_group, stop_process_group
 
-    benchmark = one_benchmark(name, sweeping.data_root)
+    benchmark = one_benchmark(name, asked.data_root)
     if not benchmark.num_labelled:
         raise ValueError(f"show sweep needs ground truth; {benchmark.name} has none")
     rank = start_process_group(600)
     try:
-        describer = load(sweeping.model, device=rank.device, plugins=sweeping.plugins, **sweeping.settings)
+        describer = load(asked.model, device=rank.device, plugins=asked.plugins, **asked.settings)
         config = describer.config
         rerank = config.rerank.model_copy(update={"enabled": True, "saliency_thresh": None})  # to sweep from 0
         config = config.model_copy(update={"rerank": rerank, "bootstrap": 0, "recall_at": config.recall_at[:1]})
@@ -138,11 +128,12 @@ def _sweep_benchmark(sweeping: Sweeping, name: str) -> SweptRecall:
     return found[0]
 
 
-def _run(kind: str, given: Sequence[Path]) -> Path:
+def _run(asked: ShowCommand) -> Path:
     """The run's folder. Raises ValueError unless one is given."""
+    given = asked.what
     if len(given) != 1 or not given[0].is_dir():
         named = " ".join(map(str, given)) or "nothing"
-        raise ValueError(f"show {kind} takes the folder of one training, such as runs/demo; not {named}")
+        raise ValueError(f"show {asked.kind} takes the folder of one training, such as runs/demo; not {named}")
     return given[0]
 
 

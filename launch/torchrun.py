@@ -320,7 +320,7 @@ def _run_agent(launch: Launch, warm: bool) -> None:
     config, _, _ = config_from_args(asked)
     config.start_method = "forkserver"
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_traceback)
-    elastic_launch(config, fork_server.run_rank)(*launch.verb)
+    elastic_launch(config, fork_server.run_rank)(asked.training_script, *launch.verb)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

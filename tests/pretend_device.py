@@ -87,6 +87,7 @@ class Device:
     num_operations: int = 0
     numerics: bool = True  # False: tensors have shapes alone
     watcher: Watcher | None = None
+    copied: Callable[[torch.Tensor], object] | None = None  # is given what each copy from the host holds
     _pinned: dict[int, torch.UntypedStorage] = field(default_factory=dict)
 
     @property
@@ -291,6 +292,8 @@ def _copy(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     if was_there and not there and not device.numerics:
         return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
     made = func(source.held if was_there else _held(source, device) if there else source, **kwargs)
+    if there and not was_there and device.copied:
+        device.copied(made)
     return Elsewhere(made) if there else made
 
 

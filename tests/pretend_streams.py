@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
-from tests.pretend_device import Elsewhere
+from tests.pretend_device import Device, Elsewhere
 
 
 class PretendStream:
@@ -29,14 +27,13 @@ class PretendStream:
             other.pending.pop(0)()
 
 
-class PretendStreams(TorchFunctionMode):
-    """The streams of the pretend device, inside a `with` of it and of this.
+class PretendStreams:
+    """The streams of the pretend device; see `pretend_streams`.
 
     Until a stream is waited for, what it copies holds other numbers: whoever reads it too early computes with these.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
+    def __init__(self, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
         self.default = PretendStream()
         self.current = self.default
         self.begun = 0  # copies
@@ -45,6 +42,7 @@ class PretendStreams(TorchFunctionMode):
         monkeypatch.setattr(torch.cuda, "stream", self._stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: self.current)
         monkeypatch.setattr(Elsewhere, "record_stream", lambda tensor, stream: self._note(tensor, stream))
+        device.copied = self._copied
 
     def _note(self, tensor: Elsewhere, stream: PretendStream) -> None:
         self._users.append((tensor.held.data_ptr(), stream))
@@ -61,17 +59,16 @@ class PretendStreams(TorchFunctionMode):
         finally:
             self.current = before
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **dict(kwargs or {}))
-        if func is torch.Tensor.to and isinstance(out, Elsewhere) and self.current is not self.default:
-            held, arrived = out.held, out.held.clone()
+    def _copied(self, held: torch.Tensor) -> None:
+        if self.current is not self.default:
+            arrived = held.clone()
             held.copy_(255 - arrived)
             self.current.pending.append(lambda: held.copy_(arrived))
             self.begun += 1
-        return out
+
+
+@contextmanager
+def pretend_streams(device: Device) -> Iterator[PretendStreams]:
+    """Inside, torch's streams are those of a pretend device."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield PretendStreams(device, patch)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from data_pipeline.index import read_index
 from data_pipeline.loader import PlaceBatch, PlaceLoader
 from data_pipeline.plan import Batching, EpochPlan, plan_epoch
 from model.network import build_model
-from tests.pretend_device import HERE, Device, Elsewhere, pretend_device
+from tests.pretend_device import HERE, Elsewhere, pretend_device
 from tests.pretend_step import batch_of, pretend_training_device, recipe_of, steps_elsewhere
-from tests.pretend_streams import PretendStreams
+from tests.pretend_streams import pretend_streams
 
 P, K = 2, 3
 
@@ -76,21 +75,15 @@ def pixels(loader: PlaceLoader, plan: EpochPlan) -> list[torch.Tensor]:
     return [batch.images_B3HW for batch in loader.batches(plan, range(plan.num_steps))]
 
 
-@contextmanager
-def streams_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Device, PretendStreams]]:
-    with pretend_device() as device, PretendStreams(monkeypatch) as streams:
-        yield device, streams
-
-
 @pytest.mark.parametrize(
     ("pool", "threads", "ahead"), [(AtOnce(), 1, 1), (WhenAsked(), 1, 0), (None, 3, None), (None, 0, 0)]
 )
 def test_pixels_are_those_of_the_host_and_the_host_never_waits(
-    shard_set: Path, plan: EpochPlan, monkeypatch: pytest.MonkeyPatch, pool: Any, threads: int, ahead: int | None
+    shard_set: Path, plan: EpochPlan, pool: Any, threads: int, ahead: int | None
 ) -> None:
     """However late the decoders are: a batch that is decoded in time is on its way before the one before it is used."""
     expected = pixels(loader_of(shard_set), plan)
-    with streams_of(monkeypatch) as (device, streams):
+    with pretend_device() as device, pretend_streams(device) as streams:
         loader = loader_of(shard_set, CopyStream(HERE), pool=pool, threads=threads)
         found = []
         for number, batch in enumerate(loader.batches(plan, range(plan.num_steps))):
@@ -110,7 +103,7 @@ def test_who_does_not_wait_for_a_copy_computes_with_other_numbers(
     """The fault that the test above would catch."""
     expected = pixels(loader_of(shard_set), plan)
     monkeypatch.setattr(CopyStream, "hand_over", lambda _, there: there)
-    with streams_of(monkeypatch):
+    with pretend_device() as device, pretend_streams(device):
         found = [one.clone() for one in pixels(loader_of(shard_set, CopyStream(HERE), pool=AtOnce()), plan)]
         assert not any(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
 
@@ -121,7 +114,7 @@ def test_a_batch_that_cannot_be_decoded_raises_in_its_turn(
     def fails(*_: object) -> None:
         raise ValueError("as decoding does")
 
-    with streams_of(monkeypatch) as (_, streams):
+    with pretend_device() as device, pretend_streams(device) as streams:
         loader = loader_of(shard_set, CopyStream(HERE), pool=AtOnce())
         decode_place = loader._decode_place
         broken = int(plan.places_SP[1, 0])
@@ -146,7 +139,7 @@ def test_a_step_computes_the_same_and_waits_no_more(single_process: None, monkey
     def run(copies: Callable[[], CopyStream] | None) -> tuple[list[float], Counter[str]]:
         recipe = recipe_of()
         model = build_model(recipe.model)
-        with pretend_training_device() as device, PretendStreams(monkeypatch):
+        with pretend_training_device() as device, pretend_streams(device):
             steps, stream = steps_elsewhere(recipe, model), copies() if copies else None
             losses = []
             for number in range(3):

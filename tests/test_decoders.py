@@ -47,41 +47,32 @@ def _oriented(orientation: int) -> Image.Exif:
     return exif
 
 
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "JPEG": ("RGB", {}),
+MODES = {
+    "JPEG": ("RGB", "L", "CMYK"),
+    "PNG": ("RGB", "RGBA", "L", "LA", "P", "1"),
+    "WEBP": ("RGB", "RGBA"),
+    "GIF": ("P",),
+    "AVIF": ("RGB", "RGBA", "L"),
+    "TIFF": ("RGB", "CMYK"),
+    "BMP": ("RGB", "P"),
+    "PPM": ("RGB", "L"),
+}
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "JPEG 4:4:4": ("RGB", {"subsampling": 0}),
     "JPEG progressive": ("RGB", {"progressive": True}),
     "JPEG restarts": ("RGB", {"restart_marker_blocks": 2}),
     "JPEG of RGB": ("RGB", {"keep_rgb": True}),
-    "JPEG grey": ("L", {}),
-    "JPEG CMYK": ("CMYK", {}),
-    "PNG": ("RGB", {}),
-    "PNG alpha": ("RGBA", {}),
-    "PNG grey": ("L", {}),
-    "PNG grey alpha": ("LA", {}),
-    "PNG palette": ("P", {}),
     "PNG palette transparent": ("P", {"transparency": 3}),
     "PNG grey transparent": ("L", {"transparency": 100}),
-    "PNG black and white": ("1", {}),
-    "WEBP": ("RGB", {}),
     "WEBP lossless": ("RGB", {"lossless": True}),
-    "WEBP alpha": ("RGBA", {"lossless": True}),
-    "WEBP lossy alpha": ("RGBA", {}),
-    "GIF": ("P", {}),
+    "WEBP lossless alpha": ("RGBA", {"lossless": True}),
     "GIF transparent": ("P", {"transparency": 3}),
     "GIF grey": ("L", {"interlace": 1}),
-    "AVIF": ("RGB", {}),
-    "AVIF alpha": ("RGBA", {}),
-    "AVIF grey": ("L", {}),
-    "TIFF": ("RGB", {}),
     "TIFF packed": ("RGB", {"compression": "tiff_lzw"}),
-    "TIFF CMYK": ("CMYK", {}),
-    "BMP": ("RGB", {}),
-    "BMP palette": ("P", {}),
-    "PPM": ("RGB", {}),
-    "PPM grey": ("L", {}),
 }
-WITH_EXIF = ("JPEG", "JPEG CMYK", "PNG", "PNG palette", "WEBP", "WEBP alpha", "AVIF", "TIFF", "TIFF packed")
+KINDS = {f"{kind} {mode}": (mode, {}) for kind, modes in MODES.items() for mode in modes} | WAYS
+WITH_EXIF = [f"{kind} RGB" for kind in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF")]
+WITH_EXIF += ["JPEG CMYK", "PNG P", "WEBP lossless alpha", "TIFF packed"]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -14,10 +15,12 @@ import rerankvpr
 from configs.load import load_recipe
 from configs.plugins import load_plugins, loaded
 from configs.registry import BENCHMARKS, REGISTRIES
+from configs.schema import LossConfig, MemoryConfig
 from eval.benchmarks.catalogue import CATALOGUE
 from launch.cli import main
 from launch.torchrun import preload
 from tests import forked
+from tests.test_memory import UNIT, run
 from tests.test_plugin_records import forget
 from tests.training import ROOT, ForkedRanks, finish, last_checkpoint, logged
 from trainer.preflight import check_training
@@ -76,6 +79,21 @@ def test_each_kind_has_a_short_file_and_the_page_s_files_are_there() -> None:
     assert {name: len(code.splitlines()) for name, code in FILES.items() if len(code.splitlines()) >= LONGEST} == {}
     named = re.findall(r"`((?:configs|data_pipeline|model|memory|eval)/[\w/]+\.py)`", PAGE.read_text())
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_the_page_s_loss_and_miner_are_what_they_say(single_process: None) -> None:
+    """Against the hardest pairs of all similarities at once."""
+    load_plugins(["loss.py", "miner.py"])
+    config = LossConfig(name="HardestPair", args={"margin": 0.3}, miner="Within", miner_args={"least": -1.0})
+    place_ids = [0, 0, 1, 1, 2, 2]
+    loss, gradient, _ = run(config, UNIT, place_ids, MemoryConfig(size=0))
+    similar, ids = UNIT @ UNIT.T, torch.tensor(place_ids)
+    same = ids[:, None] == ids
+    hardest_negative = similar.masked_fill(same, -9).amax(1)
+    hardest_positive = similar.masked_fill(~same | torch.eye(6).bool(), 9).amin(1)
+    expected = (hardest_negative - hardest_positive + 0.3).relu().mean()
+    assert loss == pytest.approx(expected.item(), abs=1e-6)
+    assert gradient.abs().max() > 0
 
 
 def test_a_fork_server_imports_no_plugin() -> None:

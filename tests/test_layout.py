@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
+ENTRY = ROOT / "rerankvpr.py"
 
 BELOW = {
     "configs": set(),
@@ -49,17 +50,27 @@ def imported_modules(file: Path, known: set[str]) -> set[str]:
     return names & known
 
 
-def test_no_files_import_each_other_in_a_circle() -> None:
-    files = {
+def modules() -> dict[str, Path]:
+    """The files of ours by the name that each is imported by, the entry included."""
+    return {
         ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
-        for room in BELOW
-        for file in (ROOT / room).glob("**/*.py")
+        for file in (ENTRY, *(file for room in BELOW for file in (ROOT / room).glob("**/*.py")))
     }
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = modules()
     below = {name: imported_modules(file, set(files)) - {name} for name, file in files.items()}
     done: set[str] = set()
     while leaves := [name for name in below if name not in done and below[name] <= done]:
         done.update(leaves)
     assert not set(files) - done, "in a circle, or above one"
+
+
+def test_no_room_imports_the_entry() -> None:
+    """But for `python -m trainer`, which is an entry itself: a rank is told its program by name."""
+    above = [name for name, file in modules().items() if imported_modules(file, {ENTRY.stem})]
+    assert above == ["trainer.__main__"]
 
 
 @pytest.mark.parametrize("room", ["configs", "trainer", "launch"])

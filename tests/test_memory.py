@@ -1,7 +1,6 @@
-"""Decay, drift, gradient cache, registry, and input at the edge of what a loss is defined for."""
+"""Decay, drift, gradient cache, and input at the edge of what a loss is defined for."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,14 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from configs.registry import LOSSES, MINERS
+from configs.registry import MINERS
 from configs.schema import LossConfig, MemoryConfig
 from memory.decay import exponential_log_weight, half_life, measured_log_weight
 from memory.drift import DriftProbe
 from memory.global_loss import GlobalLoss
 from memory.gradient_cache import GradientCache
 from memory.queue import MemoryQueue
-from memory.tiles import Mined, Term, Tile
 from tests.ranks import on_ranks
 
 NAMES = ("MultiSimilarityLoss", "TripletMarginLoss", "ContrastiveLoss", "NCALoss")
@@ -229,36 +227,6 @@ def test_figures_of_a_small_case(single_process: None) -> None:
     similar = rows @ rows.T
     hardest = [1.0, similar[1, 0], 1.0, similar[3, 2]]  # the stored copies under another place's name
     assert figures["hardest_negative"] == pytest.approx(float(sum(hardest)) / 4)
-
-
-@dataclass(frozen=True)
-class HardestPair:
-    """A user's loss: the hardest negative's similarity less the hardest positive's, above a margin."""
-
-    margin: float = 0.1
-    arrays = 3
-    weighs_anchors = False
-
-    def __call__(self, tile: Tile, mined: Mined) -> list[Term]:
-        positive_A = tile.positive_AP.masked_fill(mined.positive_AP == 0, torch.inf).amin(1)
-        negative_A = tile.negative_AR.masked_fill(mined.negative_AR == 0, -torch.inf).amax(1)
-        return [Term((negative_A - positive_A + self.margin).relu().sum(), len(positive_A))]
-
-
-def test_one_entry_adds_a_loss_and_a_miner(single_process: None, request: pytest.FixtureRequest) -> None:
-    LOSSES.register("HardestPair", HardestPair)
-    MINERS.register("Everything", MINERS["none"])
-    request.addfinalizer(lambda: (LOSSES.forget("HardestPair"), MINERS.forget("Everything")))
-    config = LossConfig(name="HardestPair", args={"margin": 0.3}, miner="Everything")
-    loss, gradient, _ = run(config, UNIT, [0, 0, 1, 1, 2, 2], MemoryConfig(size=0))
-    similar = UNIT @ UNIT.T
-    same = torch.tensor([0, 0, 1, 1, 2, 2])
-    mask = same[:, None] == same
-    expected = (
-        similar.masked_fill(mask, -9).amax(1) - similar.masked_fill(~mask | torch.eye(6).bool(), 9).amin(1) + 0.3
-    ).relu()
-    assert loss == pytest.approx(expected.mean().item(), abs=1e-6)
-    assert gradient.abs().max() > 0
 
 
 @pytest.mark.parametrize(

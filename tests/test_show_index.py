@@ -9,7 +9,8 @@ import pytest
 
 from eval.index.index import Index
 from launch.show_command import main
-from launch.show_images import Asked, Chosen, choose
+from launch.show_flags import Kind, ShowCommand
+from launch.show_images import Chosen, choose
 from tests.checkpoints import gem_recipe, write_run
 from tests.indexes import noise_index
 
@@ -33,8 +34,8 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"), recipe)
 
 
-def chosen(kind: str, *what: Path, index: Path | None = None, model: str = "", most: int = 8) -> Chosen:
-    return choose(Asked(kind, what, model, index, most, Path("data"), (), {}))
+def chosen(kind: Kind, *what: Path, index: Path | None = None, model: str = "", most: int = 8) -> Chosen:
+    return choose(ShowCommand(kind, tuple(map(str, what)), model=model, index=index, most=most))
 
 
 def test_a_photograph_is_shown_beside_what_the_index_finds(photos: Path, index: Path) -> None:

@@ -91,7 +91,7 @@ def forks() -> None:
     for target, arguments in (
         (print_state_as_a_rank, ()),
         (print_state_as_a_rank, ()),
-        (fork_server.run_rank, ("dance",)),
+        (fork_server.run_rank, ("rerankvpr", "dance")),
     ):
         process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
         process.start()
@@ -132,7 +132,9 @@ def test_what_cannot_be_forked_is_said_and_runs_cold(tmp_path: Path) -> None:
 def unsafe() -> None:
     """One rank of a server that must not be forked."""
     fork_server.start(["starts_a_thread"])
-    process = multiprocessing.get_context("forkserver").Process(target=fork_server.run_rank, args=("dance",))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=fork_server.run_rank, args=("rerankvpr", "dance")
+    )
     process.start()
     process.join()
     print("status", process.exitcode)

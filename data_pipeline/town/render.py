@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -49,19 +49,18 @@ _PANOID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345678
 class Town:
     """What decides every byte of a town. Raises ValueError on counts that give no training set or benchmark."""
 
-    seed: int = 0
-    places: int = 180
-    views: int = 8
-    held_out_places: int = 100
-    database_views: int = 2
-    query_views: int = 2
+    seed: int = field(default=0, metadata={"least": 0})
+    places: int = field(default=180, metadata={"least": len(CITIES)})
+    views: int = field(default=8, metadata={"least": 1})
+    held_out_places: int = field(default=100, metadata={"least": 0})
+    database_views: int = field(default=2, metadata={"least": 1})
+    query_views: int = field(default=2, metadata={"least": 1})
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "places": len(CITIES), "views": 1, "held_out_places": 0}
-        for name, low in {**least, "database_views": 1, "query_views": 1}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"town {name} {value!r}: expected an integer of at least {low}")
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata["least"]
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"town {one.name} {value!r}: expected an integer of at least {least}")
 
     @property
     def images(self) -> int:
