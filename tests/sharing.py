@@ -7,20 +7,23 @@ together. What they report goes to the first process, which shows it as pytest s
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import IO, Any
 
 import pytest
 
 LONGEST = ("test_eval_gardens", "test_canary", "test_golden", "test_model_training", "test_index_g", "test_export")
 SAID = 4000  # characters that are shown of a fork that died
+ENDS_S = 60.0  # for what tests have started to be ended, in a fork that is told to stop
 PASSED, FAILED = 0, 1  # what a fork may end with: its reports say the rest
 
 Piece = list[pytest.Item]
@@ -37,6 +40,10 @@ class Fork:
     pid: int
     printed: IO[bytes]
     running: str = "no test"
+
+    def has_ended(self) -> bool:
+        """Whether it has, and leaves it for `ended` to wait for."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def ended(self) -> str:
         """Waits for its end; what went wrong with it, empty if nothing did but tests."""
@@ -69,6 +76,7 @@ class Sharing:
             pid = os.fork()
             if pid == 0:
                 ours.close()
+                signal.signal(signal.SIGINT, _stop_once)
                 _print_to(printed, session.config)
                 session.config.pluginmanager.register(Reports(theirs, session.config))
                 return _run(session, left.pieces(from_the_end=number == 0))
@@ -83,9 +91,7 @@ class Sharing:
                     _tell(session.config, name, content)
                 _stop_if_asked(session)
         except BaseException:
-            for fork in forks.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(fork.pid, 15)
+            _stop(forks.values())
             raise
         for fork in forks.values():
             if fault := fork.ended():
@@ -149,6 +155,27 @@ def in_order(items: list[pytest.Item]) -> list[Piece]:
 
 def is_slow(item: pytest.Item) -> bool:
     return item.get_closest_marker("slow") is not None
+
+
+def _stop(forks: Iterable[Fork]) -> None:
+    """Ends forks as Ctrl-C does: fixtures end what they have started. One that takes longer than `ENDS_S` is killed."""
+    running = list(forks)
+    for fork in running:
+        os.kill(fork.pid, signal.SIGINT)  # one that has ended is there until it is waited for
+    deadline = time.monotonic() + ENDS_S
+    try:
+        while running and time.monotonic() < deadline:
+            time.sleep(0.02)
+            running = [fork for fork in running if not fork.has_ended()]
+    finally:
+        for fork in running:
+            os.kill(fork.pid, signal.SIGKILL)
+
+
+def _stop_once(number: int, frame: FrameType | None) -> None:
+    """What SIGINT does in a fork. A terminal sends it to all processes, and the first process once more."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _run(session: pytest.Session, pieces: Iterator[Piece]) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
+import pytest
 
 from tests.ranks import ROOT
 
@@ -43,6 +48,37 @@ def test_slow(session, world_size):
         warnings.warn("a warning of b")
     assert ("{name}", world_size) != ("c", 4)
 """
+STARTS = """
+import signal, subprocess, time
+from pathlib import Path
+import pytest
+
+@pytest.fixture
+def child():
+    process = subprocess.Popen(["sleep", "300"])
+    Path("child.txt").write_text(f"{process.pid}")
+    yield
+    process.kill()
+    process.wait()
+
+@pytest.mark.slow
+def test_starts(child):
+    {before}
+    Path("begun.txt").touch()
+    time.sleep(200)
+"""
+FAILS = """
+import time
+from pathlib import Path
+import tests.sharing
+
+tests.sharing.ENDS_S = {ends_s}
+
+def test_fails():
+    while not Path("begun.txt").exists():
+        time.sleep(0.01)
+    assert False
+"""
 DIES = """
 import os
 
@@ -54,12 +90,14 @@ def test_dies():
 """
 
 
-def shared(folder: Path) -> subprocess.CompletedProcess[str]:
+def shared(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """pytest over the modules of a folder, in two forks."""
     (folder / "conftest.py").write_text(CONFTEST)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--processes", "2", "--rootdir", ".", "-rA"]
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(
+        [*command, *flags], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_each_test_runs_once_and_one_process_says_what_all_found(tmp_path: Path) -> None:
@@ -87,3 +125,18 @@ def test_a_process_that_dies_is_named_with_the_test_that_ran(tmp_path: Path) -> 
     assert done.returncode == 1, done.stdout
     assert "ended with status 7, in test_dies.py::test_dies" in done.stdout
     assert "1 passed" in done.stdout
+
+
+@pytest.mark.parametrize(("before", "ends_s", "is_left"), [("", 60, False), ("signal.signal(2, 1)", 0.5, True)])
+def test_processes_that_stop_end_what_their_tests_have_started(
+    before: str, ends_s: float, is_left: bool, tmp_path: Path
+) -> None:
+    """By their fixtures; one that does not stop is killed, and what it has started is left."""
+    (tmp_path / "test_starts.py").write_text(STARTS.replace("{before}", before))
+    (tmp_path / "test_fails.py").write_text(FAILS.replace("{ends_s}", str(ends_s)))
+    done = shared(tmp_path, "-x")
+    assert "stopping after 1 failures" in done.stdout
+    child = int((tmp_path / "child.txt").read_text())
+    assert psutil.pid_exists(child) == is_left
+    if is_left:
+        os.kill(child, signal.SIGKILL)
