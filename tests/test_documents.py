@@ -85,9 +85,10 @@ def test_what_pages_ask_for_is_there(hooks: ModuleType) -> None:
 
     asked = {mark for page in PAGES for mark, _ in hooks.MARK.findall(page.read_text())}
     assert asked == set(hooks.PARTS)
-    assert all(f"| `{name}` |" in hooks.benchmarks() for name in CATALOGUE)
-    assert all(f"| `{file.stem}` | " in hooks.recipes() for file in (ROOT / "configs").glob("*.yaml"))
-    assert all(f">{room}</text>" in hooks.rooms() for room in CODE)
+    benchmarks, recipes, rooms = hooks.benchmarks(), hooks.recipes(), hooks.rooms()
+    assert all(f"| `{name}` |" in benchmarks for name in CATALOGUE)
+    assert all(f"| `{file.stem}` | " in recipes for file in (ROOT / "configs").glob("*.yaml"))
+    assert all(f">{room}</text>" in rooms for room in CODE)
     assert "--out" in hooks._help_of(importlib.import_module("launch.report_command").main, "report")
     assert "A measurement for a claim" in hooks.filled("# Contributing\n\n<!-- include CONTRIBUTING.md -->\n")
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,15 @@ BELOW = {
 }
 
 
+@cache
+def imports(file: Path) -> list[ast.Import | ast.ImportFrom]:
+    """What a file imports, at its top or inside a function."""
+    return [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported_rooms(file: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in imports(file):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -40,9 +47,9 @@ def test_imports_point_down(room: str) -> None:
 
 
 def imported_modules(file: Path, known: set[str]) -> set[str]:
-    """Modules of ours that a file imports, at its top or inside a function."""
+    """Modules of ours that a file imports."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in imports(file):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
