@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from configs.schema import Recipe
+from tests.stores import new_store
 from trainer.ports import free_port
 from trainer.tracking import Tracker
 
@@ -31,7 +32,7 @@ class Server:
         self.folder = folder
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.database = f"sqlite:///{folder / 'server.db'}"
+        self.database = new_store(folder / "server.db")
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

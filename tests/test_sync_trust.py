@@ -13,6 +13,7 @@ from configs.load import recipe_text
 from configs.schema import Recipe
 from data_pipeline.folder_lock import LOCK, FolderLock, LockedError
 from launch.sync_command import main as sync
+from tests.stores import new_store
 
 SECRET = "the key of this machine"
 
@@ -59,7 +60,8 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def store_of(folder: Path, name: str = "mlflow.db") -> str:
     """A store beside the folder; MLflow keeps one open for each address, so each test has its own."""
-    return f"sqlite:///{folder.parent / name}"
+    file = folder.parent / name
+    return f"sqlite:///{file}" if file.exists() else new_store(file)
 
 
 def artifacts(client: MlflowClient, run: str, folder: str | None = None) -> set[str]:

@@ -39,11 +39,13 @@ from trainer.checkpoint_folder import find_checkpoint
 
 pytestmark = pytest.mark.slow
 
+PICTURES = ("--eval.pictures", "2")
+
 
 @pytest.fixture(scope="module")
 def straight(workplace: Path) -> Path:
     """A training on two ranks from start to end."""
-    text = finish(two_ranks(workplace, "straight"))
+    text = finish(two_ranks(workplace, "straight", *PICTURES))
     assert f"trained {STEPS} steps" in text
     return workplace / "straight"
 
@@ -91,7 +93,7 @@ def test_an_exported_checkpoint_is_the_same_network(workplace: Path, straight: P
 def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> None:
     """SIGKILL to all processes at a step between two checkpoints: weights, queue and losses end bitwise equal."""
     folder = workplace / "killed"
-    process = warm_ranks(workplace, "killed")
+    process = warm_ranks(workplace, "killed", *PICTURES)
     deadline = time.monotonic() + TIMEOUT_S
     while not (folder / "checkpoints" / "step-00000006").exists():
         assert process.poll() is None, process.communicate(timeout=10)[0]
@@ -99,7 +101,7 @@ def test_killed_and_resumed_equals_straight(workplace: Path, straight: Path) -> 
         time.sleep(0.02)
     kill_all(process)
     assert not (folder / "results.json").exists()
-    text = finish(warm_ranks(workplace, "killed", "--resume"))
+    text = finish(warm_ranks(workplace, "killed", "--resume", *PICTURES))
     assert "resumed from" in text
     assert "curves in MLflow: http://127.0.0.1:5000/#/experiments/1/runs/" in text
     same_run(straight, folder, STEPS)
@@ -234,7 +236,9 @@ def test_a_disk_full_at_the_end_and_a_clock_that_jumps_change_nothing(
         "full_at_the_end": {"rank": 0, "folder": str(small_disk)},
     }
     flags = ("--trainer.keep-last", "1", "--trainer.validate-every-epochs", "0")  # room for all before the end
-    text = finish(faulty_ranks(workplace, output, faults, *flags, "--tracking.experiment", "full at the end"))
+    text = finish(
+        faulty_ranks(workplace, output, faults, *PICTURES, *flags, "--tracking.experiment", "full at the end")
+    )
     assert re.search(r"^trained: town .* R@1/5/10 .*re-ranked", text, re.MULTILINE), text
     for name in ("results.json", "predictions.parquet", "pictures"):
         assert re.search(rf"^.*{output}/{name}.*", text, re.MULTILINE), (name, text)

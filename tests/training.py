@@ -20,6 +20,7 @@ from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests import forked
 from tests.photos import write_gsv_cities, write_noise_benchmark
+from tests.stores import new_store
 from trainer.ports import free_port
 
 ROOT = forked.ROOT
@@ -40,9 +41,10 @@ def make_workplace(folder: Path) -> None:
         "engine": {"encode_chunks": 2, "peak_tflops": 0.5},
         "optim": {"lr": 1e-3, "warmup_steps": 2},
         "trainer": {"epochs": 3, "checkpoint_every_steps": 2, "validate_every_epochs": 1, "log_negatives_every": 2},
-        "eval": {"benchmarks": ["town"], "data_root": str(folder), "image_size": 28, "pictures": 2},
+        "eval": {"benchmarks": ["town"], "data_root": str(folder), "image_size": 28, "pictures": 0},
         "tracking": {"uri": "sqlite:///mlflow.db"},
     }
+    new_store(folder / "mlflow.db")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 

@@ -5,6 +5,7 @@ Beside what ranks of a launch come with (`launch.torchrun.preload`), it is what 
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 from launch.torchrun import preload
@@ -23,6 +24,9 @@ MODULES = (
     *("mlflow.pyfunc", "mlflow.system_metrics.metrics.cpu_monitor", "trainer.mlflow_sender", "trainer.logged_model"),
     *("trainer.preflight", "trainer.plan", "trainer.fit", "trainer.export_formats", "memory.library_loss"),
     *("eval.index.index", "eval.report.locations", "eval.report.written", "eval.report.training_curves"),
+    *("model.dinov2", "matplotlib.figure", "matplotlib.backends.backend_agg", "pillow_heif", "pyarrow.dataset"),
+    *("sqlalchemy.dialects.sqlite", "alembic.command", "mlflow.store.tracking.sqlalchemy_workspace_store"),
+    *("deepspeed.module_inject.auto_ep_layer", "deepspeed.comm.mori", "tests.photos", "launch.cli"),
     *("data_pipeline.sources.gsv_cities", "data_pipeline.shards", "data_pipeline.stream", "data_pipeline.town.render"),
 )
 
@@ -31,3 +35,5 @@ for entry in (*preload(["train"]), *preload(["eval"]), *preload(["index"]), *MOD
     imported = importlib.import_module(module)
     if function:
         getattr(imported, function)()
+gc.collect()
+gc.freeze()  # a collection in a fork leaves what is shared alone: it is millions of objects
