@@ -155,7 +155,7 @@ def main() -> None:
     def run() -> int:
         from launch.cli import main as run_verb
 
-        return run_verb(argv)
+        return run_verb(argv, ends=True)
 
     end_with(run)
 

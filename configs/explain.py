@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -19,6 +21,15 @@ def explain(error: ValidationError, root: type[BaseModel] = Recipe) -> list[str]
     `root` is what was validated: a recipe, or one of its sections.
     """
     return [_explain_one(dict(fault), root) for fault in error.errors()]
+
+
+@contextmanager
+def explained(root: type[BaseModel] = BaseModel) -> Iterator[None]:
+    """Raises ValueError with the first fault that pydantic found in the block, as `explain` says it."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ValueError(explain(error, root)[0]) from error
 
 
 def _explain_one(fault: dict[str, Any], root: type[BaseModel]) -> str:

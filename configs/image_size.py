@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+MOST_SIDE = 1 << 14
 EXPECTED = "a side in pixels, nor height and width such as [322, 434]"
 
 
@@ -19,6 +20,8 @@ def _one_form(size: Any) -> Any:
         fits = False
     if not fits or isinstance(size, bool):
         raise ValueError(f"{size!r} is neither {EXPECTED}")
+    if max(height, width) > MOST_SIDE:
+        raise ValueError(f"{size!r}: a side has at most {MOST_SIDE} pixels")
     return height if height == width else (height, width)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -54,18 +56,21 @@ def decode_rgb(data: bytes) -> torch.Tensor:
     """
     if not data:
         raise ValueError("empty file")
-    try:
+    with _decoding(data):
         if data.startswith(JPEG):
             return cast(torch.Tensor, decode_jpeg(_as_tensor(checked_jpeg(data))))
         image = _open(data)
         decode = _BY_TORCHCODEC.get(image.format or "")
         return decode(_as_tensor(data)) if decode else rgb_of_pillow(image)
-    except TooManyPixelsError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise MemoryError(f"out of memory while a photograph of {len(data)} bytes was decoded") from error
-        raise ValueError(_PLACE_IN_SOURCE.sub("", reason(error))) from error
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height that a photograph's header claims, as stored. Raises what `decode_rgb` raises."""
+    with _decoding(data):
+        if data.startswith(JPEG):
+            frames = [_frame(data, start) for marker, start, _ in _jpeg_segments(data) if marker in _FRAMES]
+            return max(frames, key=math.prod)
+        return _open(data).size
 
 
 def format_of(data: bytes) -> str:
@@ -78,6 +83,19 @@ def format_of(data: bytes) -> str:
         if is_out_of_memory(error):
             raise MemoryError("out of memory while a photograph's header was read") from error
         return ""
+
+
+@contextmanager
+def _decoding(data: bytes) -> Iterator[None]:
+    """Raises ValueError, or MemoryError if there was too little, whatever decoders raise in the block."""
+    try:
+        yield
+    except TooManyPixelsError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"out of memory while a photograph of {len(data)} bytes was decoded") from error
+        raise ValueError(_PLACE_IN_SOURCE.sub("", reason(error))) from error
 
 
 def _as_tensor(data: bytes) -> torch.Tensor:
@@ -97,9 +115,8 @@ def checked_jpeg(data: bytes) -> bytes:
     before_exif: list[tuple[int, int]] = []
     has_exif = False
     for marker, start, stop in _jpeg_segments(data):
-        if marker in _FRAMES:  # its length, bits, height and width
-            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (start + 5, start + 7))
-            _check_size(width, height)
+        if marker in _FRAMES:
+            _check_size(*_frame(data, start))
         elif marker == _APP1 and not has_exif:
             has_exif = data.startswith(_EXIF, start + 4)
             if not has_exif:
@@ -108,6 +125,12 @@ def checked_jpeg(data: bytes) -> bytes:
         for start, stop in reversed(before_exif):
             data = data[:start] + data[stop:]
     return data
+
+
+def _frame(data: bytes, start: int) -> tuple[int, int]:
+    """Width and height in a frame's segment, which holds its length, bits, height and width."""
+    height, width = (int.from_bytes(data[at : at + 2], "big") for at in (start + 5, start + 7))
+    return width, height
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:

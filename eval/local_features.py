@@ -42,14 +42,7 @@ def read_local(
     model: PlaceModel, inputs_B3HW: torch.Tensor, config: RerankConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Descriptors [B, D], local features [B, N, C] and saliency [B, N] of one forward pass, log-binned if asked for."""
-    reader = FacetReader(
-        model.backbone,
-        layer=config.layer,
-        facet=config.facet,
-        saliency_layer=config.saliency_layer,
-        saliency=config.saliency,
-        include_cls=config.include_cls,
-    )
+    reader = facet_reader(model, config)
     rows, columns = grid_of(model, inputs_B3HW)
     with reader.attached(rows * columns):
         descriptor_BD = model(inputs_B3HW)
@@ -57,6 +50,18 @@ def read_local(
     if config.hierarchy:
         local_BNC = log_bin(local_BNC, (rows, columns), config.hierarchy)
     return descriptor_BD, local_BNC, reader.saliency_BN
+
+
+def facet_reader(model: PlaceModel, config: RerankConfig) -> FacetReader:
+    """What reads the local features of a forward pass. Raises ValueError for blocks that the backbone does not have."""
+    return FacetReader(
+        model.backbone,
+        layer=config.layer,
+        facet=config.facet,
+        saliency_layer=config.saliency_layer,
+        saliency=config.saliency,
+        include_cls=config.include_cls,
+    )
 
 
 def grid_of(model: PlaceModel, inputs_B3HW: torch.Tensor) -> tuple[int, int]:

@@ -102,8 +102,8 @@ def _wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 
-def main(argv: list[str]) -> int:
-    """Runs a verb and returns the exit status."""
+def main(argv: list[str], *, ends: bool = False) -> int:
+    """Runs a verb and returns the exit status; whether the process `ends` then, see `one_line_when_interrupted`."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         _help()
         return 0
@@ -123,5 +123,8 @@ def main(argv: list[str]) -> int:
         print(f"rerankvpr: unknown verb {verb!r}; {nearest(verb, VERBS)}", file=sys.stderr)
         return 2
     os.environ.setdefault(COMMAND, shlex.join(["rerankvpr", *argv]))
-    with one_line_when_interrupted(verb), one_line_errors():
-        return function_of(verb)(rest)
+    with one_line_when_interrupted(verb, ends=ends):
+        with one_line_errors():
+            status = function_of(verb)(rest)
+        sys.stdout.flush()  # a slow reader of it may be what the signal is for
+    return status

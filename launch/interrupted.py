@@ -39,25 +39,31 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def one_line_when_interrupted(verb: str) -> Iterator[None]:
+def one_line_when_interrupted(verb: str, *, ends: bool = False) -> Iterator[None]:
     """Turns SIGTERM and SIGINT into an exception, and that into a line of rank 0 and status 128 + the signal.
 
     A process that waits in C code (a collective, a search) does not see the exception: after `GRACE_S` it ends all the
-    same. A verb that installs a handler of its own, as a training does, is left to it. Outside the main thread nothing
-    is done, for Python cannot.
+    same. A verb that installs a handler of its own, as a training does, is left to it. If the process `ends` with the
+    verb, signals that come once the verb is over are passed over: its status stands. Outside the main thread nothing is
+    done, for Python cannot.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     asked = 0
+    over = False
     asked_to_stop.clear()
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
+        if over:
+            return
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL)  # a second Ctrl-C ends
+        if asked:
+            return  # who stops a group of processes may send both: what is being tidied up is tidied up
         asked = number
         asked_to_stop.set()
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL)  # a second Ctrl-C ends
         raise Interrupted(number)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -71,7 +77,6 @@ def one_line_when_interrupted(verb: str) -> Iterator[None]:
 
     ours, wakeup = socket.socketpair()
     wakeup.setblocking(False)
-    ended_well = False
     wakeup_before = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
 
     def watch() -> None:
@@ -79,28 +84,30 @@ def one_line_when_interrupted(verb: str) -> Iterator[None]:
         while number := ours.recv(1):
             if number[0] in before and signal.getsignal(number[0]) in (interrupt, signal.SIG_IGN, signal.SIG_DFL):
                 time.sleep(GRACE_S)
-                tell(number[0])
-                os._exit(128 + number[0])
+                if not over:
+                    tell(number[0])
+                    os._exit(128 + number[0])
 
     threading.Thread(target=watch, name="interrupts", daemon=True).start()
     try:
         yield
-        ended_well = True
+        over = True
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         tell(number)
         leave(128 + number)
     except SystemExit:
-        ended_well = True
+        over = True
         raise
     except Exception:
-        if not asked:
+        over = not asked
+        if over:
             raise
         tell(asked)  # a library has made another error of the interrupt
         leave(128 + asked)
     finally:
-        if ended_well:
+        if over:
             signal.set_wakeup_fd(wakeup_before)
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if ends else handler)
             wakeup.close()  # ends the watching thread

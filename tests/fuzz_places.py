@@ -63,11 +63,11 @@ def _index_values(folder: Path) -> list[Path]:
 
 def _index_from_json(file: Path) -> None:
     try:
-        content = json.loads(file.read_text())
-        table = pa.Table.from_pylist(content["rows"], schema=read_table(file.parent.parent / "set" / INDEX)[0].schema)
+        content, schema = json.loads(file.read_text()), read_table(file.parent.parent / "set" / INDEX)[0].schema
+        said, table = content["said"], pa.Table.from_pylist(content["rows"], schema=schema)
     except Exception:  # noqa: BLE001 - no table can hold it: the index stays as the last mutation left it
         return
-    write_table(file.parent / INDEX, table, content["said"])
+    write_table(file.parent / INDEX, table, said)
     _without_digest(file.parent / INDEX)
 
 

@@ -6,7 +6,6 @@ import functools
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ from safetensors.torch import save_file
 
 from configs.files import file_sha256
 from configs.load import load_recipe, load_stored_recipe, recipe_text
-from configs.registry import BACKBONES
-from configs.schema import ModelConfig, Recipe
+from configs.schema import Recipe
 from data_pipeline.formats import reads_heic
 from data_pipeline.images import read_image
 from data_pipeline.photos import read_photo
@@ -33,9 +31,10 @@ from eval.features import StoredFeatures, open_folder, shard_is_whole
 from model.dinov2 import facebook_layout
 from model.network import build_model
 from model.weights import infer_backbone
-from tests import fuzz_places
+from tests import fuzz_answers, fuzz_places
 from tests.fuzz_places import msls_folder, table, table_by, values_to_parquet
 from tests.fuzzing import LIMIT_BYTES, Reader
+from tests.networks import speck
 from tests.photos import jpeg
 from tests.stored import store
 from trainer.checkpoint import checkpoint_weights
@@ -43,17 +42,6 @@ from trainer.checkpoint_folder import MANIFEST, best_recall, find_checkpoint, ne
 from trainer.export import export_network
 from trainer.metrics_log import read_records
 from trainer.mlflow_sender import read_state, run_of
-
-SPECK = "speck14"  # files of kilobytes: a mutation takes milliseconds, and meets their headers often
-
-
-@functools.cache
-def _speck() -> ModelConfig:
-    """The model section of a network of one block of 8 channels, known as the built-in ones are in this process."""
-    spec = replace(BACKBONES.get("tiny14"), channels=8, depth=1, hidden=32, table_side=28)
-    BACKBONES._known[SPECK] = spec  # a plug-in's would be run at each build, to hold it against its spec
-    return ModelConfig.model_validate({"backbone": SPECK, "weights": "random", "finetune_last_n_blocks": 1})
-
 
 # Recipes.
 
@@ -236,7 +224,7 @@ def _read_photographs(folder: Path, file: Path) -> bool:
 
 
 def _weights(folder: Path) -> list[Path]:
-    state = facebook_layout(dict(build_model(_speck()).backbone.state_dict()))
+    state = facebook_layout(dict(build_model(speck()).backbone.state_dict()))
     save_file(state, folder / "new.safetensors")
     torch.save(state, folder / "new.pth")
     torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)
@@ -244,7 +232,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _read_weights(folder: Path, file: Path) -> bool:
-    build_model(_speck().model_copy(update={"weights": str(file)}))
+    build_model(speck().model_copy(update={"weights": str(file)}))
     infer_backbone(file)
     return False
 
@@ -252,7 +240,7 @@ def _read_weights(folder: Path, file: Path) -> bool:
 def _checkpoint(folder: Path) -> list[Path]:
     checkpoint = folder / "checkpoints" / "step-00000004"
     checkpoint.mkdir(parents=True)
-    config = _speck()
+    config = speck()
     weights = {k: v.contiguous() for k, v in build_model(config).state_dict().items()}
     save_file(weights, checkpoint / "model-00000-of-00001.safetensors")
     state = {
@@ -361,4 +349,5 @@ READERS: dict[str, Reader] = {
     ),
     "features": Reader(_features, _read_features),
     "metrics": Reader(_logs, _read_logs),
+    **fuzz_answers.READERS,
 }

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from launch.interrupted import one_line_when_interrupted
+
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 # A verb that says that it has begun and then waits, in Python or in C code that no exception reaches.
 WAITING = """
-import sys, time, types
+import os, sys, time, types
 from launch import cli, interrupted
 interrupted.GRACE_S = 1.0
 verb = types.ModuleType("waiting_verb")
@@ -32,6 +34,24 @@ def main(argv):
             time.sleep(60)
         except KeyboardInterrupt:
             raise AttributeError("module numpy has no attribute matrix")
+    if argv == ["tidying"]:
+        interrupted.GRACE_S = 30.0
+        try:
+            time.sleep(60)
+        finally:
+            print("tidying", flush=True)
+            time.sleep(1)
+            print("tidied", flush=True)
+    if argv == ["flushing"]:
+        os.set_blocking(1, False)
+        try:
+            while True:
+                os.write(1, b"x" * 1024)
+        except BlockingIOError:
+            os.set_blocking(1, True)
+        print("the rest")
+        print("full", file=sys.stderr, flush=True)
+        return 3
     if argv == ["done"]:
         import atexit
         atexit.register(time.sleep, 60)
@@ -81,6 +101,47 @@ def test_a_signal_ends_a_verb_with_one_line(number: signal.Signals, how: str) ->
         f"rerankvpr: eval: stopped by {number.name}; with --features, features that are whole stay and the same "
         "command resumes\n"
     )
+
+
+def test_a_signal_of_another_kind_lets_what_is_tidied_up_be_tidied_up() -> None:
+    """Who stops a group of processes, a terminal and then a scheduler, sends both."""
+    command = [sys.executable, "-c", WAITING, "tidying"]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "tidying\n"
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + signal.SIGINT, "tidied\n")
+    assert err.startswith("rerankvpr: eval: stopped by SIGINT; ")
+    assert err.count("\n") == 1
+
+
+def test_a_signal_while_the_last_output_waits_for_its_reader_ends_it_with_the_line() -> None:
+    command = [sys.executable, "-c", WAITING, "flushing"]
+    env = {**ENV, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "full\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert err.startswith("rerankvpr: eval: stopped by SIGINT; ")
+    assert err.count("\n") == 1
+
+
+def test_once_a_verb_is_over_no_signal_ends_the_process_that_ends_with_it() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        for ends, after in ((False, before), (True, [signal.SIG_IGN] * 2)):
+            with one_line_when_interrupted("eval", ends=ends):
+                pass
+            assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == after
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_signal_that_comes_when_all_is_done_changes_nothing() -> None:

@@ -121,7 +121,17 @@ def test_parts_find_what_one_build_finds(photos: Path, built: Path, tmp_path: Pa
     ("change", "words"),
     [
         ({"format": 2}, r"index\.json: an index of format 2, this rerankvpr reads 1; use a newer one"),
-        ({"images": "many"}, r"index\.json: not the description of an index"),
+        ({"images": "many"}, r"index\.json: not the description of an index \(images: input should be a valid integer"),
+        ({"images": 8}, r"index\.json: 8 photographs, but 7 in its parts"),
+        ({"parts": ["../../x"]}, r"index\.json: not the description of an index \(parts\.0: "),
+        ({"network": {"backbone": "vitx"}}, r"index\.json: not the description of an index \(backbone: "),
+        (
+            {"settings": {"rerank": {"layer": 9}}},
+            r"index\.json: not the settings of an index of this network \(layer 9",
+        ),
+        ({"settings": {"image_size": 10**12}}, r"index\.json: not the description .* a side has at most"),
+        ({"verdict": {"threshold": "x", "sample": 1, "apart": ""}}, r"index\.json: not the description of an index"),
+        ({"approximate": {"factory": "Flat"}}, r"index\.json: not the description .*approximate of \['factory'\]"),
         ({"weights": "0" * 64}, r"network\.safetensors is damaged, or not the network"),
     ],
 )
@@ -166,11 +176,20 @@ def test_an_approximate_index_is_trained_once_and_what_it_finds_is_scored_exactl
     exact.manifest = replace(exact.manifest, approximate=None)
     assert [as_json(one) for one in index.locate(queries)] == [as_json(one) for one in exact.locate(queries)]
     assert verify_index(out) == []
+    file.write_bytes(trained[:-1] + b"x")
+    for attempt in (
+        lambda: add_to_index(tiny().model, list_source(str(photos / "queries")), out),
+        lambda: build_index(tiny(), listed.part([0, 1, 2, 3]), out, factory="IVF2,Flat", params="nprobe=1"),
+    ):
+        with pytest.raises(IndexFault, match=f"{file} is damaged or gone; build the index again"):
+            attempt()
+    file.write_bytes(trained)
+    assert len(Index.open(out)) == 7
     (block,) = out.glob("parts/000001/approximate-*.faiss")
-    block.write_bytes(block.read_bytes()[:-1] + b"x")
-    assert verify_index(out) == [f"{block} is damaged or gone; build the index again"]
-    block.write_bytes(b"")
-    with pytest.raises(IndexFault, match=f"{block}: not an index of FAISS"):
-        Index.open(out).locate(queries)
+    for content in (block.read_bytes()[:-1] + b"x", b""):
+        block.write_bytes(content)
+        assert verify_index(out) == [f"{block} is damaged or gone; build the index again"]
+        with pytest.raises(IndexFault, match=f"{block} is damaged or gone"):
+            Index.open(out).locate(queries)
     with pytest.raises(IndexFault, match="was made with --factory IVF2,Flat, asked for none"):
         build_index(tiny(), listed.part([0, 1, 2, 3]), out)

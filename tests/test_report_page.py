@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,62 +14,17 @@ import pytest
 
 from eval.report.charts import line_chart, map_chart
 from eval.report.page import choose_queries
-from eval.report.predictions import RERANKED, RETRIEVED, SCHEMA
+from eval.report.predictions import RETRIEVED
 from eval.report.stored import read_evaluation
 from eval.report.training_curves import training_curves
 from launch.report_command import main
 from tests.photos import jpeg
+from tests.stored_evaluation import write_evaluation
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 BEFORE = [True, True, False, False, None, True]
 AFTER = [True, False, True, False, None, True]
 OUTCOMES = ["right", "harmed", "rescued", "wrong", "unlabelled", "right"]
-
-
-def write_evaluation(folder: Path, photos: Path, before: list[Any], after: list[Any]) -> Path:
-    """results.json and predictions.parquet of queries whose first candidates are right or wrong as told."""
-    rows = []
-    for query in range(len(before)):
-        for stage, firsts in ((RETRIEVED, before), (RERANKED, after)):
-            for rank in (1, 2, 3):
-                known = firsts[query] is not None
-                is_right = (firsts[query] if rank == 1 else rank == 2) if known else None
-                matches = 40.0 - rank if stage == RERANKED else None
-                image = f"database/{(query + rank) % 5}.jpg"
-                values = (
-                    "town",
-                    stage,
-                    f"queries/q&{query}.jpg",
-                    rank,
-                    image,
-                    0.9 - rank / 10,
-                    matches,
-                    12.0,
-                    is_right,
-                )
-                rows.append(dict(zip(SCHEMA.names, values, strict=True)))
-    table = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata({"root of town": str(photos)})
-    folder.mkdir(parents=True)
-    pq.write_table(table, folder / "predictions.parquet")
-    result = {
-        "name": "town",
-        "protocol": "25 m <of> & each",
-        "layout": "images/test/{database,queries}",
-        "num_queries": 6,
-        "num_database": 5,
-        "recall": {"1": 60.0, "3": 100.0},
-        "recall_interval": {"1": [20.0, 95.0]},
-        "recall_reranked": {"1": 60.0, "3": 100.0},
-        "gain": {"1": [0.0, -20.0, 20.0]},
-        "timings": {"extraction_s_per_image": 0.02, "retrieval_s_per_query": 0.001, "rerank_s_per_query": 0.002},
-        "notes": ["3 files were left out"],
-    }
-    (folder / "results.json").write_text(
-        json.dumps(
-            {"model": "runs/x", "results": [result], "made": {"by": "rerankvpr eval <x>", "curves": "http://host/?a&b"}}
-        )
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +82,8 @@ def test_two_evaluations_are_set_against_each_other(photos: Path, tmp_path: Path
     [
         ("no results", "holds no results.json; `rerankvpr eval"),
         ("no json", "results.json: not results of rerankvpr eval"),
+        ("no number", "results.json: not results of rerankvpr eval .*recall_interval"),
+        ("no name", "predictions.parquet: not predictions of rerankvpr eval .*rows without"),
         ("no parquet", "predictions.parquet"),
         ("other parquet", "predictions.parquet: not predictions of rerankvpr eval"),
     ],
@@ -137,6 +93,14 @@ def test_what_is_no_evaluation_is_one_line(damage: str, message: str, photos: Pa
     match damage:
         case "no results":
             (folder / "results.json").unlink()
+        case "no number":
+            content = json.loads((folder / "results.json").read_text())
+            content["results"][0]["recall_interval"] = {"1": ["low", "high"]}
+            (folder / "results.json").write_text(json.dumps(content))
+        case "no name":
+            table = pq.read_table(folder / "predictions.parquet")
+            unnamed = pa.nulls(len(table), pa.string())
+            pq.write_table(table.set_column(2, "query", unnamed), folder / "predictions.parquet")
         case "no json":
             (folder / "results.json").write_text("[]")
         case "no parquet":

@@ -99,11 +99,19 @@ def png(width: int, height: int) -> bytes:
     return data.getvalue()
 
 
+def avif_without_its_item() -> bytes:
+    """Pillow raises RuntimeError where it reads this one's size."""
+    data = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(data, "AVIF")
+    return data.getvalue().replace(b"pitm", b"pitx")
+
+
 @pytest.mark.parametrize(
     ("data", "status", "words"),
     [
         (b"hello", 422, "not a readable image (its bytes are of no image format that is read"),
         (b"", 422, "empty file"),
+        (avif_without_its_item(), 422, "not a readable image"),
         (png(1001, 1000), 413, "1001 x 1000 pixels; at most 1 megapixels here"),
         (os.urandom(600_000), 413, "at most 0.5 MB"),
     ],

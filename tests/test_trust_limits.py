@@ -77,10 +77,15 @@ def test_a_rank_that_was_killed_says_by_what() -> None:
 
 # /dev/shm
 
+NONE, FULL, SMALL = "none", "full", "small"
+SHM = {NONE: ("ro", 0), FULL: ("size=1m", 2 << 20), SMALL: ("size=1m", 0)}  # how it is mounted, bytes written to it
 
-def with_shm(options: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command whose /dev/shm is another one; skips the test where that cannot be made."""
-    script = f'mount -t tmpfs -o {options} tmpfs /dev/shm && {{ head -c 9999 /dev/zero > /dev/shm/x; exec "$@"; }}'
+
+def with_shm(kind: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command whose /dev/shm is one of `SHM`; skips the test where that cannot be made."""
+    options, taken = SHM[kind]
+    fill = f"head -c {taken} /dev/zero > /dev/shm/x" if taken else ":"
+    script = f'mount -t tmpfs -o {options} tmpfs /dev/shm && {{ {fill}; exec "$@"; }}'
     try:
         probe = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=False)
     except FileNotFoundError:
@@ -96,12 +101,9 @@ def with_shm(options: str, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-NONE, FULL = "ro", "size=4k"
-
-
-@pytest.mark.parametrize("options", [NONE, FULL])
-def test_ranks_start_cold_where_processes_share_no_locks(options: str) -> None:
-    done = with_shm(options, "-c", "from launch import fork_server; print(fork_server.unavailable())")
+@pytest.mark.parametrize("kind", [NONE, FULL])
+def test_ranks_start_cold_where_processes_share_no_locks(kind: str) -> None:
+    done = with_shm(kind, "-c", "from launch import fork_server; print(fork_server.unavailable())")
     assert re.fullmatch(r"/dev/shm, where processes share locks, cannot be used \(.+\)\n", done.stdout), done
 
 

@@ -58,7 +58,9 @@ class RerankConfig(Section):
         description="translation: only the matches that agree on one shift of the patch grid score, for a higher "
         "recall; none: all (as RerankVPR's code).",
     )
-    geometry_cells: NonNegative = Field(1, description="Patches by which a match may miss the common shift.")
+    geometry_cells: Annotated[int, Field(ge=0, le=1000)] = Field(
+        1, description="Patches by which a match may miss the common shift."
+    )
     global_weight: Annotated[float, Field(ge=0)] = Field(
         0.25,
         description="Weight of the global cosine added to score / query's patches; 0, the rule of RerankVPR's code, "

@@ -14,7 +14,7 @@ from configs.secrets import without_secrets
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters and more: C:/ is a disk
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 ANY_NAME = {"any_name": True}  # pydantic's context where names of plug-ins that were not run must pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from configs.reading import reading
 from eval.approximate import Trained, check_strings, search_index, set_params, train_index
 from eval.exact_scores import best
 from eval.features import StoredFeatures, digest
-from eval.index.manifest import IndexFault, part_folder
+from eval.index.manifest import FILE, IndexFault, Part, part_folder
 from eval.search_device import Find, on_gpu
 from eval.train_index import sample_of
 
 BLOCK_IMAGES = 1 << 20
+DIGEST_THREADS = 8
 SHORTLIST = 300  # of what a block finds, scored exactly
 SETTING = "--factory"
 
@@ -41,30 +43,36 @@ def block_bounds(count: int, size: int = BLOCK_IMAGES) -> list[tuple[int, int]]:
     return [(first, min(count, first + size)) for first in range(0, count, size)]
 
 
-def train_once(folder: Path, factory: str, params: str, features: StoredFeatures) -> tuple[Trained, str]:
+def train_once(
+    folder: Path, factory: str, params: str, features: StoredFeatures, sha256: str = ""
+) -> tuple[Trained, str]:
     """The trained index in `folder` and its SHA-256, made by rank 0 where it is not there; every rank calls this.
 
-    Raises ValueError naming the factory string that FAISS does not know or has too few photographs to train.
+    `sha256` is that of an index that has been trained before. Raises ValueError naming the factory string that FAISS
+    does not know or has too few photographs to train, IndexFault naming a trained file that is damaged.
     """
     check_strings(factory, params, SETTING)
 
     def train() -> str:
         file = trained_path(folder, factory)
-        if not file.is_file():
+        if sha256:
+            _check([(file, sha256)])
+        elif not file.is_file():
             trained = train_index(factory, params, sample_of(factory, features, SETTING), SETTING)
             with replacing(file, durable=True) as partial:
                 faiss.write_index(trained.index, str(partial))
         return file_sha256(file)
 
-    sha256 = from_rank_0(train)
+    found = from_rank_0(train)
     with on_all_ranks():
         trained = Trained(_read(trained_path(folder, factory), mapped=False), params, f"{SETTING} {factory!r}")
-    return trained, sha256
+    return trained, found
 
 
-def check_params(folder: Path, factory: str, params: str) -> None:
-    """Raises ValueError for parameters that the trained index in `folder` does not have."""
+def check_params(folder: Path, factory: str, params: str, sha256: str) -> None:
+    """Raises ValueError for parameters that the trained index in `folder` does not have, or if that is damaged."""
     check_strings(factory, params, SETTING)
+    _check([(trained_path(folder, factory), sha256)])
     set_params(_read(trained_path(folder, factory), mapped=False), params, f"{SETTING} {factory!r}")
 
 
@@ -98,18 +106,27 @@ class Block:
     find: Find
 
 
-def open_blocks(folder: Path, parts: Sequence[str], counts: Sequence[int], factory: str, params: str) -> list[Block]:
-    """All blocks of an index, mapped. Raises IndexFault naming a file that is absent or damaged."""
+def open_blocks(folder: Path, names: Sequence[str], parts: Sequence[Part], factory: str, params: str) -> list[Block]:
+    """All blocks of an index, mapped. Raises IndexFault naming a file that is absent or damaged.
+
+    Each is held against its digest first: FAISS would search a damaged one without a word, or crash on it.
+    """
+    with reading(folder / FILE, "the description of an index", IndexFault):
+        check_strings(factory, params, SETTING)
+    files = [block_files(part_folder(folder, name), factory, part) for name, part in zip(names, parts, strict=True)]
+    _check([file for of_part in files for file in of_part])
     blocks, before = [], 0
-    for name, count in zip(parts, counts, strict=True):
-        for number, (first, stop) in enumerate(block_bounds(count)):
-            file = block_path(part_folder(folder, name), factory, number)
+    for name, part, of_part in zip(names, parts, files, strict=True):
+        bounds = block_bounds(part.images)
+        if len(bounds) != len(of_part):
+            raise IndexFault(f"{part_folder(folder, name)}: {len(of_part)} digests of {len(bounds)} blocks")
+        for (first, stop), (file, _) in zip(bounds, of_part, strict=True):
             index = _read(file)
             if index.ntotal != stop - first:
                 raise IndexFault(f"{file}: {index.ntotal} photographs, expected {stop - first}")
             set_params(index, params, str(file))
             blocks.append(Block(before + first, stop - first, on_gpu(index, file.stat().st_size, index.search)))
-        before += count
+        before += part.images
     return blocks
 
 
@@ -132,9 +149,29 @@ def search_stored(
     return scores_Qk, ids_Qk
 
 
+def damaged(files: Sequence[tuple[Path, str]]) -> list[str]:
+    """A line for each file that does not have the SHA-256 given with it."""
+
+    def is_whole(one: tuple[Path, str]) -> bool:
+        return one[0].is_file() and file_sha256(one[0]) == one[1]
+
+    with ThreadPoolExecutor(DIGEST_THREADS) as threads:
+        whole = list(threads.map(is_whole, files))
+    lost = [file for (file, _), is_so in zip(files, whole, strict=True) if not is_so]
+    return [f"{file} is damaged or gone; build the index again" for file in lost]
+
+
+def block_files(here: Path, factory: str, part: Part) -> list[tuple[Path, str]]:
+    """The files of the blocks of a part, with their SHA-256."""
+    return [(block_path(here, factory, number), sha256) for number, sha256 in enumerate(part.approximate)]
+
+
+def _check(files: Sequence[tuple[Path, str]]) -> None:
+    if lines := damaged(files):
+        raise IndexFault(lines[0])
+
+
 def _read(file: Path, *, mapped: bool = True) -> faiss.Index:
     """An index of FAISS, its inverted lists in the file (`mapped`) or in memory. Raises IndexFault naming the file."""
     with reading(file, "an index of FAISS", IndexFault):
-        if not file.is_file():
-            raise ValueError("it is not there")
         return faiss.read_index(str(file), faiss.IO_FLAG_MMAP if mapped else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from configs.files import replacing
 from configs.plugins import keep, plugins_of_network
 from configs.progress import OnProgress, untold
 from configs.ranks import from_rank_0, on_all_ranks
+from configs.reading import reading
 from configs.schema import EvalConfig
 from configs.tensors import save_tensors
 from eval.describer import Describer
 from eval.evaluate import STORED_AS, precision_of
-from eval.features import FeatureError, StoredFeatures, digest, open_folder, weights_digest
+from eval.features import INDEX, FeatureError, StoredFeatures, digest, open_folder, weights_digest
 from eval.index.approximate_files import check_params, fill, remove_other_kinds, train_once
 from eval.index.encoding import ALL, Share, encode_shards, write_table
 from eval.index.images import read_images
@@ -180,7 +182,7 @@ def _with_params(folder: Path, manifest: Manifest, params: str) -> Manifest:
     asked = manifest.approximate
     if asked is None or asked["params"] == params:
         return manifest
-    check_params(folder, asked["factory"], params)
+    check_params(folder, asked["factory"], params, asked["sha256"])
     changed = replace(manifest, approximate={**asked, "params": params})
     write_manifest(folder, changed)
     return changed
@@ -200,9 +202,9 @@ def _check_same(folder: Path, manifest: Manifest, weights: str, settings: dict[s
 
 
 def _key_of_part(folder: Path, name: str) -> str:
-    import json
-
-    return str(json.loads((part_folder(folder, name) / "index.json").read_text())["key"])
+    file = part_folder(folder, name) / INDEX
+    with reading(file, "the description of features", IndexFault):
+        return str(json.loads(file.read_text())["key"])
 
 
 def _new_ones(folder: Path, manifest: Manifest, photos: PhotoList) -> list[int]:
@@ -247,7 +249,7 @@ def _grow(
         with on_all_ranks():
             if dist.get_rank() == 0 and not manifest.parts:
                 remove_other_kinds(folder, here, asked["factory"])
-        trained, sha256 = train_once(folder, asked["factory"], asked["params"], features)
+        trained, sha256 = train_once(folder, asked["factory"], asked["params"], features, asked["sha256"])
         part = replace(part, approximate=fill(here, asked["factory"], trained, features))
         manifest = replace(manifest, approximate={**asked, "sha256": sha256})
     with on_all_ranks():

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from configs.reading import reason
-from configs.schema import EvalConfig, ModelConfig
+from configs.reading import reading, reason
+from configs.schema import EvalConfig
 from data_pipeline.images import UnreadableImageError
 from eval.describer import Describer
 from eval.encode import encode, image_batches, pixels, shard_of
@@ -25,17 +25,20 @@ from eval.index.images import Images, read_images
 from eval.index.images import joined as joined_images
 from eval.index.location import Candidate, Found, Location, nothing_found, stacked
 from eval.index.manifest import (
+    FILE,
     NETWORK,
     IndexFault,
     Manifest,
     Part,
     check_plugins,
+    model_of,
     part_folder,
     read_manifest,
     read_part,
 )
 from eval.index.sequence import smooth
 from eval.index.verdict import confidence
+from eval.local_features import facet_reader
 from eval.rerank import fuse, patch_counts, patch_mass, rerank, score_here
 from eval.search import Rows, search_blocks
 from model.lora import merge_lora
@@ -66,6 +69,8 @@ class Index:
         self.device = device or (network.device if network else _device())
         self._network = network
         self.parts: list[Part] = [read_part(folder, name) for name in manifest.parts]
+        if (counted := sum(part.images for part in self.parts)) != manifest.images:
+            raise IndexFault(f"{folder / FILE}: {manifest.images} photographs, but {counted} in its parts")
 
     @classmethod
     def open(
@@ -96,7 +101,7 @@ class Index:
         return self.manifest.images
 
     def __repr__(self) -> str:
-        return f"Index({str(self.folder)!r}, {len(self):,} photographs, {self.manifest.network['backbone']})"
+        return f"Index({str(self.folder)!r}, {len(self):,} photographs, {self.manifest.model().backbone})"
 
     def refresh(self) -> Index:
         """The index as it is by now: this one if it has not grown, else another one with the same network."""
@@ -108,22 +113,28 @@ class Index:
         """The network that the index was made with, in evaluation mode. Raises IndexFault if its file is damaged."""
         if self._network is None:
             self._network = _read_network(self.folder, self.manifest)
+        if self.config.rerank.enabled:
+            with reading(self.folder / FILE, "the settings of an index of this network", IndexFault):
+                facet_reader(self._network, self.config.rerank)
         return self._network.to(self.device).eval()
 
     @cached_property
     def describer(self) -> Describer:
         """The network for use by itself: `describe`, `local`, `match`."""
-        return Describer(self.network, self.config, str(self.folder), ModelConfig.model_validate(self.manifest.network))
+        return Describer(self.network, self.config, str(self.folder), model_of(self.folder, self.manifest))
 
     @cached_property
     def features(self) -> StoredFeatures:
         """Descriptors and local features of all photographs. Raises FeatureError naming a shard that is damaged."""
-        return StoredFeatures.joined(
+        stored = StoredFeatures.joined(
             [
                 StoredFeatures(part_folder(self.folder, name), shard_bounds_of(part.counts))
                 for name, part in zip(self.manifest.parts, self.parts, strict=True)
             ]
         )
+        if self.config.rerank.enabled and not all("codes" in shard for shard in stored.shards):
+            raise IndexFault(f"{self.folder}: re-ranks, by {FILE}, but not all of its shards hold local features")
+        return stored
 
     @cached_property
     def images(self) -> Images:
@@ -271,8 +282,8 @@ class Index:
 
     @cached_property
     def _approximate(self) -> list[Block]:
-        counts, asked = [part.images for part in self.parts], self.manifest.approximate or {}
-        return open_blocks(self.folder, self.manifest.parts, counts, asked["factory"], asked["params"])
+        asked = self.manifest.approximate or {}
+        return open_blocks(self.folder, self.manifest.parts, self.parts, asked["factory"], asked["params"])
 
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.float32] | Rows]]:
         if self._held is not None:
@@ -355,9 +366,11 @@ def _device() -> torch.device:
 def _read_network(folder: Path, manifest: Manifest) -> PlaceModel:
     file = folder / NETWORK
     state = read_tensors(file)
-    model = meta_model(ModelConfig.model_validate(manifest.network))
-    merge_lora(model)  # as the network was when it was stored
-    if state.keys() != model.state_dict().keys():
+    with reading(folder / FILE, "the description of a network", IndexFault):
+        model = meta_model(model_of(folder, manifest))
+        merge_lora(model)  # as the network was when it was stored
+    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    if {key: tensor.shape for key, tensor in state.items()} != expected:
         raise IndexFault(f"{file}: not the network that {folder} describes; build the index again")
     materialise(model, state)
     model.to(DTYPES[manifest.precision])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from configs.explain import explained
 from configs.files import write_whole
 from configs.plugins import note_recorded
 from configs.reading import reading, shown
-from configs.schema import EvalConfig
+from configs.schema import ANY_NAME, EvalConfig, ModelConfig
 
 FORMAT = 1
 FILE = "index.json"
@@ -18,6 +22,11 @@ PART = "part.json"
 NETWORK = "network.safetensors"
 PLUGINS = "plugins"  # folder of copies of the plug-ins that the network is made of
 ENCODED_BY = {"image_size", "resize", "interpolation", "batch_size", "precision", "rerank"}
+APPROXIMATE = {"factory", "params", "sha256"}
+MOST_IMAGES = 10**12
+_AS_WRITTEN = ConfigDict(extra="forbid", strict=True)
+
+Count = Annotated[int, Field(ge=0, le=MOST_IMAGES)]
 
 
 class IndexFault(ValueError):
@@ -28,33 +37,43 @@ class IndexFault(ValueError):
 class Manifest:
     """The parts of an index, in the order of their images, and what all of them were made with."""
 
-    images: int
-    parts: list[str]  # folders under parts/
+    images: Count
+    parts: list[Annotated[str, Field(pattern="^[0-9]{6}$")]]  # folders under parts/
     weights: str  # digest of the network's weights
     network: dict[str, Any]  # the section `model` of its recipe
-    precision: str  # of its weights
+    precision: Literal["fp32", "bf16", "fp16"]  # of its weights
     settings: dict[str, Any]  # of `eval`: those of ENCODED_BY
     approximate: dict[str, str] | None = None  # factory and params of its FAISS index, digest of the trained file
     verdict: dict[str, Any] | None = None  # what `Verdict` was learned
     plugins: dict[str, str] = field(default_factory=dict)  # SHA-256 of each that the network is made of, by name
     format: int = FORMAT
+    __pydantic_config__ = _AS_WRITTEN
 
     def config(self) -> EvalConfig:
         """The settings that photographs are encoded and re-ranked by."""
         return EvalConfig.model_validate(self.settings)
+
+    def model(self) -> ModelConfig:
+        """The section `model` of the network's recipe, whose names a plug-in may have to make known."""
+        return ModelConfig.model_validate(self.network, context=ANY_NAME)
 
 
 @dataclass(frozen=True)
 class Part:
     """Photographs that were encoded together: `counts` of each feature shard, their root, what was left out and why."""
 
-    images: int
-    counts: list[int]
+    images: Count
+    counts: list[Count]
     root: str
     in_metres: bool
-    left_out: list[list[str]] = field(default_factory=list)  # name, reason
+    # name, reason
+    left_out: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     approximate: list[str] = field(default_factory=list)  # SHA-256 of each block of the FAISS index
+    __pydantic_config__ = _AS_WRITTEN
+
+
+_MANIFEST, _PART = TypeAdapter(Manifest), TypeAdapter(Part)
 
 
 def settings_of(config: EvalConfig) -> dict[str, Any]:
@@ -76,19 +95,31 @@ def read_manifest(folder: Path) -> Manifest:
         what = "no index in it" if folder.is_dir() else "no such folder"
         raise IndexFault(f"{folder}: {what}; `rerankvpr index build DB --checkpoint C --out {folder}` makes one")
     with reading(file, "the description of an index", IndexFault):
-        content = dict(json.loads(file.read_text(encoding="utf-8")).items())
-        written = content.get("format")
+        text = file.read_text(encoding="utf-8")
+        written = dict(json.loads(text).items()).get("format")
         if type(written) is int and written > FORMAT:
             raise IndexFault(f"{file}: an index of format {written}, this rerankvpr reads {FORMAT}; use a newer one")
-        manifest = Manifest(**content)
-        if written != FORMAT or type(manifest.images) is not int or manifest.images < 0:
-            raise ValueError(f"format {shown(written)}, {shown(manifest.images)} images")
-        if not all(isinstance(name, str) and len(name) == 6 and name.isdecimal() for name in manifest.parts):
-            raise ValueError("a part that is no number of six digits")
-        if not all(isinstance(sha256, str) for sha256 in dict(manifest.plugins).values()):
-            raise ValueError("plug-ins without their digests")
-        manifest.config()
+        with explained():
+            manifest = _MANIFEST.validate_json(text)
+        if written != FORMAT:
+            raise ValueError(f"format {shown(written)}")
+        if manifest.approximate is not None and manifest.approximate.keys() != APPROXIMATE:
+            raise ValueError(f"approximate of {shown(sorted(manifest.approximate))}")
+        if (learned := manifest.verdict) is not None:
+            threshold, sample, apart = (learned[name] for name in ("threshold", "sample", "apart"))
+            if not (math.isfinite(threshold) and type(sample) is int and isinstance(apart, str)):
+                raise ValueError(f"verdict {shown(learned)}")
+        with explained(EvalConfig):
+            manifest.config()
+        with explained(ModelConfig):
+            manifest.model()
     return manifest
+
+
+def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
+    """The section `model` of an index's recipe. Raises IndexFault where it has a name that is not known here."""
+    with reading(folder / FILE, "the description of an index", IndexFault), explained(ModelConfig):
+        return ModelConfig.model_validate(manifest.network)
 
 
 def check_plugins(folder: Path, manifest: Manifest) -> None:
@@ -112,7 +143,8 @@ def read_part(folder: Path, name: str) -> Part:
     """What a part says of itself. Raises IndexFault naming the file."""
     file = part_folder(folder, name) / PART
     with reading(file, "the description of a part of an index", IndexFault):
-        part = Part(**json.loads(file.read_text(encoding="utf-8")))
+        with explained():
+            part = _PART.validate_json(file.read_text(encoding="utf-8"))
         if sum(part.counts) != part.images:
             raise ValueError(f"{part.images} images, {sum(part.counts)} in its shards")
     return part

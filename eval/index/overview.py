@@ -18,7 +18,7 @@ SHOWN = 10
 def overview(folder: Path) -> list[tuple[str, str]]:
     """Pairs of what and how much. Raises IndexFault where there is no index that can be read."""
     manifest = read_manifest(folder)
-    config, parts = manifest.config(), [read_part(folder, name) for name in manifest.parts]
+    config, model, parts = manifest.config(), manifest.model(), [read_part(folder, name) for name in manifest.parts]
     tables = [
         read_images(part_folder(folder, name), part.images, in_metres=part.in_metres)
         for name, part in zip(manifest.parts, parts, strict=True)
@@ -33,7 +33,7 @@ def overview(folder: Path) -> list[tuple[str, str]]:
     per_image = sum(sizes) / max(1, manifest.images)
     lines = [
         ("photographs", f"{manifest.images:,}, of which {located:,} with a position, {dated:,} with a time"),
-        ("network", f"{manifest.network['backbone']} with {manifest.network['aggregator']}, {manifest.precision}"),
+        ("network", f"{model.backbone} with {model.aggregator}, {manifest.precision}"),
         ("weights", manifest.weights),
         ("pixels", pixel_rule(config)),
         ("local features", f"{config.rerank.dtype}, block {config.rerank.layer}" if config.rerank.enabled else "none"),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.files import file_sha256
 from configs.progress import OnProgress, untold
 from eval.features import FeatureError, StoredFeatures
-from eval.index.approximate_files import block_path, trained_path
+from eval.index.approximate_files import block_files, damaged, trained_path
 from eval.index.images import read_images
 from eval.index.index import Index, shard_bounds_of
-from eval.index.manifest import IndexFault, Manifest, Part, part_folder, read_manifest, read_part
+from eval.index.manifest import IndexFault, part_folder, read_manifest, read_part
 from eval.verify_features import verify_features
 
 
@@ -24,28 +23,15 @@ def verify_index(folder: Path, *, on_progress: OnProgress = untold) -> list[str]
             part = read_part(folder, name)
             read_images(here, part.images, in_metres=part.in_metres)
             StoredFeatures(here, shard_bounds_of(part.counts))
-            found += _damaged_blocks(here, manifest, part)
+            found += damaged(block_files(here, (manifest.approximate or {}).get("factory", ""), part))
         except (IndexFault, FeatureError, OSError) as error:
             found.append(str(error))
-        damaged = verify_features(here)
-        found += [line for line in damaged if line not in found]
+        found += [line for line in verify_features(here) if line not in found]
         on_progress(number + 1, len(manifest.parts))
     if (asked := manifest.approximate) is not None:
-        file = trained_path(folder, asked["factory"])
-        if not file.is_file() or file_sha256(file) != asked["sha256"]:
-            found.append(f"{file} is damaged or gone; build the index again")
+        found += damaged([(trained_path(folder, asked["factory"]), asked["sha256"])])
     try:
         Index.open(folder).network  # noqa: B018 - read and held against its digest
     except ValueError as error:
         found.append(str(error))
     return found
-
-
-def _damaged_blocks(here: Path, manifest: Manifest, part: Part) -> list[str]:
-    factory = (manifest.approximate or {}).get("factory", "")
-    files = [(block_path(here, factory, number), sha256) for number, sha256 in enumerate(part.approximate)]
-    return [
-        f"{file} is damaged or gone; build the index again"
-        for file, sha256 in files
-        if not file.is_file() or file_sha256(file) != sha256
-    ]

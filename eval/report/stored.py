@@ -13,11 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
+from configs.explain import explained
 from configs.reading import read_regular, reading
 from eval.report.predictions import RERANKED, RETRIEVED, SCHEMA
 
 RESULTS, PREDICTIONS = "results.json", "predictions.parquet"
+NAMES = ("benchmark", "stage", "query", "image")  # columns that every row has
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,28 @@ class Found:
         )
 
 
+class Figures(BaseModel):
+    """What pages read of the results of a benchmark; by K, which is text in JSON."""
+
+    model_config = ConfigDict(strict=True)
+
+    notes: list[str] = []
+    recall: dict[str, float] | None = None
+    recall_interval: dict[str, list[float]] | None = None
+    recall_reranked: dict[str, float] | None = None
+    reranked_interval: dict[str, list[float]] | None = None
+    gain: dict[str, list[float]] | None = None
+    timings: dict[str, float] | None = None
+    mb_per_image: float = 0.0
+
+    def check(self) -> None:
+        """Raises ValueError for a K that is no number, and for gains without one."""
+        for by_k in (self.recall, self.recall_interval, self.recall_reranked, self.reranked_interval, self.gain):
+            list(map(int, by_k or ()))
+        if not all((self.gain or {}).values()):
+            raise ValueError("a gain of nothing")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation: the model's name, results by benchmark as `Result.as_dict` gives them, what was found."""
@@ -83,11 +108,16 @@ def read_evaluation(folder: Path) -> Evaluation:
     with reading(folder / RESULTS, "results of rerankvpr eval"):
         content = json.loads(read_regular(folder / RESULTS))
         results = {str(one["name"]): dict(one) for one in content["results"]}
+        for one in results.values():
+            with explained(Figures):
+                Figures.model_validate(one).check()
         model = str(content["model"])
         facts = {str(key): str(value) for key, value in content.get("made", {}).items()}
     with reading(folder / PREDICTIONS, "predictions of rerankvpr eval"):
         table = pq.read_table(folder / PREDICTIONS)
         metadata = table.schema.metadata or {}
+        if any(table[name].null_count for name in NAMES):
+            raise ValueError(f"rows without {' or '.join(NAMES)}")
         found = found_in(table.select(SCHEMA.names).cast(SCHEMA).replace_schema_metadata(metadata))
     return Evaluation(str(folder), model, results, found, facts)
 
