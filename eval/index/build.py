@@ -31,6 +31,7 @@ from eval.index.manifest import (
     PLUGINS,
     IndexFault,
     Manifest,
+    Precision,
     check_plugins,
     exists,
     part_folder,
@@ -157,9 +158,10 @@ def key_of(model: PlaceModel, config: EvalConfig, photos: PhotoList) -> str:
     return digest(about)
 
 
-def precision_of_weights(model: PlaceModel) -> str:
+def precision_of_weights(model: PlaceModel) -> Precision:
     """fp32, bf16 or fp16."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
+    names: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return names[model.dtype]
 
 
 def write_network(file: Path, model: PlaceModel) -> None:

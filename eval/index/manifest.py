@@ -26,6 +26,7 @@ APPROXIMATE = {"factory", "params", "sha256"}
 MOST_IMAGES = 10**12
 _AS_WRITTEN = ConfigDict(extra="forbid", strict=True)
 
+Precision = Literal["fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(ge=0, le=MOST_IMAGES)]
 
 
@@ -41,7 +42,7 @@ class Manifest:
     parts: list[Annotated[str, Field(pattern="^[0-9]{6}$")]]  # folders under parts/
     weights: str  # digest of the network's weights
     network: dict[str, Any]  # the section `model` of its recipe
-    precision: Literal["fp32", "bf16", "fp16"]  # of its weights
+    precision: Precision  # of its weights
     settings: dict[str, Any]  # of `eval`: those of ENCODED_BY
     approximate: dict[str, str] | None = None  # factory and params of its FAISS index, digest of the trained file
     verdict: dict[str, Any] | None = None  # what `Verdict` was learned
