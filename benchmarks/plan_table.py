@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from configs.schema import Recipe
-from trainer.memory_plan import Sizes
+from trainer.parameter_sizes import Sizes
 from trainer.plan import Assumed, advice, plan, shortfall
 
 BACKBONES = ("vits14", "vitb14", "vitl14", "vitg14")

@@ -12,25 +12,26 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from benchmarks.links import Cluster, StepTime, step_time
+from benchmarks.links import Cluster, StepTime, shortened, step_time
 from benchmarks.memory_scaling import bytes_sent as bytes_of_loss
 from benchmarks.report import print_table, write_json
 from benchmarks.simulated_step import Simulated, simulate
 from configs.schema import Recipe
-from trainer.memory_plan import Sizes, parameter_sizes, plan_memory
+from trainer.memory_plan import plan_memory
+from trainer.parameter_sizes import Sizes, parameter_sizes
 from trainer.sent_bytes import bytes_sent
 
 MIB = 2**20
 # The plan's phases in each section of a step; the end of forward holds what the loss then finds.
 SECTIONS = {
-    **{"forward": ("forward", "loss"), "loss": ("loss",)},
-    **{"backward": ("backward", "reduce"), "update": ("update",)},
+    **{"forward": ("augment", "forward", "loss"), "loss": ("loss",)},
+    **{"backward": ("backward", "bucket", "reduce"), "update": ("update",)},
 }
 HELD = {
     "weights": ("weights", "weights, partitioned", "weights, small ones whole"),
@@ -56,6 +57,8 @@ class Options:
     """Values of engine.encode_chunks; 1 is without gradient cache."""
     backbone: str = "vitb14"
     """Backbone, all blocks of which are trained."""
+    aggregator: str = "cls"
+    """Aggregator: of its descriptors' length depends what the loss sends."""
     places: int = 30
     """Places per GPU, of 4 images each."""
     size: int = 65_536
@@ -83,7 +86,10 @@ def recipe_of(options: Options, setting: Setting) -> Recipe:
                 **{"shards": "none", "places_per_batch": options.places * ranks, "images_per_place": 4},
                 **{"image_size": options.image_size},
             },
-            "model": {"backbone": options.backbone, "weights": "random", "finetune": "all"},
+            "model": {
+                **{"backbone": options.backbone, "weights": "random", "finetune": "all"},
+                "aggregator": options.aggregator,
+            },
             "memory": {"size": options.size, "placement": placement, "start_epoch": 0},
             "engine": {
                 **{"zero_stage": stage, "precision": options.precision, "encode_chunks": chunks},
@@ -211,7 +217,7 @@ def print_scaling(
 ) -> dict[str, float]:
     """Time of a step on H100s, on paper, and images/s per GPU as a share of those of the fewest GPUs; the shares.
 
-    `with_overlap` are the times of the same steps if engine.overlap is on, which sends the same.
+    `with_overlap` are the times of the same steps with engine.overlap, which sends the same in smaller buckets.
     """
     rows, shares = [], {}
     for setting, time in times.items():
@@ -236,17 +242,37 @@ def print_scaling(
     return shares
 
 
+def print_shortened(counted: dict[Setting, Simulated], times: dict[Setting, StepTime]) -> dict[str, float]:
+    """What the gather of descriptors and its way back would take otherwise, on paper; milliseconds by name.
+
+    It is the same at each stage, placement and number of chunks.
+    """
+    rows: list[list[str]] = []
+    figures: dict[str, float] = {}
+    first = {one[0]: one for one in reversed(counted)}
+    for ranks, setting in sorted(first.items()):
+        found = shortened(counted[setting], Cluster())
+        milliseconds = [f"{1e3 * x:.2f}" for x in (times[setting].total, *found.values())]
+        rows.append([f"{ranks:,}", *milliseconds])
+        figures |= {f"{ranks}/gather_ms/{name}": 1e3 * seconds for name, seconds in found.items()}
+    title = "descriptors gathered and their gradients scattered, ms of a step on paper: as it is, and as it could be"
+    print_table(title, ["GPUs", "step, ms", "as it is", "in two levels", "16 bits out", "both"], rows)
+    return figures
+
+
 def main(options: Options) -> dict[str, float]:
     """Counts, prints the tables and returns the figures."""
     order = itertools.product(options.zero_stages, options.placements, options.chunks, sorted(options.gpus))
     settings: list[Setting] = [(ranks, stage, placement, chunks) for stage, placement, chunks, ranks in order]
     recipes = {setting: recipe_of(options, setting) for setting in settings}
     counted = simulate_all(recipes)
+    also = {one: recipe_of(replace(options, overlap=True), one) for one in settings if one[1] in (1, 2)}
+    overlapped = counted | ({} if options.overlap else simulate_all(also))
     sizes = parameter_sizes(recipes[settings[0]])
     compared = {setting: compare(recipes[setting], setting[0], sizes, counted[setting]) for setting in settings}
     times, with_overlap = (
-        {one: step_time(counted[one], Cluster(), zero_stage=one[1], overlap=overlap) for one in settings}
-        for overlap in (options.overlap, True)
+        {one: step_time(steps[one], Cluster(), zero_stage=one[1], overlap=overlap) for one in settings}
+        for steps, overlap in ((counted, options.overlap), (overlapped, True))
     )
     if options.collectives:
         for setting in settings:
@@ -254,7 +280,7 @@ def main(options: Options) -> dict[str, float]:
     print_bytes(compared)
     print_memory(compared)
     shares = print_scaling(times, with_overlap, 4 * options.places)
-    figures = {f"{name}/weak_scaling": share for name, share in shares.items()}
+    figures = {f"{name}/weak_scaling": share for name, share in shares.items()} | print_shortened(counted, times)
     for setting, one in compared.items():
         name = "/".join(map(str, setting))
         for what, pairs in (("sent", one.sent), ("memory", one.memory)):

@@ -38,6 +38,7 @@ from trainer.state import Progress, TrainingState
 
 PARTS = ("data wait", "forward", "wait for ranks", "gather + loss + queue", "backward", "optimizer")
 NETWORK = ("forward", "backward", "optimizer")
+OF_OVERLAP = ("step_s", "step_s_with_overlap", "ratio", "ratio_least", "ratio_most")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class Options:
     """engine.precision."""
     host: bool = False
     """The host's own milliseconds of a step instead: tiny14, 60 images of one patch, ZeRO 1, one thread."""
+    overlap: bool = False
+    """What engine.overlap does instead: two ranks, all blocks trained, steps with it and without in turns."""
+    overlap_buckets: int = 8
+    """Buckets of gradients in a step of that comparison."""
+    image_size: int = 224
+    """Side in pixels of that comparison."""
     json: Path | None = None
     """File for the figures."""
     worker: str = ""
@@ -165,11 +172,37 @@ def measured(world: int, options: Options) -> dict[str, float]:
         return figures_of(command, f"the run on {world} rank(s)", {**os.environ, "OMP_NUM_THREADS": threads})
 
 
+def compare_overlap(options: Options) -> dict[str, float]:
+    """Prints a step with engine.overlap beside one without, at ZeRO 1 and 2; returns the figures."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "benchmarks.overlap", "--backbone", options.backbone, "--places", str(options.places)]
+    command += ["--side", str(options.image_size), "--steps", str(options.steps)]
+    command += ["--buckets", str(options.overlap_buckets)]
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    figures = figures_of(command, "the run on 2 ranks", {**os.environ, "OMP_NUM_THREADS": threads})
+    rows = []
+    for stage in (1, 2):
+        seconds, overlapped, *ratios = (figures[f"zero_{stage}/{name}"] for name in OF_OVERLAP)
+        reduces = [figures[f"zero_{stage}/{name}"] for name in ("all_reduces", "all_reduces_with_overlap")]
+        row = [str(stage), ", ".join(f"{x:.0f}" for x in reduces), f"{seconds:.3f}", f"{overlapped:.3f}"]
+        rows.append([*row, "{:.3f} ({:.3f} to {:.3f})".format(*ratios)])
+    title = (
+        f"seconds of a step without engine.overlap and with it, {options.steps} of each in turns: {options.backbone}, "
+        f"{options.image_size} px, all blocks, {options.places} places x 4, two ranks"
+    )
+    columns = ["ZeRO", "all-reduces, without and with", "without", "with", "with / without"]
+    print_table(title, columns, rows)
+    return figures
+
+
 def main() -> None:
     """Prints the split of a step at each world size."""
     options = tyro.cli(Options)
     if options.worker:
         on_a_rank(options)
+        return
+    if options.overlap:
+        write_json(options.json, compare_overlap(options))
         return
     if options.host:
         figures = figures_of([sys.executable, "-m", "benchmarks.host"], "the run")

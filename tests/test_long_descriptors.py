@@ -27,7 +27,8 @@ from tests.photos import write_noise_benchmark
 from tests.test_plugin_records import forget
 from trainer.export import export_network
 from trainer.logged_model import save_pyfunc
-from trainer.memory_plan import parameter_sizes, plan_memory
+from trainer.memory_plan import plan_memory
+from trainer.parameter_sizes import parameter_sizes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_process")]
 

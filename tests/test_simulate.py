@@ -22,7 +22,7 @@ from tests import forked, pretend_step
 from tests.pretend_step import steps_on_cpu
 from tests.ranks import GROUPS, run_check
 from trainer.engine import LIVE
-from trainer.memory_plan import parameter_sizes
+from trainer.parameter_sizes import parameter_sizes
 
 RANKS = 4
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {

@@ -22,7 +22,8 @@ from trainer.engine import LIVE
 from trainer.engine_state import keepers
 from trainer.feeding import stream_line
 from trainer.flops import forward_flops, model_flops, peak_tflops, step_flops
-from trainer.memory_plan import parameter_sizes, plan_memory
+from trainer.memory_plan import blocks_behind_first_bucket, plan_memory
+from trainer.parameter_sizes import parameter_sizes
 from trainer.plan import Assumed, advice, plan, shortfall, summary_lines
 from trainer.sent_bytes import bytes_sent
 
@@ -178,6 +179,42 @@ def test_more_ranks_and_checkpointing_never_need_more(engine: dict[str, Any], on
 
 
 SIZES_OF_VITS = parameter_sizes(recipe())
+
+
+def test_a_bucket_that_is_sent_while_backward_runs_finds_fewer_activations() -> None:
+    """A bucket takes 50 million elements: all of ViT-S, seven blocks of ViT-B, one of ViT-g and a part of the next.
+
+    With overlap 16 million: two of ViT-B.
+    """
+
+    def planned(name: str, **engine: Any) -> tuple[int | None, dict[str, float]]:
+        data = {"shards": "none", "places_per_batch": 8 * 30}
+        config = recipe(model={"backbone": name, "finetune": "all"}, engine={"precision": "bf16", **engine}, data=data)
+        sizes = SIZES_OF_ALL[name]
+        phases = plan_memory(config, ranks=8, on_cpu=False, sizes=sizes).phases
+        behind = blocks_behind_first_bucket(config, sizes)
+        return behind, {str(phase): device for phase, (device, _) in phases.items()}
+
+    for engine in ({"zero_stage": 2}, {"zero_stage": 3, "encode_chunks": 4}):
+        blocks, small = planned("vits14", **engine)
+        assert blocks is None
+        assert "bucket" not in small
+        blocks, base = planned("vitb14", **engine)
+        assert blocks == 7
+        assert base["bucket"] < base["backward"]
+    assert "bucket" not in planned("vitb14", zero_stage=1)[1]
+    blocks, base = planned("vitb14", zero_stage=1, overlap=True)
+    assert blocks == 2
+    assert base["bucket"] < base["backward"]
+    blocks, giant = planned("vitg14", zero_stage=3, activation_checkpointing=True)
+    assert blocks == 1
+    assert giant["bucket"] == max(giant.values())  # the copy that is sent takes more than the activations that are gone
+
+
+SIZES_OF_ALL = {
+    name: parameter_sizes(recipe(model={"backbone": name, "finetune": "all"}))
+    for name in ("vits14", "vitb14", "vitg14")
+}
 
 
 def held(config: Recipe, ranks: int, start: str) -> float:

@@ -25,6 +25,7 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 NO_DECAY = ("cls_token", "pos_embed", "reg_token", "agg_token")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by engine.precision
 BUCKET = 50_000_000  # elements reduced or gathered at a time; DeepSpeed's own 5e8 is 2 GB a buffer in fp32
+OVERLAPPED = 16_000_000  # elements of a bucket that is sent beside backward: above ViT-g's largest parameter
 GIVEN_BACK = 1 << 20  # bytes from which ZeRO-3 has glibc return freed memory to the system
 LIVE = 100_000_000  # elements that ZeRO-3 keeps whole on a rank: the largest ViT's block has 28e6
 LARGEST_WEIGHT = 1e19  # the square of 1.9e19 is infinite in fp32
@@ -78,6 +79,14 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, *, fused: bool = False
     return kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=fused or None)
 
 
+def reduce_bucket(engine: EngineConfig) -> int:
+    """Elements of gradients that are added up over ranks at a time.
+
+    Smaller where `overlap` sends them beside backward, which hides all buckets but the last.
+    """
+    return OVERLAPPED if engine.overlap and engine.zero_stage < 3 else BUCKET
+
+
 def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_per_rank: int) -> dict[str, Any]:
     """DeepSpeed's own configuration. Clipping is always explicit: left out, DeepSpeed clips at a norm of 1.
 
@@ -85,7 +94,9 @@ def deepspeed_config(engine: EngineConfig, *, gradient_clipping: float, images_p
     """
     if engine.zero_stage == 0 and engine.precision == "fp32":
         gradient_clipping = 0.0
-    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    zero: dict[str, Any] = {
+        **{"stage": engine.zero_stage, "reduce_bucket_size": reduce_bucket(engine), "allgather_bucket_size": BUCKET},
+    }
     if engine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload == "all":

@@ -1,146 +1,33 @@
 """Memory of a rank by part, from the recipe alone: what `rerankvpr plan` prints and refuses by.
 
 docs/training.md explains each formula. Sizes follow what DeepSpeed 0.19, torch's optimizers and the network's blocks
-really allocate; `benchmarks/giant.py` holds them against measured peaks.
+really allocate; `benchmarks/giant.py` holds them against measured peaks, `benchmarks/simulate.py` against counts.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 from configs.image_size import ImageSize, height_width, num_pixels
 from configs.registry import LOSSES
 from configs.schema import Recipe
 from memory.strategies import is_for_tiles
-from model.lora import in_frozen_precision
-from model.network import PlaceModel, meta_model
 from trainer.activations import block_activations, mlp_widths
 from trainer.aggregator_cost import aggregator_cost
-from trainer.engine import BUCKET, DTYPES, GIVEN_BACK, LIVE, parameter_groups
+from trainer.engine import BUCKET, DTYPES, GIVEN_BACK, LIVE, reduce_bucket
 from trainer.engine_state import keepers
 from trainer.flops import num_trained_blocks
 from trainer.guided import guided_bytes
 from trainer.hard_cost import chunk_images, composing_bytes
+from trainer.memory_parts import HEAP, MemoryPlan, Part, Phase
+from trainer.parameter_sizes import Sizes, parameter_sizes
 
 GB = 1e9
 FP32 = 4
-KEPT_WHOLE = 100_000  # elements up to which ZeRO-3 leaves a parameter whole on all ranks (DeepSpeed's default)
 REDUCE_ALL = 500_000_000  # elements that DeepSpeed adds up at a time at stage 0
-HEAP = 32 << 20  # bytes of the largest tensor that glibc takes from its heap (DEFAULT_MMAP_THRESHOLD_MAX)
 CPU_PROCESS = 0.74e9  # a rank on a CPU that trains a network of no size: packages, libraries, process group, threads
 GPU_PROCESS = 2.3e9  # CUDA context, cuBLAS and NCCL of a rank, on its GPU; an estimate, not measured here
-FRAGMENTED = 1.05  # what torch's allocator takes of a GPU for a byte that is asked for; an estimate as well
 FAISS_SCRATCH = 256 << 20  # of a search on a GPU, which goes to the CPU where the index does not fit beside it
-
-# "backward" is its begin, when all activations are there and no gradient yet; "reduce" its end, the other way round.
-Phase = Literal["always", "compose", "build", "forward", "loss", "backward", "reduce", "update", "save", "evaluate"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes that one part takes on the device and on the host, and when."""
-
-    name: str
-    device: float
-    host: float = 0.0
-    phases: tuple[Phase, ...] = ("always",)
-    tensor: float = math.inf  # bytes of its largest tensor
-
-    def in_heap(self, largest: int) -> bool:
-        """Whether glibc takes it from its heap on a CPU, where it stays resident after it has been freed.
-
-        `largest` is the number of bytes up to which it does.
-        """
-        return self.tensor <= largest and not {"always", "save"} & set(self.phases)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Elements of a network's parameters, as the plan needs them."""
-
-    trained: int
-    frozen: int
-    kept_whole: int  # in parameters small enough for ZeRO-3 to leave them whole, trained ones
-    kept_whole_frozen: int
-    largest_group: int  # of the optimizer's parameter groups
-    largest: int  # of the trained parameters
-    by_parameter: tuple[tuple[int, bool], ...]  # elements and whether trained, in the model's order
-    descriptor: int  # numbers of a global descriptor
-    frozen_narrow: int  # of the frozen elements, those that model.frozen_precision is for
-
-    @property
-    def total(self) -> int:
-        """All elements."""
-        return self.trained + self.frozen
-
-
-def parameter_sizes(recipe: Recipe, model: PlaceModel | None = None) -> Sizes:
-    """Counts the parameters of a recipe's network, built without memory."""
-    model = model or meta_model(recipe.model)
-    every = tuple((parameter.numel(), parameter.requires_grad) for parameter in model.parameters())
-    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, recipe.optim)]
-
-    def count(trained: bool, at_most: float = math.inf) -> int:
-        return sum(numel for numel, trains in every if trains == trained and numel <= at_most)
-
-    return Sizes(
-        trained=count(True),
-        frozen=count(False),
-        kept_whole=count(True, KEPT_WHOLE),
-        kept_whole_frozen=count(False, KEPT_WHOLE),
-        largest_group=max(groups),
-        largest=max(numel for numel, trains in every if trains),
-        by_parameter=every,
-        descriptor=model.descriptor_size,
-        frozen_narrow=sum(
-            parameter.numel()
-            for name, parameter in model.backbone.named_parameters()
-            if not parameter.requires_grad and in_frozen_precision(model.backbone, name)
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """A rank's memory: parts, and the greatest sums of those that are held together, in bytes."""
-
-    parts: tuple[Part, ...]
-    on_cpu: bool  # ranks on a CPU have one memory, which the host's part is in
-    heap: int = HEAP  # bytes of the largest tensor that is in glibc's heap
-
-    @property
-    def phases(self) -> dict[Phase, tuple[float, float]]:
-        """Bytes on device and host in each phase of a training.
-
-        On a CPU small tensors come from glibc's heap, which keeps what it has held at most, and large ones go back to
-        the system as soon as they are freed. On a GPU the gaps between tensors of torch's allocator are added.
-        """
-        names: set[Phase] = {phase for part in self.parts for phase in part.phases} - {"always"}
-        held = {name: [part for part in self.parts if {name, "always"} & set(part.phases)] for name in names}
-        if self.on_cpu:
-            heap = max(
-                sum(part.device + part.host for part in parts if part.in_heap(self.heap)) for parts in held.values()
-            )
-            held = {name: [part for part in parts if not part.in_heap(self.heap)] for name, parts in held.items()}
-        else:
-            heap = 0.0
-        gaps = 1.0 if self.on_cpu else FRAGMENTED
-        return {
-            name: (heap + gaps * sum(part.device for part in parts), sum(part.host for part in parts))
-            for name, parts in held.items()
-        }
-
-    @property
-    def device_peak(self) -> float:
-        """Most bytes on the device; on a CPU, of the process."""
-        return max(device + (host if self.on_cpu else 0) for device, host in self.phases.values())
-
-    @property
-    def host_peak(self) -> float:
-        """Most bytes of host memory beside the process's own; 0 on a CPU, where `device_peak` has them."""
-        return 0.0 if self.on_cpu else max(host for _, host in self.phases.values())
 
 
 def plan_memory(
@@ -162,9 +49,9 @@ def plan_memory(
     parts = [
         Part("process", CPU_PROCESS if on_cpu else GPU_PROCESS),
         *_engine_parts(recipe, sizes, ranks, on_cpu),
-        *_activation_parts(recipe, ranks),
-        *_memory_parts(recipe, sizes.descriptor, ranks),
-        Part("guided loss", guided_bytes(recipe, ranks), phases=("loss", "backward")),
+        *_activation_parts(recipe, sizes, ranks),
+        *_memory_parts(recipe, sizes, ranks),
+        Part("guided loss", guided_bytes(recipe, ranks), phases=("loss", *running_back(recipe, sizes))),
         *_data_parts(recipe, ranks, on_cpu, shard_bytes),
         _checkpoint_part(recipe, sizes, ranks, saves_between_steps),
         *_hard_parts(recipe, sizes, hard_candidates),
@@ -192,6 +79,21 @@ def sends_wide(recipe: Recipe) -> bool:
     return recipe.engine.precision != "fp32" and recipe.engine.reduce_precision == "fp32"
 
 
+def sends_beside_backward(recipe: Recipe) -> bool:
+    """Whether a bucket of gradients is sent as soon as it is full, and not when backward has ended."""
+    return recipe.engine.zero_stage >= 2 or recipe.engine.overlap
+
+
+def blocks_behind_first_bucket(recipe: Recipe, sizes: Sizes) -> int | None:
+    """Blocks that backward has left behind when the first bucket is full and sent; None if all are sent after it."""
+    return sizes.blocks_behind(reduce_bucket(recipe.engine)) if sends_beside_backward(recipe) else None
+
+
+def running_back(recipe: Recipe, sizes: Sizes) -> tuple[Phase, ...]:
+    """The moments of backward before its end."""
+    return ("backward",) if blocks_behind_first_bucket(recipe, sizes) is None else ("backward", "bucket")
+
+
 def images_at_once(recipe: Recipe, ranks: int) -> int:
     """Images whose activations a rank holds at a time."""
     images = recipe.data.places_per_batch * recipe.data.images_per_place // ranks
@@ -201,15 +103,16 @@ def images_at_once(recipe: Recipe, ranks: int) -> int:
 def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> list[Part]:
     """Weights, gradients, optimizer and buffers, by stage and offload."""
     engine, trained = recipe.engine, sizes.trained
-    stage, offloads = engine.zero_stage, engine.offload != "none"
+    stage, offloads, chunks = engine.zero_stage, engine.offload != "none", engine.encode_chunks
     each, each_frozen = element_bytes(recipe)
     half = each < FP32
     moments = {"adamw": 2, "adam": 2, "sgd": 1 if recipe.optim.beta1 else 0}[recipe.optim.name]
     share = 1 / ranks if stage else 1.0
     # A bucket on a GPU is taken whole; on a CPU only what is written to it takes memory.
-    bucket = (min(BUCKET, trained) if on_cpu else BUCKET) * each * (2 if engine.overlap and stage < 3 else 1)
+    elements = reduce_bucket(engine)
+    bucket = (min(elements, trained) if on_cpu else elements) * each * (2 if engine.overlap and stage < 3 else 1)
     sent = each + FP32 if sends_wide(recipe) else each  # bytes of an element of the copies that are sent
-    flattened = min(BUCKET, trained) * sent
+    flattened = min(elements, trained) * sent
     # One flat group is updated at a time. torch's Adam makes its denominator in two steps on a CPU, and nothing on a
     # GPU, where it is fused; SGD adds weight decay to a copy of the gradients.
     group = (sizes.largest if on_cpu and not stage and not half else sizes.largest_group * share) * FP32
@@ -219,39 +122,50 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
     flat = group * each / FP32
     stepping = max(group + (flat if half else 0), group + temporaries - (flat if stage < 3 else 0))
 
+    back = running_back(recipe, sizes)
+    sending: tuple[Phase, ...] = (*back[1:], "reduce")
     # Gradients of one chunk grow while its activations are freed; of earlier chunks they are all there, to the end.
-    chunked: tuple[Phase, ...] = ("backward", "reduce", "update")
-    while_they_grow = chunked if engine.encode_chunks > 1 else chunked[1:2]
+    while_they_grow: tuple[Phase, ...] = (*back, "reduce", "update") if chunks > 1 else ("reduce",)
 
     def placed(name: str, num_bytes: float, host: bool, *phases: Phase, tensor: float = math.inf) -> Part:
         return Part(name, 0.0 if host else num_bytes, num_bytes if host else 0.0, phases or ("always",), tensor)
 
     if stage == 3:
-        full: Phase = "backward" if trained > BUCKET else "reduce"  # when the first bucket is
         wide = FP32 / each if sends_wide(recipe) else 1.0  # a bucket is of the type that is sent
         partitioned = (trained * each + frozen_bytes(recipe, sizes)) / ranks
         whole = sizes.kept_whole * each + sizes.kept_whole_frozen * each_frozen
         # Autograd's reference to a weight that gradients go through keeps it whole from forward to backward, though
         # ZeRO-3 lets it go: a trained one, or all of a block with LoRA.
-        passed = sizes.total * num_trained_blocks(recipe.model) // recipe.model.spec.depth
+        blocks = num_trained_blocks(recipe.model)
+        passed = sizes.total * blocks // recipe.model.spec.depth
         kept = 0 if engine.activation_checkpointing else passed if recipe.model.finetune == "lora" else trained
-        gathered = min(sizes.total, LIVE + BUCKET + kept) * max(each, each_frozen)
+        left = 1 - min(blocks_behind_first_bucket(recipe, sizes) or 0, blocks) / max(blocks, 1)
+        gathered, still_gathered, let_go = (
+            min(sizes.total, LIVE + BUCKET + most) * max(each, each_frozen) for most in (kept, kept * left, 0)
+        )
         if ranks == 1 and (on_cpu or engine.offload != "all"):
-            gathered = 0  # one rank uses its only part as it is
+            gathered = still_gathered = let_go = 0  # one rank uses its only part as it is
         # In fp32 the optimizer works on the weights themselves, unless they must be on the host.
         masters = FP32 if half or offloads else 0
         composes: tuple[Phase, ...] = ("compose",) if recipe.data.hard_share else ()
-        return [
+        # Encoded in chunks, without autograd, forward leaves no weight behind, and holds most while some are on their
+        # way; else at its end, when all have come.
+        while_forward = gathered if chunks == 1 else let_go + min(BUCKET, sizes.total) * each * bool(gathered)
+        parts = [
             placed("weights, partitioned", partitioned, engine.offload == "all"),
             placed("weights, small ones whole", whole, False),
             placed("weights, as built", trained / ranks * FP32, False, "build", tensor=sizes.largest / ranks * FP32),
-            placed("weights, gathered", gathered, False, *composes, "forward", "loss", "backward"),
+            placed("weights, gathered to encode", while_forward, False, *composes, "forward"),
+            placed("weights, gathered", gathered, False, *(("loss",) if chunks == 1 else ()), "backward"),
             placed("gradients", trained / ranks * (each + (FP32 if offloads else 0)), offloads),
             placed("optimizer", trained / ranks * (masters + FP32 * moments), offloads),
             placed("optimizer, while it steps", temporaries if offloads else stepping, offloads, "update"),
             placed("reduce bucket", bucket * wide, False),
-            placed("reduce bucket, as sent", min(BUCKET, trained) * each * wide * (1 + 1 / ranks), False, full),
+            placed("reduce bucket, as sent", min(elements, trained) * each * wide * (1 + 1 / ranks), False, *sending),
         ]
+        if "bucket" in back:
+            parts.append(placed("weights, still gathered", still_gathered, False, "bucket"))
+        return parts
     weights = trained * each + frozen_bytes(recipe, sizes)
     if stage == 0:
         masters = FP32 if half else 0
@@ -262,18 +176,17 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
             placed("optimizer", trained * (masters + FP32 * moments), False),
             placed("optimizer, while it steps", temporaries + trained * masters, False, "update"),
         ]
-    # Stage 1 keeps all gradients until backward is done; stage 2 sends each bucket as it fills, and keeps its own part.
-    own = trained / ranks * each
-    reduces: tuple[Phase, ...] = ("reduce",) if stage == 1 else ("backward", "reduce")
-    buffers: tuple[Phase, ...] = reduces if on_cpu else ("backward", "reduce")
+    buffers: tuple[Phase, ...] = sending if on_cpu else (*back, "reduce")
     parts = [
         placed("weights", weights, False),
         placed("weights, as built", trained * FP32, False, "build", tensor=sizes.largest * FP32),
         placed("optimizer", trained / ranks * (FP32 + FP32 * moments), offloads),
         placed("reduce bucket", bucket, False, *buffers),
-        placed("reduce bucket, as sent", flattened, False, *reduces),
+        placed("reduce bucket, as sent", flattened, False, *sending),
     ]
-    if stage == 1:
+    # Stage 1 keeps all gradients until backward is done, but for those that overlap moves into buckets; stage 2 sends
+    # each bucket as it fills, and keeps its own part.
+    if stage == 1 and not (engine.overlap and chunks == 1):
         parts.append(placed("gradients", trained * each, False, *while_they_grow, tensor=sizes.largest * each))
     if offloads:
         return [
@@ -282,51 +195,61 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
             placed("optimizer, while it steps", temporaries, True, "update"),
             placed("gradient buffers", sizes.largest * each, True),
         ]
+    of_earlier_chunks: tuple[Phase, ...] = ("backward",) if stage == 2 and chunks > 1 else ()
     return [
         *parts,
-        placed("gradients of the optimizer", own, False, *reduces, "update"),
+        placed("gradients of the optimizer", trained / ranks * each, False, *of_earlier_chunks, *sending, "update"),
         placed("optimizer, while it steps", stepping, False, "update"),
     ]
 
 
-def _activation_parts(recipe: Recipe, ranks: int) -> list[Part]:
+def _activation_parts(recipe: Recipe, sizes: Sizes, ranks: int) -> list[Part]:
     """Activations: of the frozen part while it runs, of the trained blocks until backward has passed them."""
     spec, side, images = recipe.model.spec, recipe.data.image_size, images_at_once(recipe, ranks)
     each, each_frozen = element_bytes(recipe)
-    trained = num_trained_blocks(recipe.model)
+    trained, again = num_trained_blocks(recipe.model), recipe.engine.activation_checkpointing
     stream = images * spec.num_tokens(side) * spec.channels * each  # bytes of all tokens
     width, _ = mlp_widths(spec)
     wide, block = max(width, 3), images * block_activations(recipe.model, side, each)  # MLP, or query, key and value
     narrow = 7 * stream  # of a block's: what has one number a channel
-    kept = trained * stream if recipe.engine.activation_checkpointing else trained * block
-    kept_narrow = trained * (stream if recipe.engine.activation_checkpointing else narrow)
-    while_backward = stream * (1 + 2 * width)  # gradients of the tokens and around the activation function
-    if recipe.engine.activation_checkpointing:
-        while_backward += block
+    while_backward = stream * (1 + 2 * width) + (block if again else 0)  # gradients of tokens, and around activations
     running = stream / each * (each_frozen if trained < spec.depth else each) * (2 + 2 * width)
     pixels = images * 3 * num_pixels(side)
     grid, precision = spec.grid(*height_width(side)), DTYPES[recipe.engine.precision]
     head = aggregator_cost(recipe.model, spec.num_tokens(side), grid, precision)
+    back = running_back(recipe, sizes)
     # With chunks the loss has descriptors alone; a chunk runs once more, with its activations, to go backward.
     both: tuple[Phase, ...] = ("backward",) if recipe.engine.encode_chunks > 1 else ("loss", "backward")
-    return [
-        Part("activations, one a channel", kept_narrow + 2 * stream, phases=both, tensor=stream),
-        Part("activations, wider", kept - kept_narrow, phases=both, tensor=wide * stream),
+    behind = min(blocks_behind_first_bucket(recipe, sizes) or 0, trained)
+    of_head = () if behind else back[1:]  # where its own gradients fill the bucket
+
+    def kept(blocks: int, when: str, *phases: Phase) -> list[Part]:
+        narrow_ones, all_of_it = (blocks * stream,) * 2 if again else (blocks * narrow, blocks * block)
+        return [
+            Part(f"activations{when}, one a channel", narrow_ones + 2 * stream, phases=phases, tensor=stream),
+            Part(f"activations{when}, wider", all_of_it - narrow_ones, phases=phases, tensor=wide * stream),
+        ]
+
+    parts = [
+        *kept(trained, "", *both),
         Part("activations, while a block runs", running, phases=("forward",), tensor=wide * stream),
         Part(
             "activations, while a block runs back",
             while_backward if trained else 0.0,
-            phases=("backward",),
+            phases=back,
             tensor=wide * stream,
         ),
-        Part("activations, aggregator", images * head.kept, phases=both),
+        Part("activations, aggregator", images * head.kept, phases=(*both, *of_head)),
         Part("images, normalised", pixels * (FP32 + (each if each < FP32 else 0)), phases=("forward",)),
     ]
+    if "bucket" in back:
+        parts += kept(trained - behind, ", at the first bucket", "bucket")
+    return parts
 
 
-def _memory_parts(recipe: Recipe, size: int, ranks: int) -> list[Part]:
-    """Queue, drift probe, and what the loss holds at once, of descriptors of `size` numbers."""
-    memory, data = recipe.memory, recipe.data
+def _memory_parts(recipe: Recipe, sizes: Sizes, ranks: int) -> list[Part]:
+    """Queue, drift probe, and what the loss holds at once."""
+    memory, data, size = recipe.memory, recipe.data, sizes.descriptor
     batch = data.places_per_batch * data.images_per_place
     shards = ranks if memory.placement == "sharded" else 1
     name = recipe.loss.name
@@ -334,11 +257,12 @@ def _memory_parts(recipe: Recipe, size: int, ranks: int) -> list[Part]:
     anchors, columns = batch if shards > 1 else batch // ranks, (batch + memory.size) / shards
     column = max(FP32 * arrays, 13 if memory.min_negative_m else 0)  # or similarity, float64 distance and answer
     copies = 3 if shards > 1 else 2  # of the batch's descriptors: gathered, as gradients, as anchors of all ranks
+    until_queued: tuple[Phase, ...] = (*running_back(recipe, sizes), "reduce", "update")
     tile = min(memory.tile_mb << 20, anchors * columns * column)
     parts = [
         Part("queue", memory.size * FP32 * size / shards + memory.size * 16),
         Part("loss", tile + copies * batch * size * FP32 + 24 * (batch + memory.size), phases=("loss",)),
-        Part("descriptors of the batch", batch * size * FP32, phases=("backward", "reduce", "update")),  # for the queue
+        Part("descriptors of the batch", batch * size * FP32, phases=until_queued),
     ]
     if memory.size and memory.drift_every:
         parts.append(Part("drift probe", memory.drift_images * (3 * num_pixels(data.image_size) + size * FP32)))
@@ -356,7 +280,12 @@ def _data_parts(recipe: Recipe, ranks: int, on_cpu: bool, shard_bytes: float) ->
     parts = [Part("decoded batches", 0.0, ahead * batch), Part("read ahead", 0.0, read)]
     if not on_cpu and data.decode_threads:  # one on its way, and for a moment the last one and the next but one
         parts.append(Part("batches copied ahead", 2.0 * batch))
-    return [*parts, Part("images of the step", batch * (augmented + (0 if on_cpu else 1)))]
+    kept = 0 if on_cpu and not augmented else 1  # a copy on the GPU, or what augmentation makes of it
+    return [
+        *parts,
+        Part("images of the step", float(kept * batch)),
+        Part("images, while augmented", batch * (augmented + (0 if on_cpu else 1) - kept), phases=("augment",)),
+    ]
 
 
 def _checkpoint_part(recipe: Recipe, sizes: Sizes, ranks: int, saves_between_steps: bool) -> Part:
@@ -366,7 +295,7 @@ def _checkpoint_part(recipe: Recipe, sizes: Sizes, ranks: int, saves_between_ste
     shares = [0.0] * ranks
     for (numel, trains), keeper in zip(sizes.by_parameter, keepers(sizes.by_parameter, ranks), strict=True):
         shares[keeper] += numel * FP32 * (of_trained if trains else 1)
-    queue = next(part.device for part in _memory_parts(recipe, sizes.descriptor, ranks) if part.name == "queue")
+    queue = next(part.device for part in _memory_parts(recipe, sizes, ranks) if part.name == "queue")
     return Part("checkpoint being written", 0.0, max(shares) + queue, ("always",) if saves_between_steps else ("save",))
 
 

@@ -21,7 +21,9 @@ from trainer.feeding import Feeding, feeding_lines, find_feeding, stream_line
 from trainer.first_checks import images_per_rank
 from trainer.flops import model_flops, peak_tflops, step_flops
 from trainer.hard_cost import hard_lines, num_candidates
-from trainer.memory_plan import GB, MemoryPlan, Sizes, parameter_sizes, plan_memory
+from trainer.memory_parts import MemoryPlan
+from trainer.memory_plan import GB, plan_memory
+from trainer.parameter_sizes import Sizes, parameter_sizes
 from trainer.places_plan import place_lines
 from trainer.sent_bytes import bytes_sent
 

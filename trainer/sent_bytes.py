@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from configs.schema import Recipe
 from trainer.engine import LIVE
-from trainer.memory_plan import FP32, Sizes, element_bytes, frozen_bytes, sends_wide
+from trainer.memory_plan import FP32, element_bytes, frozen_bytes, sends_wide
+from trainer.parameter_sizes import Sizes
 
 
 def bytes_sent(recipe: Recipe, sizes: Sizes, ranks: int) -> dict[str, float]:

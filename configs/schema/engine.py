@@ -36,7 +36,7 @@ class EngineConfig(Section):
     )
     overlap: bool = Field(
         False,
-        description="Gradients add up over ranks while backward runs, for a second reduce bucket of memory; at "
+        description="Gradients add up over ranks while backward runs, in smaller buckets, of which two are held; at "
         "zero_stage 1 and 2 (3 always does).",
     )
     tf32: bool = Field(
