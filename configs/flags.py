@@ -42,6 +42,7 @@ Shown = Collection[tuple[type, str]]  # section and field of each key that help 
 
 REGISTRY = ConstructorRegistry()
 SHOWN: ContextVar[Shown | None] = ContextVar("SHOWN", default=None)
+EXAMPLE = re.compile(r"rerankvpr [a-z]|.* \| rerankvpr [a-z]")  # how a paragraph begins that is a command
 OVER_RECIPES = ("rerankvpr train", "rerankvpr plan")
 ELSEWHERE = {"--dry-run": "`rerankvpr plan RECIPE` shows what a training would take"}
 
@@ -112,13 +113,17 @@ def _about(kind: type[Any]) -> str:
 
 
 def _wrapped(description: str) -> str:
-    """Paragraphs in lines of a terminal's width; tyro keeps a line's end if the next one starts with a space."""
+    """Paragraphs in lines of a terminal's width, examples set in further.
+
+    tyro keeps a line's end if the next one starts with a space, and makes two lines of an empty one.
+    """
     width = min(shutil.get_terminal_size().columns, 100)
-    paragraphs = (" ".join(paragraph.split()) for paragraph in description.split("\n\n"))
-    return "\n".join(
-        textwrap.fill(paragraph, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        for paragraph in paragraphs
-    )
+    lines = []
+    for paragraph in description.split("\n\n"):
+        text = " ".join(paragraph.split())
+        first, others = ("      ", "        ") if EXAMPLE.match(text) else ("  ", "  ")
+        lines += textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def _in_home(word: str) -> str:

@@ -23,6 +23,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HOST = re.compile(r"(?:\[[^\]]*\]|localhost|[\w-]+(?:\.[\w-]+)+)(?::[0-9]*)?")  # beyond doubt: a user has no dot
 _CLOSING = "'\")]>},:;."  # what may end a quotation of an address
 _QUERY_ALONE = re.compile(r"(?<=[\w/])\?[\w.%~+-]+=\S*")
+NO_SECRET = "workflowType=machine_learning"  # a query that stays: MLflow's menu of training, in addresses that we print
 _HIDDEN = "RERANKVPR_ARGUMENT_"
 _SHORTEST = 6  # characters of a secret that is looked for without its address
 _MOST = 256
@@ -83,6 +84,8 @@ def _without_user_and_query(rest: str, *, is_whole: bool) -> str:
     if query < 0:
         return run[cut:] + body[len(run) :] + end
     kept_end = "" if is_whole else run[len(run.rstrip(_CLOSING)) :]
+    if run[query + 1 : len(run) - len(kept_end)] == NO_SECRET:
+        return run[cut:] + body[len(run) :] + end
     _remember(run[query + 1 : len(run) - len(kept_end)], user=False)
     return run[cut:query] + kept_end + body[len(run) :] + end
 

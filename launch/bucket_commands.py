@@ -69,9 +69,9 @@ class ShardManifestCommand(Remote, Gridded, Writing, Places):
 
 @dataclass(frozen=True)
 class _Bucket:
-    url: Annotated[str, tyro.conf.Positional]
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
     """A bucket's folder, such as s3://megascenes/images."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for shards/ and index.parquet."""
 
 

@@ -58,7 +58,7 @@ class Writing:
     plugins: tuple[str, ...] = ()
     """Your code, files (my_vpr.py) or modules, that adds kinds of data sets; see docs/extending.md."""
     part: str | None = None
-    """i/n, from 0: every n-th tar from the i-th on, as a task of an array; a last run without it writes the index."""
+    """i/n, from 0: every n-th tar from the i-th on, as one task of an array; a last run without it writes the index."""
 
     def listing(self) -> PlaceListing:
         """The source's places."""
@@ -92,9 +92,9 @@ class Gridded:
 
 @dataclass(frozen=True)
 class Places:
-    source: Annotated[Path, tyro.conf.Positional]
-    """What is sharded; see above."""
-    out: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """What to shard; see above."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for shards/ and index.parquet."""
 
 
@@ -229,7 +229,7 @@ def parse_shard(argv: Sequence[str]) -> Any:
 class VerifyCommand:
     """Checks every byte of a shard set, or of stored features, and names what is damaged."""
 
-    folder: Annotated[str, tyro.conf.Positional]
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of this machine with shards/ and index.parquet, or one that eval.features names."""
 
 

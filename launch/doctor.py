@@ -36,7 +36,7 @@ class DoctorCommand:
     rerankvpr launch --nnodes 2 --rdzv node1 -- doctor --shared runs data/shards     (on both nodes)
 
     Versions, clocks, free disk, folders that all nodes must see, interfaces, latency and bandwidth of an all-reduce,
-    GPU memory and errors. The status is 1 where something would stop or spoil a training.
+    GPU memory and errors. The status is 1 if something would stop or spoil a training.
     """
 
     shared: tuple[Path, ...] = (Path(),)

@@ -201,7 +201,7 @@ def _evaluate(
     from eval.pixels import as_trained, pixel_differences
     from eval.report.pictures import draw_pictures
     from eval.report.predictions import predictions_table, write_predictions, write_submission
-    from eval.report.tables import results_tables, write_csv, write_results
+    from eval.report.tables import results_table, results_title, write_csv, write_results
     from eval.report.written import write_report
     from launch.eval_tracking import Evaluation, log_evaluation
     from model.lora import merge_lora
@@ -270,8 +270,9 @@ def _evaluate(
     if rank.is_main:
         if trained_as:
             console.print(f"[yellow]{trained_as}", highlight=False, soft_wrap=True)
-        for table in results_tables(results):
-            console.print(table)
+        for result in results:
+            console.print(results_title(result), highlight=False)
+            console.print(results_table(result))
         name = str(checkpoint or command.weights)
         made = how_made(world_size=rank.world_size, device=rank.device)
         if command.out:

@@ -24,9 +24,9 @@ class ExportCommand:
     onnxruntime (extra onnx) and torch.export.load. No ending: a folder for huggingface_hub's from_pretrained.
     """
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A step folder, a run's output folder (its best checkpoint, else its newest), or an exported .safetensors."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """File to write, ending in .safetensors, .onnx or .pt2, or a folder."""
     image_size: tuple[int, ...] = ()
     """Of a graph: side of its images, or height and width; the recipe's eval.image_size if not given."""

@@ -39,7 +39,7 @@ class BuildCommand:
       rerankvpr launch --nproc-per-node 4 -- index build photos/ --checkpoint runs/demo --out city.index
     """
 
-    db: Annotated[str, tyro.conf.Positional]
+    db: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DB")]
     """Photographs; see above."""
     checkpoint: str
     """The network: a run's folder, a checkpoint, an exported file, a backbone's weights, a model in MLflow."""
@@ -70,9 +70,9 @@ class AddCommand:
     A photograph that the index has by name and bytes is left alone.
     """
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IDX")]
     """Folder of the index."""
-    db: Annotated[str, tyro.conf.Positional]
+    db: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DB")]
     """Photographs, as `rerankvpr index build` takes them."""
     checkpoint: str = ""
     """Network to use, refused if it is not the one that built the index; by default the index's own."""
@@ -91,7 +91,7 @@ class AddCommand:
 class InfoCommand:
     """Says what an index holds: photographs, network, pixels, size, what was left out."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IDX")]
     """Folder of the index."""
 
 
@@ -99,7 +99,7 @@ class InfoCommand:
 class VerifyCommand:
     """Checks every byte of an index against its digests; names what is damaged."""
 
-    index: Annotated[Path, tyro.conf.Positional]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IDX")]
     """Folder of the index."""
     plugins: tuple[str, ...] = ()
     """Plug-ins to run, files or modules, that the network needs."""

@@ -27,7 +27,7 @@ RETRY_S = 10.0  # a person waits
 class InspectCommand:
     """Shows what a shard set holds; with --out also as pictures, and how an epoch goes through it."""
 
-    shards: Annotated[str, tyro.conf.Positional]
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """Folder or URL with shards/ and index.parquet."""
     out: Path | None = None
     """Folder for contact_sheet.png and map.png."""

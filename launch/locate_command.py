@@ -37,7 +37,7 @@ class LocateCommand:
     find . -name '*.jpg' | rerankvpr locate - --index city.index
     """
 
-    photos: Annotated[tuple[str, ...], tyro.conf.Positional]
+    photos: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO...")]
     """Files, folders, patterns such as 'walk/*.jpg', or - for names on stdin, one per line, answered as they come."""
     index: Path
     """Folder that `rerankvpr index build` wrote."""

@@ -19,7 +19,7 @@ class ReportCommand:
     holds its pictures.
     """
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
     """Folders that `rerankvpr eval --out` wrote; the first is the one that others are compared with."""
     out: Path | None = None
     """File to write; by default page.html in the folder, or comparison.html in the first of several."""

@@ -38,9 +38,9 @@ class ShowCommand:
     rerankvpr show matches query.jpg --index city.index --out matches.png
     """
 
-    kind: Annotated[Kind, tyro.conf.Positional]
-    """What to draw."""
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    kind: Annotated[Kind, tyro.conf.Positional, tyro.conf.arg(metavar="KIND")]
+    """What to draw: attention, pca, matches, similarity, negatives, drift or sweep."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WHAT...")]
     """Photographs, one folder of them, a benchmark as eval's --benchmarks names it (queries, each with one of its
     positives), or a run's folder (the first benchmark of its recipe). For negatives and drift a training's folder; for
     sweep an evaluation's folder, or a benchmark."""

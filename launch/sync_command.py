@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SyncCommand:
-    """Sends what MLflow has not got of trainings. Sent twice, it changes nothing.
+    """Sends what MLflow has not received of trainings. Sent twice, it changes nothing.
 
     A training that was killed ends as KILLED, at its last line; one that still runs is left to itself. Files are sent
     from inside the folder alone.
     """
 
-    outputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    outputs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT...")]
     """Output folders of trainings (they hold metrics.jsonl)."""
     uri: str = ""
-    """MLflow store or server; left out: the recipe's, where that is MLFLOW_TRACKING_URI or the default. User and
+    """MLflow store or server; by default the recipe's, if that is MLFLOW_TRACKING_URI or the default. User and
     password are those of MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: a recipe that is kept holds neither."""
     plugins: tuple[str, ...] = ()
     """Files (my_vpr.py) or modules of the training, which building its network for MLflow may need."""

@@ -22,7 +22,7 @@ from eval.feature_cache import FeatureCache
 from eval.features import StoredFeatures
 from eval.recall import Recall
 from eval.report.predictions import predictions_table, write_predictions, write_submission
-from eval.report.tables import results_tables, write_csv, write_results
+from eval.report.tables import results_table, write_csv, write_results
 from eval.result import Result
 from model.network import PlaceModel, build_model
 from tests.benchmark_folders import load, rows, vpr_rows
@@ -211,7 +211,7 @@ def test_without_ground_truth_everything_but_recall_is_there(
     assert found.as_dict()["recall"] is None
     assert {name for name in found.metrics() if "recall" in name} == set()
     for results in ([found], [found, result[1]], [result[1], found]):
-        assert [table.row_count for table in results_tables(results)] == [3 if one.gain else 2 for one in results]
+        assert [results_table(one).row_count for one in results] == [3 if one.gain else 2 for one in results]
         write_results(tmp_path / "results.json", results, model="m")
         write_csv(tmp_path / "results.csv", results)
         assert set(pd.read_csv(tmp_path / "results.csv")["labelled"]) == {one.num_labelled or 0 for one in results} | (

@@ -81,6 +81,8 @@ def test_no_password_is_left_of_an_address_in_a_text(parts: tuple[str, str]) -> 
         ("a://b://pw@host/x", "a://host/x"),
         ("http://ann:pw@a/x\nhttp://bob:pw@b/y", "http://a/x\nhttp://b/y"),
         ("no address", "no address"),
+        ("at http://ann:pw@h/#/1?workflowType=machine_learning.", "at http://h/#/1?workflowType=machine_learning."),
+        ("http://h/#/1?workflowType=machine_learning&key=abc", "http://h/#/1"),
     ],
 )
 def test_what_is_no_secret_stays(text: str, shown: str) -> None:

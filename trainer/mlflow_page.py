@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from configs.secrets import without_secrets
+from configs.secrets import NO_SECRET, without_secrets
 
 KIND = "mlflow.experimentKind"
 TRAINING = "custom_model_development"  # what MLflow's menu calls "Machine learning": runs and charts come first
@@ -32,7 +32,7 @@ FIRST_CHARTS = {
     "eval/recall_1": "at_a_glance/recall_1",
     "eval/reranked_recall_1": "at_a_glance/reranked_recall_1",
 }
-WORKFLOW = "workflowType=machine_learning"  # of an address: MLflow's menu of training, not that of chat applications
+WORKFLOW = NO_SECRET  # of an address: MLflow's menu of training, not that of chat applications
 LONGEST = 5000  # characters of a description; MLflow takes 8,000
 _REFUSED_IN_KEYS = re.compile(r"[^a-zA-Z0-9_\-./ ]")
 

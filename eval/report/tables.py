@@ -19,21 +19,22 @@ from eval.result import Result
 SETTINGS = ("top_k", "saliency_thresh", "nn_match_thresh")  # of the re-ranking, columns of their own
 
 
-def results_tables(results: list[Result]) -> list[Table]:
-    """A table per benchmark: a row per stage with intervals and cost, under what was read and how it was re-ranked."""
-    return [_results_table(result) for result in results]
-
-
-def _results_table(result: Result) -> Table:
+def results_title(result: Result) -> Text:
+    """What a table of results is about: the benchmark, what was read of it, how it was re-ranked."""
     counts = f"{result.num_queries} queries in {result.num_database} images"
     if result.num_labelled:
         counts = f"{counts}, {result.num_labelled} with ground truth"
     rule = f"re-ranked: {result.rerank_rule}" if result.rerank_rule else ""
     about = f"{counts}; {result.protocol}; {result.layout}; {result.pixels}, {result.precision}"
     unit = "recall in %, 95 % intervals over queries" if result.retrieved else "predictions, without recall"
-    title = Text("\n".join(filter(None, (result.name, about, rule, unit))), no_wrap=False)
+    title = Text("\n".join(filter(None, (result.name, about, rule, unit))))
     title.stylize("bold", 0, len(result.name))
-    table = Table(title=title, title_justify="left", title_style="")
+    return title
+
+
+def results_table(result: Result) -> Table:
+    """A row per stage of a benchmark, with intervals and cost."""
+    table = Table()
     table.add_column("stage", no_wrap=True)
     ks = list(result.retrieved.by_k)
     for k in ks:
