@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from data_pipeline.shards import write_shards
 from data_pipeline.sources.cells import Grid, place_of_images
 from data_pipeline.sources.manifest import read_manifest
 from data_pipeline.sources.msls import read_msls
+from data_pipeline.sources.track import read_track
 from data_pipeline.sources.utm_folder import read_utm_folder
 from data_pipeline.verify import verify_shards
 from launch.cli import main
@@ -178,33 +181,47 @@ def test_a_manifest_is_sharded(tmp_path: Path, kind: str, named: bool) -> None:
     assert samples[1]["02.jpg"] == (tmp_path / "p/9.jpg").read_bytes()
 
 
+MANIFESTS = [
+    ("file,place\na.jpg,1\n", "mine.csv: no column path; found file, place"),
+    ("path,place\na.jpg,1\nb.jpg,\n", "mine.csv row 3: no place"),
+    ("path,place,year\na.jpg,1,soon\n", "mine.csv row 2: year is 'soon'; expected a finite number"),
+    ("path,place,city\na.jpg,1,St. Louis\n", "city 'St. Louis'; expected at most 64 letters"),
+    ("path,place\na.jpg,-1\n", "mine.csv row 2: place is -1; expected 0 to "),
+    ("path,place,lat,lon\na.jpg,1,,\nb.jpg,1,91,0\n", "mine.csv row 3: lat, lon are 91, 0"),
+    ("path,place,lat\na.jpg,1,1\n", "mine.csv: a column lat, but no lon; a position is both"),
+    ("path,place,month\na.jpg,1,13\n", "mine.csv row 2: month is 13; expected 1 to 12"),
+    ("path,place\n", "mine.csv: no rows; expected one row per image"),
+    ("path,place\na.jpg\n", "not a readable table"),
+    ("path;lat;lon\na.jpg;48,1;9\n", "mine.csv row 2: lat is '48,1'; a decimal comma; write 48.1"),
+    ("path,lat,lon\na.jpg,48,9\n\nb.jpg,9,148\nc.jpg,148,9\n", "mine.csv row 5: lat, lon are 148, 9"),
+    ("path,lat,lon\na.jpg,inf,9\n", "mine.csv row 2: lat is 'inf'; expected a finite number"),
+    ("path,lat,lon\na.jpg,480035974,90804331\n", "degrees times 10^7"),
+    ("path,lat,lon\na.jpg,,\n", "no row has a position"),
+    ("path,place,northdeg\na.jpg,1,north\n", "mine.csv row 2: northdeg is 'north'; expected a finite number"),
+    ("path,place,year\na.jpg,1,2024.5\n", "mine.csv row 2: year is 2024.5; expected a whole number"),
+    ("path,Path ,place\na.jpg,b.jpg,1\n", "the column path is there twice"),
+]
+TRACKS = [
+    ("time,lat\n0,48\n", "no column lon"),
+    ("time,lat,lon\nsoon,48,9\n", "row 2: time is 'soon'; expected seconds, or as 2024-05-01T10:30:00"),
+    ("time,lat,lon\n0,48,9\n1,148,9\n", "row 3: lat, lon are 148, 9"),
+    ("time,lat,lon\n,48,9\n", "row 2: time is ''"),
+]
+
+
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("read", "text", "words"),
     [
-        ("file,place\na.jpg,1\n", "mine.csv: no column path; found file, place"),
-        ("path,place\na.jpg,1\nb.jpg,\n", "mine.csv row 3: no place"),
-        ("path,place,year\na.jpg,1,soon\n", "mine.csv row 2: year is 'soon'; expected a finite number"),
-        ("path,place,city\na.jpg,1,St. Louis\n", "city 'St. Louis'; expected at most 64 letters"),
-        ("path,place\na.jpg,-1\n", "mine.csv row 2: place is -1; expected 0 to "),
-        ("path,place,lat,lon\na.jpg,1,,\nb.jpg,1,91,0\n", "mine.csv row 3: lat, lon are 91, 0"),
-        ("path,place,lat\na.jpg,1,1\n", "mine.csv: a column lat, but no lon; a position is both"),
-        ("path,place,month\na.jpg,1,13\n", "mine.csv row 2: month is 13; expected 1 to 12"),
-        ("path,place\n", "mine.csv: no rows; expected one row per image"),
-        ("path,place\na.jpg\n", "not a readable table"),
-        ("path;lat;lon\na.jpg;48,1;9\n", "mine.csv row 2: lat is '48,1'; a decimal comma; write 48.1"),
-        ("path,lat,lon\na.jpg,48,9\n\nb.jpg,9,148\nc.jpg,148,9\n", "mine.csv row 5: lat, lon are 148, 9"),
-        ("path,lat,lon\na.jpg,inf,9\n", "mine.csv row 2: lat is 'inf'; expected a finite number"),
-        ("path,lat,lon\na.jpg,480035974,90804331\n", "degrees times 10^7"),
-        ("path,lat,lon\na.jpg,,\n", "no row has a position"),
-        ("path,place,northdeg\na.jpg,1,north\n", "mine.csv row 2: northdeg is 'north'; expected a finite number"),
-        ("path,place,year\na.jpg,1,2024.5\n", "mine.csv row 2: year is 2024.5; expected a whole number"),
-        ("path,Path ,place\na.jpg,b.jpg,1\n", "the column path is there twice"),
+        *((partial(read_manifest, min_images_per_place=1), *row) for row in MANIFESTS),
+        *((read_track, *row) for row in TRACKS),
     ],
 )
-def test_a_manifest_that_cannot_be_used_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_table_that_cannot_be_used_is_refused(
+    tmp_path: Path, read: Callable[[Path], object], text: str, words: str
+) -> None:
     (tmp_path / "mine.csv").write_text(text)
     with pytest.raises(ValueError, match=re.escape(words)) as error:
-        read_manifest(tmp_path / "mine.csv", min_images_per_place=1)
+        read(tmp_path / "mine.csv")
     assert "\n" not in str(error.value)
 
 

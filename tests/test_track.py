@@ -74,18 +74,3 @@ def test_frames_of_a_video_become_places(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main([*arguments, "--fps", "30"])
     assert "are for --track" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("time,lat\n0,48\n", "no column lon"),
-        ("time,lat,lon\nsoon,48,9\n", "row 2: time is 'soon'; expected seconds, or as 2024-05-01T10:30:00"),
-        ("time,lat,lon\n0,48,9\n1,148,9\n", "row 3: lat, lon are 148, 9"),
-        ("time,lat,lon\n,48,9\n", "row 2: time is ''"),
-    ],
-)
-def test_a_track_that_cannot_be_used_is_refused(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "walk.csv").write_text(text)
-    with pytest.raises(ValueError, match=re.escape(words)):
-        read_track(tmp_path / "walk.csv")
