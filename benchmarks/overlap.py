@@ -83,8 +83,9 @@ def main() -> None:
             for overlap in (False, True)
         ]
         models = [build_model(recipe.model) for recipe in recipes]
-        # The product's bucket takes all of a small network, whose gradients could then be sent after backward alone.
-        trainer.engine.BUCKET = sum(one.numel() for one in models[0].parameters()) // options.buckets
+        # The product's buckets take all of a small network, whose gradients could then be sent after backward alone.
+        size = sum(one.numel() for one in models[0].parameters()) // options.buckets
+        trainer.engine.BUCKET = trainer.engine.OVERLAPPED = size
         without, beside = (Steps(recipe, model, rank) for recipe, model in zip(recipes, models, strict=True))
         figures[f"zero_{zero_stage}/all_reduces"] = reductions(without)
         figures[f"zero_{zero_stage}/all_reduces_with_overlap"] = reductions(beside)
