@@ -21,6 +21,7 @@ from eval.report.match_pictures import dim_others
 
 FACETS = ("query", "key", "value")
 SCORES, OTHER = "#39d6ff", "#9aa0a6"
+WIDEST_TITLE = 22  # characters over a picture
 MOST_LINES = 80
 MOST_COLUMNS, MOST_PAIRS = 8, 2  # of a figure: a wider one is not legible on a page
 PANEL = 2.4  # inches of an image's side
@@ -217,7 +218,11 @@ def _canvas(rows: int, columns: int, *, wide: float = 1.0) -> tuple[Any, Any]:
 
 def _picture(axis: Any, one: Seen, title: str) -> None:
     axis.imshow(one.image_HW3)
-    axis.set_title(title.replace("/", "/\n").replace("...", "...\n"), fontsize=TEXT - 1)
+    folder, slash, name = title.rpartition("/")
+    if len(name) > WIDEST_TITLE:
+        half = WIDEST_TITLE // 2
+        name = f"{name[:half].rstrip('.')}...{name[-half:].lstrip('.')}"
+    axis.set_title(f"{folder}{slash}\n{name}" if slash else name, fontsize=TEXT - 1)
 
 
 def _heat(axis: Any, one: Seen, heat_N: torch.Tensor, title: str, low: float = 0, high: float = 1) -> Any:
