@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,17 @@ def test_the_table_fits_80_columns() -> None:
     assert "…" not in printed.getvalue()
 
 
-def test_what_to_try_next_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_to_try_next_fits_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    sent = {"uri": "sqlite:///mlflow.db", "run_id": "1" * 32, "experiment_id": "1", "offset": 9, "left": []}
+    (tmp_path / "runs" / "demo" / "metrics.sent").write_text(json.dumps(sent))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(sys, "executable", str(Path.cwd() / ".venv" / "bin" / "python"))
     monkeypatch.setenv("PATH", "/nowhere")
     lines = demo._next_steps(load_recipe(Path("demo")))
     assert max(map(len, lines)) <= 80
+    assert lines[-1] == "  http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"
     commands = [line.split() for line in lines if line.startswith("  ")]
     assert {words[1] for words in commands if words[0] == ".venv/bin/rerankvpr"} == {
         "show",
