@@ -83,7 +83,7 @@ def test_verbs_of_one_process_work_without_shared_memory(workplace: Path, kind: 
         ("eval", "--checkpoint", run, "--benchmarks", f"folder:{town}", "--recall-at", "1", "--out", str(home / "out")),
         ("index", "build", str(photos / "database"), "--checkpoint", run, "--out", index),
         ("locate", str(photos / "queries"), "--index", index, "--json", str(home / "found.json")),
-        ("export", run, str(home / "net.pt2")),
+        ("export", run, str(home / "net.safetensors")),
         ("shard", "gsv-cities", str(workplace / "native"), str(home / "set")),
         ("report", str(home / "out")),
     )
