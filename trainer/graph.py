@@ -37,6 +37,7 @@ class ImagesToDescriptors(nn.Module):
         super().__init__()
         self.network = network
         self.takes = takes
+        normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # keeps constants, which a trace would make fakes of
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalises uint8 and encodes."""
