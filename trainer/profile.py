@@ -1,4 +1,4 @@
-"""Where the time of a few steps goes: a trace for each rank, and on a GPU what holds its memory."""
+"""Where the time of a few steps goes, and what holds memory: a trace for each rank, on a GPU a snapshot beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from configs.reading import is_out_of_memory
 from trainer.context import Context
 
 MEMORY_EVENTS = 200_000
@@ -17,8 +18,10 @@ MEMORY_EVENTS = 200_000
 class StepProfile:
     """Traces the steps of trainer.profile_steps into `profile/` of the output folder; does nothing without them.
 
-    `rank-00000.json` opens in ui.perfetto.dev or chrome://tracing. On a GPU `memory-rank-00000.pickle` comes beside it
-    (for pytorch.org/memory_viz), also if memory runs out in one of these steps.
+    `rank-00000.json` opens in ui.perfetto.dev or chrome://tracing. On a CPU its `[memory]` events say what each
+    operation took or gave back, and the bytes held since the first of these steps; on a GPU
+    `memory-rank-00000.pickle` comes beside it (for pytorch.org/memory_viz). Both are written if memory runs out in one
+    of these steps, too.
     """
 
     def __init__(self, context: Context) -> None:
@@ -34,14 +37,15 @@ class StepProfile:
         try:
             with torch.profiler.record_function(f"step {number}"):
                 yield
-        except torch.OutOfMemoryError:
-            self._write_memory()
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                self.stop()
             raise
         if self._profiler is not None and number >= self.last:
             self._stop()
 
     def stop(self) -> None:
-        """Writes what there is, for a training that ends before the last of these steps."""
+        """Writes what there is, for a training that ends before or in the last of these steps."""
         if self._profiler is not None:
             self._stop()
 
@@ -54,7 +58,9 @@ class StepProfile:
         if self._on_gpu:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
-        self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+        self._profiler = torch.profiler.profile(
+            activities=activities, record_shapes=True, profile_memory=not self._on_gpu
+        )
         self._profiler.start()
 
     def _stop(self) -> None:
