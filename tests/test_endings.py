@@ -24,7 +24,8 @@ from launch import cli, interrupted
 interrupted.GRACE_S = 1.0
 verb = types.ModuleType("waiting_verb")
 def main(argv):
-    print("begun", flush=True)
+    if argv != ["tidying"]:
+        print("begun", flush=True)
     if argv == ["c"]:
         import torch.distributed as dist
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -37,6 +38,7 @@ def main(argv):
     if argv == ["tidying"]:
         interrupted.GRACE_S = 30.0
         try:
+            print("begun", flush=True)
             time.sleep(60)
         finally:
             print("tidying", flush=True)

@@ -75,7 +75,9 @@ def test_only_files_inside_the_folder_are_sent(foreign: Path, capsys: pytest.Cap
     assert sync(["run", "--uri", store_of(foreign)]) == 0
     said = capsys.readouterr().out
     assert f"run: sending to {store_of(foreign)}" in said
-    assert said.count("is outside run, or a link that leads out: not sent to MLflow") == 8
+    # From Python 3.13 on a loop of links is a file that is gone, as are `fifo` and `pictures`.
+    assert said.count("is outside run, or a link that leads out: not sent to MLflow") in (7, 8)
+    assert said.count(": not sent to MLflow") == 10
     client = MlflowClient(store_of(foreign))
     (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
     assert artifacts(client, run.info.run_id) == {"results.json", "pictures/0.png"}

@@ -125,7 +125,7 @@ def test_a_killed_server_costs_two_trainings_neither_time_nor_a_metric(server: S
             time.sleep(0.01)
 
     train(range(30))
-    wait_until(lambda: all(tracker.run_id for tracker in trackers.values()))
+    wait_until(lambda: all("run_id" in read_state(recipe.output) for recipe in recipes.values()))
     runs = {name: tracker.run_id for name, tracker in trackers.items()}
     assert [read_state(recipes[name].output)["run_id"] for name in runs] == list(runs.values())
     server.kill()
@@ -362,6 +362,7 @@ def test_the_best_model_is_logged_and_loaded(server: Server, tmp_path: Path, mon
     try:
         mlflow.set_tracking_uri(server.database)
         local = mlflow.artifacts.download_artifacts("models:/places/1", dst_path=str(tmp_path))
+        assert not [path for path in Path(local).rglob("*") if path.suffix in (".pkl", ".pyc")]
         loaded = mlflow.pyfunc.load_model(local)
         m = rerankvpr.load("models:/places/1", device="cpu")
         with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI names the store"):
@@ -377,7 +378,6 @@ def test_the_best_model_is_logged_and_loaded(server: Server, tmp_path: Path, mon
     about = loaded.metadata.metadata
     assert (about["pixels"], about["image_size"]) == ("28 px square, bilinear", 28)
     assert loaded.predict(loaded.metadata.load_input_example(local)).shape == (1, network.descriptor_size)
-    assert not [path for path in Path(local).rglob("*") if path.suffix in (".pkl", ".pyc")]
     assert {path.name for path in checkpoint.parent.iterdir()} == {checkpoint.name, "latest"}
 
 

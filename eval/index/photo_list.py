@@ -191,7 +191,8 @@ def _months(table: pa.Table) -> tuple[NDArray[np.datetime64], list[str]]:
     odd = (year < 0) | (year > LAST_YEAR) | (month < 0) | (month > MONTHS)
     when = np.full(len(year), np.datetime64("NaT"), dtype="datetime64[s]")
     known = (year > 0) & ~odd
-    first = (year[known] - 1970).astype("datetime64[Y]").astype("datetime64[M]") + np.maximum(month[known] - 1, 0)
+    months = np.maximum(month[known] - 1, 0).astype("timedelta64[M]")
+    first = (year[known] - 1970).astype("datetime64[Y]").astype("datetime64[M]") + months
     when[known] = first.astype("datetime64[s]")
     if not (count := int(odd.sum())):
         return when, []
