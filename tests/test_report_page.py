@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.report.charts import line_chart, map_chart
+from eval.report.figures import short_name
 from eval.report.page import choose_queries
 from eval.report.predictions import RETRIEVED
 from eval.report.stored import read_evaluation
@@ -171,3 +172,8 @@ def test_a_browser_shows_the_page(photos: Path, tmp_path: Path) -> None:
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
         browser.close()
     assert said == []
+
+
+@pytest.mark.parametrize(("path", "short"), [("", ""), ("a.jpg", "a.jpg"), ("x/y/a.jpg", "y/a.jpg")])
+def test_a_name_of_any_length_is_short(path: str, short: str) -> None:
+    assert short_name(Path(path)) == short

@@ -47,7 +47,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 def short_name(path: Path) -> str:
     """An image's file and the folder that it is in: traverses of a route have files of the same names."""
-    folder, name = ("", *Path(as_utf_8(str(path))).parts)[-2:]
+    folder, name = ("", "", *Path(as_utf_8(str(path))).parts)[-2:]
     if len(name) > LONGEST_NAME:
         half = LONGEST_NAME // 2
         name = f"{name[:half]}...{name[-half:]}"
