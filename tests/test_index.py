@@ -145,6 +145,16 @@ def test_what_an_index_is_not_is_one_line(built: Path, tmp_path: Path, change: d
     assert "\n" not in str(caught.value)
 
 
+def test_local_features_of_other_settings_are_refused(photos: Path, built: Path, tmp_path: Path) -> None:
+    for file in ("network.safetensors", "parts"):
+        (tmp_path / file).symlink_to(built / file)
+    content = json.loads((built / "index.json").read_text())
+    content["settings"]["rerank"]["hierarchy"] = 1
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    with pytest.raises(IndexFault, match=r"local features have \d+ numbers, by its index\.json they have \d+$"):
+        Index.open(tmp_path).locate([next((photos / "database").iterdir())])
+
+
 def test_other_weights_settings_and_photographs_are_refused(photos: Path, built: Path, tmp_path: Path) -> None:
     listed = list_source(str(photos / "database"))
     other = tiny(seed=1)

@@ -259,6 +259,9 @@ class Index:
         if not on:
             return Found(ids_QK, similarities_QK, nan_QK.astype(np.float32), nan_QK, np.zeros(count, np.int64))
         settings = self.config.rerank
+        if queries.channels != self.features.channels:
+            theirs, ours = self.features.channels, queries.channels
+            raise IndexFault(f"{self.folder}: its local features have {theirs} numbers, by its {FILE} they have {ours}")
         found = rerank(queries, self.features, ids_QK, similarities_QK, settings, self.device, score=score_here)
         patches_Q, matched = patch_counts(queries), found.scores_QT.shape[1]
         matches_QK, keys_QK = nan_QK.astype(np.float32), nan_QK.copy()
