@@ -75,7 +75,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 
 def test_no_room_imports_the_entry() -> None:
-    """But for `python -m trainer`, which is an entry itself: a rank is told its program by name."""
+    """Except `python -m trainer`, which is an entry itself: a rank is told its program by name."""
     above = [name for name, file in modules().items() if imported_modules(file, {ENTRY.stem})]
     assert above == ["trainer.__main__"]
 
