@@ -26,8 +26,8 @@ class Fault:
     """What is wrong with a file of the set, relative to its folder, and with which of its members, if one is known."""
 
     file: str
-    member: str
     what: str
+    member: str = ""
 
     def __str__(self) -> str:
         return ": ".join(filter(None, [self.file, self.member, self.what]))
@@ -45,7 +45,7 @@ def verify_shards(folder: Path, on_progress: OnProgress = untold) -> list[Fault]
         index = read_index(folder, check_digest=False)
         rows = index.table
     except ValueError as error:
-        return [*faults, Fault(INDEX, "", str(error).removeprefix(f"{folder / INDEX}: "))]
+        return [*faults, Fault(INDEX, str(error).removeprefix(f"{folder / INDEX}: "))]
 
     total, done = sum(shard.size for shard in index.metadata.shards), 0
 
@@ -58,7 +58,7 @@ def verify_shards(folder: Path, on_progress: OnProgress = untold) -> list[Fault]
         faults += _shard_faults(index, rows, number, shard, advance)
     known = {shard.name for shard in index.metadata.shards}
     extra = sorted(f"shards/{path.name}" for path in (folder / "shards").glob("*.tar"))
-    return faults + [Fault(name, "", "not in the index; remove it") for name in extra if name not in known]
+    return faults + [Fault(name, "not in the index; remove it") for name in extra if name not in known]
 
 
 def _index_faults(folder: Path) -> list[Fault]:
@@ -66,9 +66,9 @@ def _index_faults(folder: Path) -> list[Fault]:
     if not path.is_file():
         return []
     if not digest.is_file():
-        return [Fault(INDEX_DIGEST, "", f"missing; without it damage to {INDEX} may go unseen")]
+        return [Fault(INDEX_DIGEST, f"missing; without it damage to {INDEX} may go unseen")]
     if read_regular(digest) != digest_line(file_sha256(path)):
-        return [Fault(INDEX, "", f"damaged: its sha256 is not the one in {INDEX_DIGEST}")]
+        return [Fault(INDEX, f"damaged: its sha256 is not the one in {INDEX_DIGEST}")]
     return []
 
 
@@ -80,7 +80,7 @@ def _shard_faults(
     rows = sorted(table.take(in_shard).to_pylist(), key=lambda row: row["offset"])
     if not path.is_file():
         advance(shard.size)
-        return [Fault(shard.name, "", f"missing, and with it {len(rows)} images")]
+        return [Fault(shard.name, f"missing, and with it {len(rows)} images")]
     size = path.stat().st_size
     if size != shard.size:
         advance(shard.size)
@@ -88,12 +88,12 @@ def _shard_faults(
         what = f"{size} bytes long, not {shard.size}"
         if lost:
             what += f": {len(lost)} images are cut off, from {_image_name(lost[0])} on"
-        return [Fault(shard.name, "", what)]
+        return [Fault(shard.name, what)]
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
         sha256 = file_sha256(path, advance)
-        faults = [Fault(shard.name, member, what) for member, what in _member_faults(tar, rows)]
+        faults = [Fault(shard.name, what, member) for member, what in _member_faults(tar, rows)]
     if not faults and sha256 != shard.sha256:
-        faults = [Fault(shard.name, "", "its sha256 is not the one in the index")]
+        faults = [Fault(shard.name, "its sha256 is not the one in the index")]
     return faults
 
 
