@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,10 +140,37 @@ def test_what_an_index_is_not_is_one_line(built: Path, tmp_path: Path, change: d
     for file in ("network.safetensors", "parts"):
         (tmp_path / file).symlink_to(built / file)
     content = json.loads((built / "index.json").read_text())
+    del content["sha256"]
     (tmp_path / "index.json").write_text(json.dumps({**content, **change}))
     with pytest.raises(ValueError, match=words) as caught:
         Index.open(tmp_path).network  # noqa: B018
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "other"),
+    [
+        ("index.json", '"image_size": 56', '"image_size": 70'),
+        ("index.json", '"sha256": "', '"sha256": "0'),
+        ("parts/000000/part.json", '"root": "/', '"root": "/elsewhere/'),
+    ],
+)
+def test_a_changed_value_of_a_description_is_seen(
+    built: Path, tmp_path: Path, file: str, value: str, other: str
+) -> None:
+    out = tmp_path / "index"
+    shutil.copytree(built, out)
+    text = (out / file).read_text()
+    assert text.count(value) == 1
+    (out / file).write_text(text.replace(value, other))
+    with pytest.raises(IndexFault, match=rf"{file}: not the description of .* \(its sha256 is that of other values"):
+        Index.open(out)
+    if file != "index.json":
+        assert len(verify_index(out)) == 1
+    content = json.loads(text)
+    del content["sha256"]
+    (out / file).write_text(json.dumps(content))
+    assert verify_index(out) == [], "an index from before there was a digest"
 
 
 def test_local_features_of_other_settings_are_refused(photos: Path, built: Path, tmp_path: Path) -> None:
@@ -150,6 +178,7 @@ def test_local_features_of_other_settings_are_refused(photos: Path, built: Path,
         (tmp_path / file).symlink_to(built / file)
     content = json.loads((built / "index.json").read_text())
     content["settings"]["rerank"]["hierarchy"] = 1
+    del content["sha256"]
     (tmp_path / "index.json").write_text(json.dumps(content))
     with pytest.raises(IndexFault, match=r"local features have \d+ numbers, by its index\.json they have \d+$"):
         Index.open(tmp_path).locate([next((photos / "database").iterdir())])

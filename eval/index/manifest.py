@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ NETWORK = "network.safetensors"
 PLUGINS = "plugins"  # folder of copies of the plug-ins that the network is made of
 ENCODED_BY = {"image_size", "resize", "interpolation", "batch_size", "precision", "rerank"}
 APPROXIMATE = {"factory", "params", "sha256"}
+DIGEST = "sha256"  # of all else that a description holds
 MOST_IMAGES = 10**12
 _AS_WRITTEN = ConfigDict(extra="forbid", strict=True)
 
@@ -101,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
         if type(written) is int and written > FORMAT:
             raise IndexFault(f"{file}: an index of format {written}, this rerankvpr reads {FORMAT}; use a newer one")
         with explained():
-            manifest = _MANIFEST.validate_json(text)
+            manifest = _MANIFEST.validate_json(_whole(text))
         if written != FORMAT:
             raise ValueError(f"format {shown(written)}")
         if manifest.approximate is not None and manifest.approximate.keys() != APPROXIMATE:
@@ -132,7 +134,7 @@ def check_plugins(folder: Path, manifest: Manifest) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Makes what is in the folder the index that readers see."""
-    write_whole(folder / FILE, json.dumps(asdict(manifest), indent=1) + "\n", durable=True)
+    write_whole(folder / FILE, _with_digest(asdict(manifest), indent=1), durable=True)
 
 
 def part_folder(folder: Path, name: str) -> Path:
@@ -145,7 +147,7 @@ def read_part(folder: Path, name: str) -> Part:
     file = part_folder(folder, name) / PART
     with reading(file, "the description of a part of an index", IndexFault):
         with explained():
-            part = _PART.validate_json(file.read_text(encoding="utf-8"))
+            part = _PART.validate_json(_whole(file.read_text(encoding="utf-8")))
         if sum(part.counts) != part.images:
             raise ValueError(f"{part.images} images, {sum(part.counts)} in its shards")
     return part
@@ -153,4 +155,20 @@ def read_part(folder: Path, name: str) -> Part:
 
 def write_part(folder: Path, name: str, part: Part) -> None:
     """Says that a part is whole."""
-    write_whole(part_folder(folder, name) / PART, json.dumps(asdict(part)) + "\n", durable=True)
+    write_whole(part_folder(folder, name) / PART, _with_digest(asdict(part)), durable=True)
+
+
+def _with_digest(content: dict[str, Any], indent: int | None = None) -> str:
+    return json.dumps({**content, DIGEST: _digest(content)}, indent=indent) + "\n"
+
+
+def _whole(text: str) -> str:
+    """A description without its digest, which one written before there were any does not have."""
+    content = dict(json.loads(text).items())
+    if (said := content.pop(DIGEST, None)) is not None and said != _digest(content):
+        raise ValueError(f"its {DIGEST} is that of other values: damaged, or edited by hand without removing that line")
+    return json.dumps(content)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

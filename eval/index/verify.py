@@ -33,5 +33,5 @@ def verify_index(folder: Path, *, on_progress: OnProgress = untold) -> list[str]
     try:
         Index.open(folder).network  # noqa: B018 - read and held against its digest
     except ValueError as error:
-        found.append(str(error))
+        found += [line for line in [str(error)] if line not in found]
     return found
