@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from configs.schema import DataConfig
 from configs.secrets import without_secrets
+from configs.traced import beside
 from data_pipeline.augment import Drawn
 from data_pipeline.cache import RangeCache
 from data_pipeline.copies import CopyStream
@@ -116,7 +117,8 @@ class _Step:
 
     def draw_now(self) -> Drawn:
         assert self.draw is not None
-        return self.draw(self.place_ids_B, self.views_B)
+        with beside("draw augmentation"):
+            return self.draw(self.place_ids_B, self.views_B)
 
 
 class PlaceLoader:
@@ -234,7 +236,9 @@ class PlaceLoader:
 
     def _start_decoding(self, step: _Step, decoders: ThreadPoolExecutor) -> None:
         def decode_one(number: int, out_K3HW: torch.Tensor) -> None:
-            self._decode_place(step, number, step.reads[number].result(), out_K3HW)
+            data = step.reads[number].result()
+            with beside("decode a place"):
+                self._decode_place(step, number, data, out_K3HW)
 
         step.drawn = decoders.submit(step.draw_now) if step.draw else None
         step.decoded = [decoders.submit(decode_one, number, out) for number, out in enumerate(self._empty(step))]
@@ -257,7 +261,8 @@ class PlaceLoader:
 
     def _read(self, place: PlaceRange, stop: threading.Event | None = None) -> bytes:
         """The bytes of a place; where they came over a network and differ from the index, once more from the source."""
-        data = self.reader.read(place.location, place.start, place.length, version=place.version, stop=stop)
+        with beside("read a place"):
+            data = self.reader.read(place.location, place.start, place.length, version=place.version, stop=stop)
         if is_remote(place.location) and not all(_is_whole(place, data, view) for view in range(len(place.sizes))):
             data = self.reader.read(
                 place.location, place.start, place.length, version=place.version, fresh=True, stop=stop

@@ -19,6 +19,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from configs.traced import beside
 from data_pipeline.index import PlaceRange
 from data_pipeline.plan import EpochPlan, Int64
 from data_pipeline.storage import RangeReader, StorageError, ignored_range, is_remote, open_tar
@@ -135,7 +136,8 @@ class _Lane:
             while place not in self._read:
                 if self._stop.is_set():
                     raise CancelledError
-                came, data = next(self._coming)
+                with beside("read a place"):
+                    came, data = next(self._coming)
                 self._read[came] = data
         return [self._read.pop(place) for place in wanted]
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from configs.traced import part
+
 
 def all_gather(local: torch.Tensor) -> torch.Tensor:
     """`local` of all ranks, concatenated along the first dimension in rank order, without gradient."""
@@ -18,13 +20,15 @@ def all_gather(local: torch.Tensor) -> torch.Tensor:
 class _AllGatherWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local_BD: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
-        return all_gather(local_BD)
+        with part("gather descriptors"):
+            return all_gather(local_BD)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
         (grad_ND,) = grads
         grad_BD = grad_ND.new_empty(grad_ND.shape[0] // dist.get_world_size(), *grad_ND.shape[1:])
-        dist.reduce_scatter_tensor(grad_BD, grad_ND.contiguous())
+        with part("scatter gradients of descriptors"):
+            dist.reduce_scatter_tensor(grad_BD, grad_ND.contiguous())
         return grad_BD
 
 

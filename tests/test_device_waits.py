@@ -15,11 +15,16 @@ from configs.registry import AGGREGATORS, LOSSES, MINERS
 from configs.schema import EvalConfig, LossConfig, MemoryConfig, ModelConfig, RerankConfig
 from data_pipeline.augment import image_seeds, randaugment, randaugment_of
 from data_pipeline.images import normalise
+from eval.describer import Describer
 from eval.extract import extract
+from eval.index.build import build_index
+from eval.index.index import Index
+from eval.index.photo_list import list_source
 from eval.rerank import rerank
 from memory.global_loss import GlobalLoss
 from memory.queue import MemoryQueue
 from model.network import build_model
+from tests.indexes import tiny
 from tests.networks import AGGREGATORS as SMALL
 from tests.photos import write_blurred_noise
 from tests.pretend_device import HERE, Device, moved
@@ -180,3 +185,24 @@ def test_features_and_matches_are_those_of_the_cpu(single_process: None, tmp_pat
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
     np.testing.assert_allclose(found[1], expected[1], atol=1)  # a match on the threshold may flip
     assert by_file["eval/extract.py"] <= 10, device.table()  # of one batch: what is stored comes back
+
+
+def test_an_index_is_built_and_asked_as_on_the_cpu(single_process: None, tmp_path: Path) -> None:
+    """Search, matching and the order of both stages: the same photographs, cosines within 1e-5."""
+    (tmp_path / "database").mkdir()
+    paths = write_blurred_noise(tmp_path / "database", 5, (60, 45))
+
+    def located(describer: Describer, name: str) -> tuple[list[list[int]], list[list[float]]]:
+        build_index(describer, list_source(str(tmp_path / "database")), tmp_path / name)
+        index = Index.open(tmp_path / name, network=describer)
+        found = [location.candidates for location in index.locate(paths[:2], top_k=3)]
+        return [[one.number for one in row] for row in found], [[one.similarity for one in row] for row in found]
+
+    expected = located(tiny(), "cpu.index")
+    describer = tiny()
+    with pretend_training_device() as device:
+        moved(describer.model)
+        found = located(describer, "elsewhere.index")
+        assert {"eval/encode.py", "eval/matching.py"} <= {wait.file for wait in device.waits}, device.table()
+    assert found[0] == expected[0]
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)

@@ -1,6 +1,8 @@
 """Traces of steps, as a training writes them."""
 
+import gzip
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,38 +10,116 @@ from typing import Any
 import pytest
 import torch
 
+import trainer.profile
+from configs.traced import beside, part, spans
 from tests.training import finish, one_rank
 from trainer.process_group import Rank
 from trainer.profile import StepProfile
+
+PARTS = ["augment", "forward", "loss", "gather descriptors", "backward", "optimizer", "enqueue", "read the figures"]
+
+
+def events_of(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """The events of a trace that a run left in its output folder, in the order of time."""
+    with gzip.open(folder / "profile" / f"rank-{rank:05d}.json.gz", "rt") as file:
+        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    return sorted(events, key=lambda event: event.get("ts", 0.0))
+
+
+def profile_of(
+    folder: Path, steps: tuple[int, int], said: list[str], rank: int = 0, world_size: int = 1
+) -> StepProfile:
+    """A rank's profile, without a training."""
+    recipe = SimpleNamespace(trainer=SimpleNamespace(profile_steps=steps), output=folder)
+    context: Any = SimpleNamespace(recipe=recipe, rank=Rank(rank, world_size, torch.device("cpu")), say=said.append)
+    return StepProfile(context)
 
 
 @pytest.mark.slow
 def test_the_steps_that_were_asked_for_are_traced_and_no_others(workplace: Path) -> None:
     flags = ("--trainer.max-steps", "4", "--trainer.profile-steps", "1", "2", "--trainer.validate-every-epochs", "0")
+    flags = (*flags, "--memory.start-epoch", "0")
     printed = finish(one_rank(workplace, "profiled", *flags))
     assert "traces of all ranks" in printed
-    events = json.loads((workplace / "profiled" / "profile" / "rank-00000.json").read_text())["traceEvents"]
-    names = {event.get("name", "") for event in events}
+    events = events_of(workplace / "profiled")
+    names = {event["name"] for event in events}
     assert names >= {"aten::addmm", "_WithGradient", "Optimizer.step#AdamW.step"}  # network, loss, update
-    assert {name for name in names if name.startswith("step ")} == {"step 1", "step 2"}
-    held = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
-    assert max(held) > 1e6  # bytes
+    assert names >= {"wait for data", "log"}
+    steps = [event for event in events if event["name"].startswith("step ")]
+    assert [event["name"] for event in steps] == ["step 1", "step 2"]
+    for step in steps:
+        end = step["ts"] + step["dur"]
+        inside = [event["name"] for event in events if event.get("ph") == "X" and step["ts"] < event["ts"] < end]
+        parts = [name for name in inside if name in PARTS]
+        assert list(dict.fromkeys(parts)) == PARTS
+    assert max(event["args"]["MB"] for event in events if event["ph"] == "C") > 1
+
+
+def test_a_trace_names_ranks_threads_and_parts_and_has_memory_as_a_curve(tmp_path: Path) -> None:
+    said: list[str] = []
+    profile = profile_of(tmp_path, (1, 2), said, rank=3, world_size=4)
+
+    def load() -> None:
+        with beside("decode a place"):
+            torch.ones(10).sum()
+
+    for number in range(4):
+        with profile.step(number), part("forward"):
+            held = torch.ones(1_000_000)
+            loader = threading.Thread(target=load, name="decode_0")
+            loader.start()
+            loader.join()
+            del held
+    events = events_of(tmp_path, rank=3)
+    steps = {event["name"]: event for event in events if event["name"].startswith("step ")}
+    assert list(steps) == ["step 1", "step 2"]
+    inside = [event for event in events if event["name"] in ("forward", "decode a place")]
+    assert [event["name"] for event in inside] == ["forward", "decode a place"] * 2
+    for step, (forward, decode) in zip(steps.values(), (inside[:2], inside[2:]), strict=True):
+        assert step["ts"] <= forward["ts"] < decode["ts"]
+        assert decode["ts"] + decode["dur"] < forward["ts"] + forward["dur"]
+        assert step["tid"] == forward["tid"] != decode["tid"]
+    named = {(event["name"], event["tid"]): event["args"] for event in events if event["ph"] == "M"}
+    process = inside[0]["pid"]
+    assert [args["name"] for (key, _), args in named.items() if key == "process_name"] == ["rank 3 of 4"]
+    assert named["process_sort_index", process] == {"sort_index": 3}
+    assert named["thread_name", process] == {"name": "training"}
+    assert named["thread_name", inside[1]["tid"]] == {"name": "decode_0"}
+    curve = [event["args"]["MB"] for event in events if event["ph"] == "C" and event["name"] == "memory (CPU)"]
+    assert max(curve) == pytest.approx(4, abs=0.1)  # a million numbers of 4 bytes
+    assert curve[-1] < 0.1
+    assert not list((tmp_path / "profile").glob(".*"))
+
+
+def test_names_and_threads_are_kept_for_a_trace_alone() -> None:
+    spans.clear()
+    with part("forward"), beside("decode a place"):
+        pass
+    assert not spans
 
 
 def test_a_trace_is_there_if_memory_runs_out(tmp_path: Path) -> None:
-    trainer = SimpleNamespace(profile_steps=(0, 5))
     said: list[str] = []
-    context: Any = SimpleNamespace(
-        recipe=SimpleNamespace(trainer=trainer, output=tmp_path), rank=Rank(0, 1, torch.device("cpu")), say=said.append
-    )
 
     def too_large() -> None:
-        with StepProfile(context).step(0):
+        with profile_of(tmp_path, (0, 5), said).step(0):
             torch.ones(1000).sum()
             torch.empty(1 << 60)
 
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         too_large()
-    events = json.loads((tmp_path / "profile" / "rank-00000.json").read_text())["traceEvents"]
-    assert {"aten::sum", "step 0", "[memory]"} <= {event.get("name", "") for event in events}
+    assert {"aten::sum", "step 0", "memory (CPU)"} <= {event["name"] for event in events_of(tmp_path)}
     assert len(said) == 1
+
+
+def test_torch_s_own_file_is_there_if_memory_does_not_suffice_to_rewrite_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(trainer.profile, "rewrite", no_memory)
+    with profile_of(tmp_path, (0, 0), []).step(0):
+        torch.ones(10).sum()
+    assert [file.name for file in (tmp_path / "profile").iterdir()] == ["rank-00000.json"]
+    assert "step 0" in (tmp_path / "profile" / "rank-00000.json").read_text()

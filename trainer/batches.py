@@ -10,6 +10,7 @@ import torch
 
 from configs.image_size import height_width
 from configs.schema import DataConfig, Recipe
+from configs.traced import part
 from data_pipeline.augment import Drawn, image_seeds, randaugment_of
 from data_pipeline.copies import CopyStream
 from data_pipeline.loader import Draw, PlaceBatch, PlaceLoader, build_reader
@@ -97,7 +98,8 @@ class Batches:
             while True:
                 watchdog.enter("data", step)
                 asked = time.perf_counter()
-                batch = next(batches, None)
+                with part("wait for data"):
+                    batch = next(batches, None)
                 if batch is None:
                     break
                 yield batch, time.perf_counter() - asked

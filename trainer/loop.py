@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from configs.progress import OnProgress
 from configs.schema import Recipe
+from configs.traced import part
 from data_pipeline.folder_lock import held_by_rank_0
 from eval.benchmarks.load import load_benchmarks
 from eval.result import Result
@@ -115,8 +116,9 @@ class Training:
                 if not outcome.updated:
                     self.skipped.note(outcome, self.progress)
                 self.progress.step += 1
-                self._log(outcome, lr, time.perf_counter() - began, waited_s, bar)
-                self.negatives.append(outcome.negatives)
+                with part("log"):
+                    self._log(outcome, lr, time.perf_counter() - began, waited_s, bar)
+                    self.negatives.append(outcome.negatives)
                 self.saving.save_if_due(asked_to_stop=votes.asked_to_stop, by_time=votes.save_is_due)
                 self._validate_if_due()
         self.profile.stop()
@@ -137,7 +139,8 @@ class Training:
         if self.validation.is_due():
             self.saving.check_network()  # else an image would be blamed
             self.saving.writer.finish()  # who leaves the evaluation could not make a checkpoint valid
-            self._keep_if_best(self.validation.validate())
+            with part("validate"):
+                self._keep_if_best(self.validation.validate())
             self.negatives.send()
 
     def _evaluate_trained(self) -> list[Result]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Literal
 
 import torch
 
+from configs.files import partial_of, remove
 from configs.reading import is_out_of_memory
+from configs.traced import part, spans
 from trainer.context import Context
+from trainer.trace_file import rewrite
 
 MEMORY_EVENTS = 200_000
 
@@ -18,10 +22,9 @@ MEMORY_EVENTS = 200_000
 class StepProfile:
     """Traces the steps of trainer.profile_steps into `profile/` of the output folder; does nothing without them.
 
-    `rank-00000.json` opens in ui.perfetto.dev or chrome://tracing. On a CPU its `[memory]` events say what each
-    operation took or gave back, and the bytes held since the first of these steps; on a GPU
-    `memory-rank-00000.pickle` comes beside it (for pytorch.org/memory_viz). Both are written if memory runs out in one
-    of these steps, too.
+    `rank-00000.json.gz` opens in ui.perfetto.dev: the parts of each step by name, what the loader's
+    threads did meanwhile, and the memory held as a curve. On a GPU `memory-rank-00000.pickle` comes beside it (for
+    pytorch.org/memory_viz). Both are written if memory runs out in one of these steps, too.
     """
 
     def __init__(self, context: Context) -> None:
@@ -35,7 +38,7 @@ class StepProfile:
         if self._profiler is None and self.first <= number <= self.last:
             self._start()
         try:
-            with torch.profiler.record_function(f"step {number}"):
+            with part(f"step {number}"):
                 yield
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
@@ -58,9 +61,10 @@ class StepProfile:
         if self._on_gpu:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
-        self._profiler = torch.profiler.profile(
-            activities=activities, record_shapes=True, profile_memory=not self._on_gpu
-        )
+        else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else each rank reports as an error that it found no GPU
+        spans.clear()
+        self._profiler = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
         self._profiler.start()
 
     def _stop(self) -> None:
@@ -69,7 +73,16 @@ class StepProfile:
         profiler.stop()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(self._path("", "json")))
+            path = self._path("", "json.gz")
+            raw = partial_of(path.with_suffix(""))
+            try:
+                profiler.export_chrome_trace(str(raw))
+                try:
+                    rewrite(raw, path, list(spans), rank=self.rank.rank, world_size=self.rank.world_size)
+                except MemoryError:  # it needs some itself; torch's own file opens in a viewer, too
+                    raw.replace(path.with_suffix(""))
+            finally:
+                remove(raw)
         except OSError as error:
             self.say(f"[yellow]the trace could not be written to {self.folder} ({error})")
         else:

@@ -8,6 +8,7 @@ import time
 import torch
 
 from configs.ranks import from_rank_0
+from configs.traced import part
 from trainer.batches import Batches
 from trainer.checkpoint import checkpoint_contents, recipe_files
 from trainer.checkpoint_folder import best_recall, drop_lost_best, point, step_name
@@ -86,7 +87,8 @@ class Saving:
         step = self.state.progress.step
         last = step == self.total_steps
         if step % self.every == 0 or last or asked_to_stop or by_time:
-            self.save()
+            with part("save"):
+                self.save()
         if asked_to_stop and not last:
             saved = self.writer.finish()
             where = f"saved at step {step} of {self.total_steps}" if saved else f"step {step} could not be saved"

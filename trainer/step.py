@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from configs.host_copies import to_device
+from configs.traced import part
 from data_pipeline.augment import randaugment_of
 from data_pipeline.images import normalise
 from data_pipeline.loader import PlaceBatch
@@ -66,7 +67,8 @@ class TrainingStep:
         optimizer_step = state.progress.optimizer_step
         queue_used = self._uses_queue(step)
         self.watchdog.enter("forward", step)
-        images_B3HW = self._augmented(batch, step // self.steps_per_epoch)
+        with part("augment"):
+            images_B3HW = self._augmented(batch, step // self.steps_per_epoch)
         state.engine.train()
         figures = self._measured_drift(optimizer_step) if queue_used else {}
         chunks = self.recipe.engine.encode_chunks
@@ -75,19 +77,21 @@ class TrainingStep:
             cache = GradientCache(self._encode_all, images_B3HW.tensor_split(chunks)) if chunks > 1 else None
             descriptors_BD, *local = cache.outputs if cache else self._encode_all(images_B3HW)
             self.watchdog.enter("loss", step)
-            out = self.loss(
-                descriptors_BD,
-                batch.place_ids_B,
-                state.queue,
-                step=optimizer_step,
-                drift_curve_a2=state.drift.curve_a2 if state.drift else None,
-                place_ids_N=batch.place_ids_N,
-            )
+            with part("loss"):
+                out = self.loss(
+                    descriptors_BD,
+                    batch.place_ids_B,
+                    state.queue,
+                    step=optimizer_step,
+                    drift_curve_a2=state.drift.curve_a2 if state.drift else None,
+                    place_ids_N=batch.place_ids_N,
+                )
             loss = out.loss
             if self.guided:
                 assert batch.place_ids_N is not None  # a training knows its plan
                 local_BNC, salient_BN = local
-                guided = self.guided(local_BNC, salient_BN, batch.place_ids_B, batch.place_ids_N)
+                with part("guided loss"):
+                    guided = self.guided(local_BNC, salient_BN, batch.place_ids_B, batch.place_ids_N)
                 loss = loss + guided.loss
             self.watchdog.enter("step", step)
             set_learning_rate(state.engine, lr)
@@ -95,13 +99,15 @@ class TrainingStep:
             result = self._backward(loss * one, cache)
         negatives = ""
         if result.updated and queue_used:
-            if self.negatives:
-                negatives = self.negatives.found(out, batch, optimizer_step)
-                self.negatives.stored(batch, optimizer_step)
-            state.queue.enqueue(out.descriptors_ND, out.place_ids_N, optimizer_step, host_ids_N=out.host_ids_N)
-            if state.drift:
-                state.drift.keep(images_B3HW, out.descriptors_ND, optimizer_step)
-        loss_read, norm, found, sums = self._read(out, guided, result, votes())
+            with part("enqueue"):
+                if self.negatives:
+                    negatives = self.negatives.found(out, batch, optimizer_step)
+                    self.negatives.stored(batch, optimizer_step)
+                state.queue.enqueue(out.descriptors_ND, out.place_ids_N, optimizer_step, host_ids_N=out.host_ids_N)
+                if state.drift:
+                    state.drift.keep(images_B3HW, out.descriptors_ND, optimizer_step)
+        with part("read the figures"):
+            loss_read, norm, found, sums = self._read(out, guided, result, votes())
         figures |= found
         return StepOutcome(
             loss=loss_read,
@@ -150,11 +156,15 @@ class TrainingStep:
 
     def _measured_drift(self, optimizer_step: int) -> dict[str, float]:
         drift = self.state.drift
-        return drift.measure(self._encode, optimizer_step) if drift and drift.due(optimizer_step) else {}
+        if not drift or not drift.due(optimizer_step):
+            return {}
+        with part("measure drift"):
+            return drift.measure(self._encode, optimizer_step)
 
     def _encode(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """uint8 images -> descriptors."""
-        descriptors_BD: torch.Tensor = self.state.engine(normalise(images_B3HW))
+        with part("forward"):
+            descriptors_BD: torch.Tensor = self.state.engine(normalise(images_B3HW))
         return descriptors_BD
 
     def _encode_all(self, images_B3HW: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -167,15 +177,20 @@ class TrainingStep:
         engine, clipping = self.state.engine, self.recipe.optim.gradient_clipping
         result: StepResult | None = None
         if cache is None:
-            engine.backward(loss)
-            result = clip_and_update(engine, clipping)
+            with part("backward"):
+                engine.backward(loss)
+            with part("optimizer"):
+                result = clip_and_update(engine, clipping)
         else:
 
-            def backward(part: torch.Tensor) -> None:
+            def backward(share: torch.Tensor) -> None:
                 nonlocal result
-                engine.backward(part, scale_wrt_gas=False)  # chunks add up to the batch: nothing to average
-                result = clip_and_update(engine, clipping)  # updates after the last chunk
+                with part("backward of a chunk"):
+                    engine.backward(share, scale_wrt_gas=False)  # chunks add up to the batch: nothing to average
+                with part("optimizer"):
+                    result = clip_and_update(engine, clipping)  # updates after the last chunk
 
-            cache.backward(loss, backward)
+            with part("backward"):
+                cache.backward(loss, backward)
         assert result is not None
         return result

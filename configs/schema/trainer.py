@@ -43,7 +43,7 @@ class TrainerConfig(Section):
     profile_steps: tuple[NonNegative, NonNegative] | None = Field(
         None,
         description="First and last step (0 is the first) that are traced into profile/ of the output folder, a file "
-        "for each rank, with what holds memory.",
+        "for each rank that ui.perfetto.dev opens: the parts of a step and the memory held.",
     )
     sync_debug: Literal["off", "warn", "error"] = Field(
         "off", description="What torch does where a step makes the host wait for its GPU: nothing, warn, or raise."
