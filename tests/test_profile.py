@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from configs.traced import beside, part, spans
 from tests.training import finish, one_rank
 from trainer.process_group import Rank
 from trainer.profile import StepProfile
+from trainer.trace_file import rewrite
 
 PARTS = ["augment", "forward", "loss", "gather descriptors", "backward", "optimizer", "enqueue", "read the figures"]
 
@@ -89,6 +91,27 @@ def test_a_trace_names_ranks_threads_and_parts_and_has_memory_as_a_curve(tmp_pat
     assert max(curve) == pytest.approx(4, abs=0.1)  # a million numbers of 4 bytes
     assert curve[-1] < 0.1
     assert not list((tmp_path / "profile").glob(".*"))
+
+
+def test_a_gpu_keeps_its_name_and_has_a_curve_of_its_own(tmp_path: Path) -> None:
+    held = {"Device Type": 1, "Device Id": 0, "Total Allocated": 5_000_000, "Bytes": 5_000_000}
+    events = [
+        {"ph": "M", "name": "process_name", "pid": 0, "tid": 0, "args": {"name": "python"}},
+        {"ph": "M", "name": "process_labels", "pid": 0, "tid": 0, "args": {"labels": "GPU 0"}},
+        {"ph": "M", "name": "process_name", "pid": os.getpid(), "tid": 0, "args": {"name": "python"}},
+        {"ph": "X", "cat": "kernel", "name": "gemm", "pid": 0, "tid": 7, "ts": 1.0, "dur": 2.0},
+        {"ph": "i", "name": "[memory]", "pid": os.getpid(), "tid": 1, "ts": 1.5, "args": held},
+        {"ph": "X", "cat": "Trace", "name": "PyTorch Profiler (0)", "pid": "Spans", "tid": "x", "ts": 0.0, "dur": 9.0},
+    ]
+    raw, path = tmp_path / "raw.json", tmp_path / "profile" / "rank-00000.json.gz"
+    path.parent.mkdir()
+    raw.write_text(json.dumps({"traceEvents": events}))
+    rewrite(raw, path, [], rank=0, world_size=1)
+    found = events_of(tmp_path)
+    assert [event for event in found if event["pid"] == 0] == [*events[:2], events[3]]
+    assert events[2] not in found
+    assert [event["args"] for event in found if event["name"] == "memory (GPU)"] == [{"MB": 5.0}]
+    assert "PyTorch Profiler (0)" not in {event["name"] for event in found}
 
 
 def test_names_and_threads_are_kept_for_a_trace_alone() -> None:

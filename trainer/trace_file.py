@@ -42,9 +42,9 @@ def _memory(event: Event) -> Event:
     return {"ph": "C", "name": f"memory ({device})", "pid": event["pid"], "ts": event["ts"], "args": args}
 
 
-def _key(event: Event) -> tuple[str, int | None]:
-    """What a name or a place in the order is of."""
-    return event["name"], event.get("tid") if event["name"].startswith("thread") else None
+def _key(event: Event) -> tuple[str, int, int | None]:
+    """What a name or a place in the order is of; a GPU counts as a process of its own."""
+    return event["name"], event["pid"], event.get("tid") if event["name"].startswith("thread") else None
 
 
 def _names(spans: Iterable[Span], *, rank: int, world_size: int) -> list[Event]:
