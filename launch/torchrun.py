@@ -175,8 +175,13 @@ def preload(verb: Sequence[str], recipe: Recipe | None = None) -> list[str]:
     """What ranks of a verb import, `recipe` the one of a training, in the form that `fork_server.start` takes."""
     tracked = recipe is None or recipe.tracking.enabled
     if verb[0] == "train":
-        ours = ["trainer.loop", "trainer.command:warm_up", "trainer.engine:import_deepspeed"]
-        return [*ours, *(["mlflow", "mlflow.store.tracking.sqlalchemy_store"] if tracked else []), *OF_EVERY_RANK]
+        return [
+            *("trainer.loop", "trainer.command:warm_up", "trainer.engine:import_deepspeed"),
+            *("model.dinov2", "scipy.spatial", "eval.report.pictures"),  # of most recipes, imported where they are used
+            "deepspeed.module_inject.auto_ep_config",  # by its engine
+            *(["mlflow", "mlflow.store.tracking.sqlalchemy_store"] if tracked else []),
+            *OF_EVERY_RANK,
+        ]
     if verb[0] == "eval":
         return ["eval.evaluate", "eval.report.pictures", "launch.eval_command", "launch.eval_tracking", *OF_EVERY_RANK]
     if verb[0] == "index":

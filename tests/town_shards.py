@@ -35,7 +35,7 @@ def wait_for_the_town() -> None:
 
 
 def town_recipe(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The recipe of `tests/golden/town.json`, with changes by section."""
+    """The recipe of `tests/golden/town.json`, with changes by section. It saves at the last step alone."""
     base: dict[str, dict[str, Any]] = {
         "data": {
             **{"places_per_batch": 8, "images_per_place": 3, "image_size": 42, "composition": "mixed"},
@@ -46,7 +46,7 @@ def town_recipe(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "optim": {"lr": 1e-3, "warmup_steps": 5, "weight_decay": 0.05},
         "loss": {},
         "engine": {},
-        "trainer": {"epochs": 99, "max_steps": STEPS, "validate_every_epochs": 0},
+        "trainer": {"epochs": 99, "max_steps": STEPS, "validate_every_epochs": 0, "checkpoint_every_steps": STEPS},
         "tracking": {"enabled": False},
     }
     recipe = {section: values | changes.get(section, {}) for section, values in base.items()}
