@@ -28,7 +28,19 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
-class BuildCommand:
+class _Remote:
+    """How a shard set behind a URL is read."""
+
+    remote_retry_s: float = field(default=120.0, kw_only=True)
+    """Seconds that a failing read of a shard set over http or s3 is tried again."""
+
+    def __post_init__(self) -> None:
+        if not self.remote_retry_s >= 0:
+            raise ValueError(f"--remote-retry-s {self.remote_retry_s:g}: expected 0 s or more")
+
+
+@dataclass(frozen=True)
+class BuildCommand(_Remote):
     """Encodes the photographs of DB once, into the folder --out; run again, it resumes.
 
     DB is a folder of photographs (positions from @UTM@ names, else from EXIF), a .csv or .parquet table (path, and lat
@@ -64,7 +76,7 @@ class BuildCommand:
 
 
 @dataclass(frozen=True)
-class AddCommand:
+class AddCommand(_Remote):
     """Encodes the photographs that the index lacks; readers see them once all are in.
 
     A photograph that the index has by name and bytes is left alone.
@@ -145,7 +157,7 @@ def build(argv: list[str]) -> int:
         from eval.index.photo_list import list_source
         from trainer.pretrained import load
 
-        photos = list_source(command.db, command.data_root)
+        photos = list_source(command.db, command.data_root, retry_s=command.remote_retry_s)
         describer = load(command.checkpoint, device=rank.device, plugins=command.plugins, **settings)
         how = {"factory": command.factory, "params": command.params}
         return build_index(describer, photos, command.out, **how, share=share, on_progress=on_progress)
@@ -167,7 +179,7 @@ def add(argv: list[str]) -> int:
 
         network = load(command.checkpoint, device=rank.device, plugins=command.plugins) if command.checkpoint else None
         index = Index.open(command.index, network=network, device=rank.device)
-        photos = list_source(command.db, command.data_root)
+        photos = list_source(command.db, command.data_root, retry_s=command.remote_retry_s)
         return add_to_index(index.network, photos, command.index, share=share, on_progress=on_progress)
 
     return _on_ranks(command.index, command.timeout_s, share, work)

@@ -116,6 +116,7 @@ def run_verbs_with_tracking(how: str, port: int, workplace: Path, tmp_path: Path
     run(tmp_path, "launch", "--dry-run", "--nproc-per-node", "2", "--", "train", "recipe.yaml", *uri)
     evaluated = ["--benchmarks", f"folder:{workplace / 'town'}", "--image-size", "28"]
     run(tmp_path, "eval", "--checkpoint", "out", *evaluated, "--track", "--out", "results")
-    run(tmp_path, "index", "build", address, "--checkpoint", "out", "--out", "an.index")
+    retries = ["--remote-retry-s", "2"]
+    run(tmp_path, "index", "build", address, "--checkpoint", "out", "--out", "an.index", *retries)
     run(tmp_path, "export", "out", f"{address}.safetensors")
     assert list((tmp_path / "out").iterdir())

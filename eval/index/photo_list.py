@@ -58,18 +58,19 @@ class PhotoList:
         )
 
 
-def list_source(source: str, data_root: Path = Path("data")) -> PhotoList:
+def list_source(source: str, data_root: Path = Path("data"), *, retry_s: float = 120.0) -> PhotoList:
     """The photographs that `source` names, each kind told by what is there.
 
     A folder (or URL) with `index.parquet` is a shard set, another folder one of photographs (positions from names in
     the UTM convention, else from EXIF), a `.csv` or `.parquet` file a table, anything else a benchmark of the
-    catalogue, of which the database is taken. Raises ValueError or OSError with what would be right.
+    catalogue, of which the database is taken. Reads of a shard set that fail remotely are tried again for `retry_s`
+    seconds. Raises ValueError or OSError with what would be right.
     """
     from data_pipeline.storage import is_remote
 
     path = Path(source)
     if is_remote(source) or (path / "index.parquet").is_file():
-        return of_shards(source)
+        return of_shards(source, retry_s)
     if path.is_dir():
         return of_folder(path)
     if path.suffix in (".csv", ".parquet") or path.is_file():
@@ -151,12 +152,12 @@ def of_benchmark(spec: str, data_root: Path) -> PhotoList:
     return of_files(root, names, notes=tuple(benchmarks[0].notes))
 
 
-def of_shards(location: str) -> PhotoList:
-    """The photographs of a shard set, here or behind a URL, by place and view."""
+def of_shards(location: str, retry_s: float = 120.0) -> PhotoList:
+    """The photographs of a shard set, here or behind a URL, by place and view; `retry_s` as in `list_source`."""
     from data_pipeline.index import read_index
     from data_pipeline.storage import RangeReader, join
 
-    reader = RangeReader()
+    reader = RangeReader(retry_s=retry_s)
     index = read_index(location, reader)
     table = index.table.select(["city", "city_place_id", "view", "shard", "lat", "lon", "year", "month"])
     names = [
