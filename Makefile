@@ -32,8 +32,9 @@ lint-apart:
 
 # Tests wait at times, so there is one process more than two cores; with five the tests take as long and time out more.
 PROCESSES := $(if $(filter Linux,$(shell uname)),3,1)
+# Bytecode is written, whatever containers say of it: a test's program need not compile what another one did.
 tests:
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --processes $(PROCESSES) $(SELECTED)
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --processes $(PROCESSES) $(SELECTED)
 
 # Trainings killed at random moments, in full counts. Not part of `make test`.
 test-faults: $(READY)
