@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 SHOWN = 20
 
 
-RETRY_S = 10.0  # a person waits
-
-
 @dataclass(frozen=True)
 class InspectCommand:
     """Shows what a shard set holds; with --out also as pictures, and how an epoch goes through it."""
@@ -47,6 +44,12 @@ class InspectCommand:
     """Views drawn of each place of the plan."""
     composition: Literal["city", "mixed"] = "city"
     """Composition of the plan's batches."""
+    remote_retry_s: float = 10.0
+    """Seconds that a failing read over http or s3 is tried again."""
+
+    def __post_init__(self) -> None:
+        if not self.remote_retry_s >= 0:
+            raise ValueError(f"--remote-retry-s {self.remote_retry_s:g}: expected 0 s or more")
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> int:
 
     if command.places < 1 or command.views < 1:
         raise ValueError(f"a contact sheet of {command.places} places x {command.views} views; use 1 or more of each")
-    console, reader = Console(), RangeReader(retry_s=RETRY_S)
+    console, reader = Console(), RangeReader(retry_s=command.remote_retry_s)
     index = read_index(command.shards, reader)
     _describe(console, index)
     if command.out:

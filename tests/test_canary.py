@@ -96,7 +96,8 @@ def run_verbs_on_shards(how: str, port: int, tmp_path: Path) -> None:
     at = free_port() if how == "refused" else port
     address = f"http://ann:{PASSWORD}@127.0.0.1:{at}/{how}/set?key={KEY}"
     flags = ["--data.shards", address, "--data.remote-retry-s", "0.2", "--output", "out", "--tracking.enabled", "False"]
-    for command in (["train", "demo", *flags], ["plan", "demo", *flags], ["inspect", address]):
+    inspect = ["inspect", address, "--remote-retry-s", "2"]
+    for command in (["train", "demo", *flags], ["plan", "demo", *flags], inspect):
         run(tmp_path, *command)
 
 

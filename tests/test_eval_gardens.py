@@ -24,7 +24,8 @@ RUNS = {
         *("--rerank.top-k", "20", "--pictures", "2"),
     ),
     "defaults": ("--pictures", "0"),
-    "compact": ("--pictures", "0", "--rerank.dtype", "int8", "--sweep", "True"),
+    "compact": ("--pictures", "0", "--rerank.dtype", "int8"),
+    "swept": ("--pictures", "0", "--rerank.dtype", "int8", "--rerank.top-k", "5", "--sweep", "True"),
 }
 
 
@@ -63,10 +64,15 @@ def test_frozen_weights_reach_the_known_recalls_on_gardens_point(folder: Path) -
 
 @photographs
 def test_defaults_gain_35_points_and_int8_keeps_them_below_100_kb_an_image(folder: Path) -> None:
-    """Matching by the defaults, and in int8; the sweep draws its heat map on the way."""
+    """Matching by the defaults, and in int8."""
     result, compact = result_of(folder / "defaults"), result_of(folder / "compact")
     assert result["gain"]["1"][0] >= 35
     assert min(gain for gain, _, _ in result["gain"].values()) >= 0
     assert compact["kb_local_per_image"] < 100 < result["kb_local_per_image"]
     assert compact["recall_reranked"]["1"] >= result["recall_reranked"]["1"] - 1
-    assert list((folder / "compact").glob("sweeps/**/*.png"))
+
+
+@photographs
+def test_a_sweep_of_real_features_draws_its_heat_map(folder: Path) -> None:
+    result_of(folder / "swept")
+    assert list((folder / "swept").glob("sweeps/**/*.png"))

@@ -18,8 +18,8 @@ from trainer.pretrained import load
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_process")]
 
-BENCHMARK = "gardens_point/day_right/night_right/0-29"
-QUERIES = 20  # whole batches, as the evaluation reads them
+BENCHMARK = "gardens_point/day_right/night_right/0-19"
+QUERIES = 10  # whole batches, as the evaluation reads them
 
 
 @photographs

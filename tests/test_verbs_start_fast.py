@@ -17,11 +17,14 @@ from tests.photos import write_gsv_cities
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = ("torch", "torchvision", "deepspeed", "mlflow", "timm", "faiss", "matplotlib", "scipy")
 
-# Forks a process for each command line of argv[1]: each meets the verbs' modules not yet imported.
+# Forks a process for each command line of argv[1], once the modules of argv[2:] are there: each meets the verbs' own
+# not yet imported.
 SCRIPT = """
-import json, os, sys
+import importlib, json, os, sys
 import tyro, configs.schema  # common to most, and fast
 from launch import cli
+for module in sys.argv[2:]:
+    importlib.import_module(module)
 for argv in json.loads(sys.argv[1]):
     if os.fork() == 0:
         try:
@@ -35,10 +38,12 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
-def imported(*command_lines: list[str], folder: Path = ROOT) -> dict[str, tuple[int, set[str]]]:
-    """Exit status and imported packages of each command line, by its text."""
+def imported(
+    *command_lines: list[str], folder: Path = ROOT, allowed: tuple[str, ...] = ()
+) -> dict[str, tuple[int, set[str]]]:
+    """Exit status and imported packages of each command line, by its text; `allowed` modules are imported before."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(command_lines)]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(command_lines), *allowed]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
     said = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("IMPORTED ")]
     assert len(said) == len(command_lines), done.stdout + done.stderr
@@ -73,6 +78,7 @@ def test_verbs_of_data_import_no_trackers_and_no_networks(tmp_path: Path) -> Non
         ["verify", "set"],
         ["inspect", "set", "--out", "seen", "--plan", "plan.parquet", "--places-per-batch", "2"],
         folder=tmp_path,
+        allowed=("torch",),
     )
     for line, (status, packages) in said.items():
         assert status == 0, line
