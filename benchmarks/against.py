@@ -34,7 +34,7 @@ class Options:
 
     revision: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REVISION")]
     """What git knows the earlier tree by: a commit, a branch, a tag."""
-    turns: int = 5
+    turns: int = 4
     """Trainings with each tree."""
     steps: int = 10
     """Measured steps of a training, after three that warm up."""

@@ -15,7 +15,7 @@ import trainer.profile
 from configs.traced import beside, part, spans
 from tests.training import finish, one_rank
 from trainer.process_group import Rank
-from trainer.profile import StepProfile
+from trainer.profile import StepProfile, waits_told
 from trainer.trace_file import rewrite
 
 PARTS = ["augment", "forward", "loss", "gather descriptors", "backward", "optimizer", "enqueue", "read the figures"]
@@ -135,14 +135,26 @@ def test_a_trace_is_there_if_memory_runs_out(tmp_path: Path) -> None:
     assert len(said) == 1
 
 
-def test_torch_s_own_file_is_there_if_memory_does_not_suffice_to_rewrite_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [MemoryError(), json.JSONDecodeError("Invalid control character", "", 0)])
+def test_torch_s_own_file_is_there_if_it_cannot_be_rewritten(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(*_: object, **__: object) -> None:
-        raise MemoryError
+    def refuse(*_: object, **__: object) -> None:
+        raise error
 
-    monkeypatch.setattr(trainer.profile, "rewrite", no_memory)
+    monkeypatch.setattr(trainer.profile, "rewrite", refuse)
     with profile_of(tmp_path, (0, 0), []).step(0):
         torch.ones(10).sum()
     assert [file.name for file in (tmp_path / "profile").iterdir()] == ["rank-00000.json"]
     assert "step 0" in (tmp_path / "profile" / "rank-00000.json").read_text()
+
+
+def test_torch_tells_of_waits_on_a_gpu_alone_and_no_longer_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with waits_told("warn", torch.device("cpu")), waits_told("off", torch.device("cuda")):
+        pass
+    assert not modes
+    with pytest.raises(KeyError), waits_told("error", torch.device("cuda")):
+        raise KeyError
+    assert modes == ["error", "default"]

@@ -79,7 +79,7 @@ class StepProfile:
                 profiler.export_chrome_trace(str(raw))
                 try:
                     rewrite(raw, path, list(spans), rank=self.rank.rank, world_size=self.rank.world_size)
-                except MemoryError:  # it needs some itself; torch's own file opens in a viewer, too
+                except (MemoryError, ValueError, KeyError):  # torch's own file opens in a viewer, too
                     raw.replace(path.with_suffix(""))
             finally:
                 remove(raw)
