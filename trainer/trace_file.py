@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ Event = dict[str, Any]
 DEVICES = ("CPU", "GPU")  # by torch's number
 
 
-def rewrite(raw: Path, path: Path, spans: Iterable[Span], *, rank: int, world_size: int) -> None:
+def rewrite(raw: Path, path: Path, spans: Sequence[Span], *, rank: int, world_size: int) -> None:
     """Writes the trace of `raw`, with `spans` in it, to `path`, gzipped."""
     trace = json.loads(raw.read_bytes())
     zero_ns = trace.get("baseTimeNanoseconds", 0)
@@ -47,7 +47,7 @@ def _key(event: Event) -> tuple[str, int, int | None]:
     return event["name"], event["pid"], event.get("tid") if event["name"].startswith("thread") else None
 
 
-def _names(spans: Iterable[Span], *, rank: int, world_size: int) -> list[Event]:
+def _names(spans: Sequence[Span], *, rank: int, world_size: int) -> list[Event]:
     """What a viewer calls this process and its threads, and their order."""
     process = os.getpid()
     threads = {process: "training"} | {span.thread: span.thread_name for span in spans}
