@@ -12,7 +12,7 @@ from configs.schema import Recipe
 from launch.export_command import main as export
 from tests.checkpoints import write_checkpoint
 from tests.networks import AGGREGATORS
-from trainer.graph import run_graph
+from trainer.graph import load_graph
 
 SIDES = {"tiny14": 56, "tiny16": 48}
 BATCHES = (1, 2, 5)
@@ -33,8 +33,9 @@ def check_graph(run: Path, side: int, out: Path) -> None:
     images = torch.randint(0, 256, (5, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
     expected = rerankvpr.load(run, device="cpu").describe(images)
     assert export([str(run), str(out), "--image-size", str(side)]) == 0
+    graph = load_graph(out)
     for count in BATCHES:
-        found = run_graph(out, images[:count]).numpy()
+        found = graph(images[:count]).numpy()
         assert found.shape == (count, expected.shape[1])
         assert (found * expected[:count]).sum(axis=1).min() > 1 - 1e-4
         np.testing.assert_allclose(found, expected[:count], atol=5e-6)  # float32 in another order

@@ -22,7 +22,7 @@ from data_pipeline.images import normalise
 from launch.export_command import main as export
 from tests.checkpoints import write_checkpoint
 from tests.photos import jpeg
-from trainer.graph import run_graph
+from trainer.graph import load_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 42
@@ -69,13 +69,14 @@ def test_a_pt2_file_gives_the_engines_descriptors(
     """For any number of images; float32 in another order of sums."""
     file = exported(run, tmp_path / "net.pt2", "--input", takes)
     given = images if takes == "uint8" else normalise(images)
+    graph = load_graph(file)
     for count in (1, 2, 5):
-        np.testing.assert_allclose(run_graph(file, given[:count]), expected[:count], atol=2e-6)
+        np.testing.assert_allclose(graph(given[:count]), expected[:count], atol=2e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pt2", "net.pt2.md"]
     program = torch.export.load(file)
     assert not [node for node in program.graph.nodes if "upsample" in str(node.target)]  # positions are a constant
     with pytest.raises(Exception, match=r"(?i)shape|size"):  # of another size: refused, not wrong
-        run_graph(file, torch.zeros(1, 3, SIDE + 14, SIDE, dtype=given.dtype))
+        graph(torch.zeros(1, 3, SIDE + 14, SIDE, dtype=given.dtype))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,21 +176,20 @@ def _write_onnx(program: ExportedProgram, file: Path, metadata: dict[str, str], 
 @torch.inference_mode()
 def _least_cosine(module: ImagesToDescriptors, file: Path, size: tuple[int, int]) -> float:
     """The least cosine of a written graph's descriptors with the network's, over images of noise."""
-    cosines = []
+    cosines, graph = [], load_graph(file)
     for count in TRIED:
         generator = torch.Generator().manual_seed(count)
         images = torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=generator)
         given = images if module.takes == "uint8" else normalise(images)
-        cosines.append((module(given).double() * run_graph(file, given).double()).sum(dim=1))
+        cosines.append((module(given).double() * graph(given).double()).sum(dim=1))
     return float(torch.cat(cosines).min())
 
 
-def run_graph(file: Path, images: torch.Tensor) -> torch.Tensor:
-    """Descriptors of a graph's own input, by torch or, on the CPU, onnxruntime."""
+def load_graph(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A graph as a function from its own input to descriptors, by torch or, on the CPU, onnxruntime."""
     if file.suffix == ".pt2":
-        descriptors: torch.Tensor = torch.export.load(file).module()(images)
-        return descriptors
+        return torch.export.load(file).module()
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
