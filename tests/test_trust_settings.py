@@ -16,6 +16,8 @@ from configs.schema import Recipe
 from eval.approximate import train_index
 from launch.eval_command import main as evaluate
 from launch.export_command import main as export
+from launch.index_command import BuildCommand
+from launch.inspect_command import InspectCommand
 from launch.slurm import Resources
 from model.network import build_model
 from tests.checkpoints import write_checkpoint
@@ -120,8 +122,6 @@ def test_aliases_of_aliases_are_no_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["~/sets", "--out", "~/seen"], ["--out=~/seen", "~/sets"]])
 def test_home_is_expanded_in_any_flag(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.inspect_command import InspectCommand
-
     monkeypatch.setenv("HOME", "/home/ann")
     command = parse_flags(InspectCommand, words, prog="inspect")
     assert (command.shards, command.out) == ("/home/ann/sets", Path("/home/ann/seen"))
@@ -131,6 +131,15 @@ def test_home_is_expanded_in_any_flag(words: list[str], monkeypatch: pytest.Monk
 def test_a_negative_resource_is_refused(flag: str) -> None:
     with pytest.raises(ValueError, match=f"--{flag} -1: expected 0 or more"):
         parse_flags(Resources, [f"--{flag}=-1"], prog="submit")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"), [(InspectCommand, ["set"]), (BuildCommand, ["set", "--checkpoint", "c", "--out", "o"])]
+)
+@pytest.mark.parametrize("seconds", ["-1", "nan"])
+def test_a_time_to_retry_that_is_no_time_is_refused(command: type, words: list[str], seconds: str) -> None:
+    with pytest.raises(ValueError, match=f"--remote-retry-s {seconds}: expected 0 s or more"):
+        parse_flags(command, [*words, f"--remote-retry-s={seconds}"], prog="verb")
 
 
 def test_a_seed_that_no_generator_takes_is_refused() -> None:
