@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from tests.compiled_blocks import check_compiled_blocks
 from tests.curves import curve
 from tests.town_shards import town_recipe
 
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here"
+)
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
+
+def test_blocks_through_inductor_change_no_number_and_swallow_no_hook() -> None:
+    check_compiled_blocks("inductor")
+
+
 def test_a_training_through_inductor_is_the_eager_one_to_rounding(
     single_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
