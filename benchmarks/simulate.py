@@ -36,7 +36,7 @@ SECTIONS = {
 HELD = {
     "weights": ("weights", "weights, partitioned", "weights, small ones whole"),
     "queue": ("queue",),
-    "optimizer and buckets": ("optimizer", "reduce bucket", "gradients"),
+    "all else": ("optimizer", "reduce bucket", "gradients", "augmentation's grids"),
 }
 LOSS = ("descriptors, gathered", "descriptors' gradients, scattered", "sharded queue, anchors' sums")
 

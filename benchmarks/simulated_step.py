@@ -287,10 +287,12 @@ def _as_on_gpu(optimizer: Any) -> None:
 
 
 def _announce(engine: Any, enter: Callable[[str], None]) -> None:
-    """Has the engine say when backward ends and the update begins."""
+    """Has the engine say when backward ends and the update begins, which it makes after the last chunk alone."""
     step = engine.step
 
     def told(*args: Any, **kwargs: Any) -> Any:
+        if not engine.is_gradient_accumulation_boundary():
+            return step(*args, **kwargs)
         enter("update")
         out = step(*args, **kwargs)
         enter("backward")
@@ -304,4 +306,4 @@ def _forget(counts: Counts, steps: Steps) -> None:
     queue, model = steps.state.queue, steps.state.model
     weights = [part for one in model.parameters() for part in (one, getattr(one, "ds_tensor", one))]
     held = {"weights": counts.bytes_of(weights), "queue": counts.bytes_of(list(queue.buffers()))}
-    counts.found = Simulated(held={**held, "optimizer and buckets": counts.total - sum(held.values())})
+    counts.found = Simulated(held={**held, "all else": counts.total - sum(held.values())})

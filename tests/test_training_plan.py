@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from configs.flags import parse_flags
 from configs.registry import BACKBONES
 from configs.schema import Recipe
+from data_pipeline.augment import randaugment_of
 from launch.plan_command import main
 from model.network import build_model, meta_model
 from trainer.activations import block_activations
@@ -22,7 +23,7 @@ from trainer.engine import LIVE
 from trainer.engine_state import keepers
 from trainer.feeding import stream_line
 from trainer.flops import forward_flops, model_flops, peak_tflops, step_flops
-from trainer.memory_plan import blocks_behind_first_bucket, plan_memory
+from trainer.memory_plan import GRIDS, blocks_behind_first_bucket, plan_memory
 from trainer.parameter_sizes import parameter_sizes
 from trainer.plan import Assumed, advice, plan, shortfall, summary_lines
 from trainer.sent_bytes import bytes_sent
@@ -344,3 +345,7 @@ def test_a_stream_says_how_often_tars_are_read(ranks: int, times: str) -> None:
     line = stream_line(config, ranks, 1e9)
     assert f"is read {times} times over all ranks" in line
     assert ("make data.stream_lanes" in line) == (ranks > 4)
+
+
+def test_grids_are_counted_as_augmentation_makes_them() -> None:
+    assert len(randaugment_of(2, 9).draw_batch([0], 28, 28).warps) == GRIDS

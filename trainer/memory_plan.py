@@ -27,6 +27,7 @@ FP32 = 4
 REDUCE_ALL = 500_000_000  # elements that DeepSpeed adds up at a time at stage 0
 CPU_PROCESS = 0.74e9  # a rank on a CPU that trains a network of no size: packages, libraries, process group, threads
 GPU_PROCESS = 2.3e9  # CUDA context, cuBLAS and NCCL of a rank, on its GPU; an estimate, not measured here
+GRIDS = 10  # of RandAugment: five operations move pixels, each in two directions (data_pipeline/warp.py)
 FAISS_SCRATCH = 256 << 20  # of a search on a GPU, which goes to the CPU where the index does not fit beside it
 
 
@@ -124,8 +125,8 @@ def _engine_parts(recipe: Recipe, sizes: Sizes, ranks: int, on_cpu: bool) -> lis
 
     back = running_back(recipe, sizes)
     sending: tuple[Phase, ...] = (*back[1:], "reduce")
-    # Gradients of one chunk grow while its activations are freed; of earlier chunks they are all there, to the end.
-    while_they_grow: tuple[Phase, ...] = (*back, "reduce", "update") if chunks > 1 else ("reduce",)
+    # Gradients of one chunk grow while its activations are freed; of earlier chunks they are all there.
+    while_they_grow: tuple[Phase, ...] = (*back, "reduce") if chunks > 1 else ("reduce",)
 
     def placed(name: str, num_bytes: float, host: bool, *phases: Phase, tensor: float = math.inf) -> Part:
         return Part(name, 0.0 if host else num_bytes, num_bytes if host else 0.0, phases or ("always",), tensor)
@@ -280,6 +281,8 @@ def _data_parts(recipe: Recipe, ranks: int, on_cpu: bool, shard_bytes: float) ->
     parts = [Part("decoded batches", 0.0, ahead * batch), Part("read ahead", 0.0, read)]
     if not on_cpu and data.decode_threads:  # one on its way, and for a moment the last one and the next but one
         parts.append(Part("batches copied ahead", 2.0 * batch))
+    if augmented:
+        parts.append(Part("augmentation's grids", GRIDS * num_pixels(data.image_size) * 2.0 * FP32))
     kept = 0 if on_cpu and not augmented else 1  # a copy on the GPU, or what augmentation makes of it
     return [
         *parts,
