@@ -75,7 +75,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 
 def test_no_room_imports_the_entry() -> None:
-    """Except `python -m trainer`, which is an entry itself: a rank is told its program by name."""
+    """Only `python -m trainer` does, a second entry; a rank gets the name of its program as text."""
     above = [name for name, file in modules().items() if imported_modules(file, {ENTRY.stem})]
     assert above == ["trainer.__main__"]
 

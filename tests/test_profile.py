@@ -143,9 +143,11 @@ def test_torch_s_own_file_is_there_if_it_cannot_be_rewritten(
         raise error
 
     monkeypatch.setattr(trainer.profile, "rewrite", refuse)
-    with profile_of(tmp_path, (0, 0), []).step(0):
+    said: list[str] = []
+    with profile_of(tmp_path, (0, 0), said).step(0):
         torch.ones(10).sum()
     assert [file.name for file in (tmp_path / "profile").iterdir()] == ["rank-00000.json"]
+    assert "rank-00000.json is as torch wrote it, without the loader's threads" in said[0]
     assert "step 0" in (tmp_path / "profile" / "rank-00000.json").read_text()
 
 

@@ -79,8 +79,9 @@ class StepProfile:
                 profiler.export_chrome_trace(str(raw))
                 try:
                     rewrite(raw, path, list(spans), rank=self.rank.rank, world_size=self.rank.world_size)
-                except (MemoryError, ValueError, KeyError):  # torch's own file opens in a viewer, too
-                    raw.replace(path.with_suffix(""))
+                except (MemoryError, ValueError, KeyError) as error:  # torch's own file opens in a viewer, too
+                    own = raw.replace(path.with_suffix(""))
+                    self.say(f"[yellow]{own.name} is as torch wrote it, without the loader's threads ({error!r})")
             finally:
                 remove(raw)
         except OSError as error:
