@@ -1,12 +1,14 @@
-"""Peak memory of real trainings beside what `rerankvpr plan` says of them; ViT-g/14 under ZeRO-3 with offload.
+"""Peak memory of real trainings of three steps on images of noise, beside what `rerankvpr plan` says of them.
 
-Measured is the greatest RssAnon of a rank's process (anonymous memory: what is mapped from files, such as libraries, is
-not in it), read every 20 ms from its start to its end, for trainings of three steps on images of noise.
+On CPUs measured is the greatest RssAnon of a rank's process (anonymous memory: what is mapped from files, such as
+libraries, is not in it), read every 20 ms from its start to its end. On GPUs it is the most that tensors took there, as
+torch counts it, beside the plan without what it says of the process.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 import tyro
 import yaml
 from PIL import Image
@@ -28,13 +31,20 @@ from benchmarks.report import print_table, write_json
 from configs.load import load_recipe
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
+from trainer.memory_plan import GPU_PROCESS
 from trainer.plan import Assumed, plan
 
 POLL_S = 0.02
 STEPS = 3
 PLACES = 12
+ON_GPU = torch.cuda.is_available()
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny14": {
+        "data": {"places_per_batch": 2, "images_per_place": 2, "image_size": 42},
+        "model": {"backbone": "tiny14"},
+        "engine": {},
+    },
     "vitg14, ZeRO 3, offload all": {
         "data": {"places_per_batch": 4, "images_per_place": 2, "image_size": 112},
         "model": {"backbone": "vitg14", "finetune_last_n_blocks": 2},
@@ -49,16 +59,30 @@ for stage in (1, 3):
             "model": {"backbone": "vitb14", "finetune_last_n_blocks": 6},
             "engine": {"zero_stage": stage, "activation_checkpointing": checkpointing},
         }
+# As in the table of docs/cluster.md: 30 places x 4 images of 224 px a GPU.
+GPU_CASES: dict[str, dict[str, dict[str, Any]]] = {
+    f"{backbone}, all blocks{''.join(f', {key}' for key in engine)}": {
+        "data": {"places_per_batch": 30, "images_per_place": 4, "image_size": 224},
+        "model": {"backbone": backbone, "finetune": "all"},
+        "engine": {"precision": "bf16", **engine},
+    }
+    for backbone, engine in (
+        *(("vits14", {}), ("vitb14", {}), ("vitl14", {}), ("vitb14", {"activation_checkpointing": True})),
+        *(("vitb14", {"encode_chunks": 3}), ("vitg14", {"activation_checkpointing": True})),
+    )
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Trains three steps of each case on gloo and holds the greatest memory of a rank against the planned run's."""
+    """Trains three steps of each case and holds the greatest memory of a rank against the planned run's."""
 
-    ranks: int = 2
+    ranks: int = min(2, torch.cuda.device_count()) or 2
     """Ranks, all on this machine."""
-    cases: list[str] = field(default_factory=lambda: list(CASES))
+    cases: list[str] = field(default_factory=lambda: list(GPU_CASES if ON_GPU else CASES))
     """Cases to run, or the beginnings of their names."""
+    seconds: float = math.inf
+    """No case starts after this many seconds."""
     measured: Path | None = None
     """File of an earlier run, whose measured figures are held against the planned run's instead of training again."""
     json: Path | None = None
@@ -105,7 +129,7 @@ def anonymous_bytes(process: psutil.Process) -> int:
 
 
 def peak_bytes(recipe: Path, ranks: int) -> list[float]:
-    """Greatest RssAnon of each rank of a training of the recipe, run to its end."""
+    """Greatest memory of each rank of a training of the recipe, run to its end; of GPUs that of rank 0 alone."""
     flags = ["-m", "rerankvpr", "launch", "--nproc-per-node", str(ranks), "--", "train", str(recipe)]
     log = recipe.with_suffix(".log")
     with log.open("w") as out:
@@ -121,13 +145,15 @@ def peak_bytes(recipe: Path, ranks: int) -> list[float]:
             time.sleep(POLL_S)
     if launcher.returncode:
         raise SystemExit(log.read_text()[-3000:])
+    if ON_GPU:
+        return [1e9 * max(logged(recipe.parent, "train/gpu_peak_gb"))]
     return sorted(map(float, peaks.values()), reverse=True)[:ranks]
 
 
-def step_seconds(folder: Path) -> float:
-    """Median seconds of the steps after the first."""
+def logged(folder: Path, name: str) -> list[float]:
+    """A metric's values, step by step."""
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median([line["train/step_s"] for line in lines if "train/step_s" in line][1:])
+    return [line[name] for line in lines if name in line]
 
 
 def main() -> None:
@@ -136,18 +162,24 @@ def main() -> None:
     rows: list[list[str]] = []
     figures: dict[str, float] = {}
     earlier: dict[str, float] = json.loads(options.measured.read_text()) if options.measured else {}
-    for name, case in CASES.items():
+    known, began = (GPU_CASES if ON_GPU else CASES), time.monotonic()
+    for name, case in known.items():
         if not name.startswith(tuple(options.cases)):
+            continue
+        if time.monotonic() - began > options.seconds:
+            rows.append([name, "not run: out of time", "", "", ""])
             continue
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            write_noise(folder)
+            write_noise(folder, places=max(PLACES, case["data"]["places_per_batch"]))
             recipe = write_recipe(folder, case)
-            predicted = plan(load_recipe(recipe), Assumed(ranks=options.ranks, tflops=1.0)).memory.device_peak
+            planned = plan(load_recipe(recipe), Assumed(ranks=options.ranks, tflops=1.0)).memory
+            predicted = planned.device_peak - (GPU_PROCESS if ON_GPU else 0)
             if earlier:
                 measured, seconds = earlier[f"{name}/measured_bytes"], earlier[f"{name}/step_s"]
             else:
-                measured, seconds = max(peak_bytes(recipe, options.ranks)), step_seconds(folder)
+                measured = max(peak_bytes(recipe, options.ranks))
+                seconds = statistics.median(logged(folder, "train/step_s")[1:])
         error = predicted / measured - 1
         rows.append([name, f"{measured / 1e9:.2f}", f"{predicted / 1e9:.2f}", f"{error:+.1%}", f"{seconds:.2f}"])
         figures |= {
@@ -157,7 +189,8 @@ def main() -> None:
             f"{name}/step_s": seconds,
         }
     columns = ["case", "measured GB", "predicted GB", "error", "s a step"]
-    print_table(f"greatest memory of a rank, {options.ranks} ranks on gloo, {STEPS} steps", columns, rows)
+    where = "of tensors on a GPU" if ON_GPU else "of a rank"
+    print_table(f"greatest memory {where}, {options.ranks} ranks, {STEPS} steps", columns, rows)
     write_json(options.json, figures)
 
 

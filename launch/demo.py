@@ -25,8 +25,8 @@ from trainer.tracking import open_command, where_shown
 class DemoCommand:
     """Renders a town, shards it, trains on it and shows what was learned; what is valid from before is used again."""
 
-    ranks: Annotated[int, tyro.conf.arg(name="nproc-per-node")] = 2
-    """Processes to train and evaluate with."""
+    ranks: Annotated[int | None, tyro.conf.arg(name="nproc-per-node")] = None
+    """Processes to train and evaluate with; by default two, or one where there is one GPU."""
     seed: int = 0
     """Seed of the town."""
 
@@ -44,9 +44,10 @@ def main(argv: list[str]) -> int:
         console.print(f"[bold]train[/]   {recipe.output} holds this training, finished: used again", highlight=False)
     else:
         found, _ = newest_valid(recipe.output / "checkpoints")
-        go_on = f", going on from {found.name}" if found else ""
-        console.print(f"[bold]train[/]   {recipe.output}, {command.ranks} ranks under torchrun{go_on}", highlight=False)
-        status = run_torchrun([f"--nproc-per-node={command.ranks}"], ["train", "demo", "--resume"])
+        ranks, go_on = command.ranks or _ranks_here(), f", going on from {found.name}" if found else ""
+        said = f"{ranks} rank{'s' if ranks > 1 else ''} under torchrun{go_on}"
+        console.print(f"[bold]train[/]   {recipe.output}, {said}", highlight=False)
+        status = run_torchrun([f"--nproc-per-node={ranks}"], ["train", "demo", "--resume"])
         if status:
             return status
     results = json.loads((recipe.output / "results.json").read_text())
@@ -75,6 +76,13 @@ def _shard(console: Console, recipe: Recipe) -> None:
 
     command = ShardCommand(source=recipe.eval.data_root / "town" / "train", out=Path(recipe.data.shards), shard_mb=4)
     describe_shards(console, write_shard_set(console, command))
+
+
+def _ranks_here() -> int:
+    """Two, to show what several do; one where there is one GPU, which two ranks cannot share."""
+    import torch
+
+    return min(2, torch.cuda.device_count()) or 2
 
 
 def _is_done(recipe: Recipe) -> bool:

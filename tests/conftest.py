@@ -18,10 +18,12 @@ from data_pipeline.sources.gsv_cities import read_gsv_cities
 from eval.benchmarks import catalogue
 from eval.benchmarks.catalogue import CATALOGUE
 from tests.forked import share_server
+from tests.gpu import hide_gpus
 from tests.photos import SMALL_SHARD, write_gsv_cities, write_noise_benchmark
 from tests.ranks import end_groups
 from tests.sharing import Sharing, add_options
 
+hide_gpus()
 hypothesis.settings.register_profile("patient", deadline=None)  # other processes share the cores
 hypothesis.settings.load_profile("patient")
 

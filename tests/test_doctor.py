@@ -12,6 +12,7 @@ import torch
 from launch.facts import Facts, gather_facts, memory_errors, with_feeding
 from launch.findings import Finding, Network, judge_facts, judge_network
 from tests import forked
+from tests.gpu import GPU
 from tests.ranks import ROOT
 from trainer.devices import promised_gpu, rank_device
 from trainer.process_group import bound_device
@@ -93,8 +94,8 @@ def test_ranks_on_one_gpu_are_an_error() -> None:
 @pytest.mark.slow
 def test_machines_are_judged_before_the_network_is_tried() -> None:
     """A GPU that SLURM promises and torch does not find: an error of both ranks, and no all-reduce was begun."""
-    if torch.cuda.is_available():
-        pytest.skip("torch sees a GPU here")
+    if GPU:
+        pytest.skip("there is a GPU here")
     command = ["launch", "--nproc-per-node", "2", "--", "doctor"]
     environment = {"SLURM_GPUS_ON_NODE": "1"}
     done = forked.run(ROOT, "rerankvpr", *command, environment=environment, timeout=120)
@@ -105,8 +106,8 @@ def test_machines_are_judged_before_the_network_is_tried() -> None:
 
 
 def test_a_promised_gpu_that_torch_does_not_find_is_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("torch sees a GPU here")
+    if GPU:
+        pytest.skip("there is a GPU here")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert not promised_gpu()
     assert rank_device() == torch.device("cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from configs.schema import Recipe
 from trainer.flops import device_peak_tflops, model_flops
 from trainer.state import Progress
@@ -44,4 +46,6 @@ class StepMetrics:
         }
         if self.seconds_at_peak:
             metrics["train/mfu"] = self.seconds_at_peak / seconds  # share of the device's peak
+        if torch.cuda.is_initialized():
+            metrics["train/gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return metrics
