@@ -23,12 +23,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 LOCK = Path("requirements.lock")
-# What `make gpu` imports at the least; tracking is off there, so MLflow is not among them.
-ROOTS = (
-    *("deepspeed", "webdataset", "pytorch-metric-learning", "timm", "torchvision", "pyarrow"),
-    *("fsspec", "pydantic", "tyro", "pyyaml", "safetensors", "rich", "matplotlib", "pillow", "numpy", "scipy"),
-    *("psutil", "pandas", "pytest", "hypothesis"),
-)
+PROJECT = "rerankvpr"
+LEFT_OUT = ("mlflow", "torch")  # tracking is off in `make gpu`; PyTorch is there
+TEST_TOOLS = ("pytest", "hypothesis")
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
 FAISS = ("faiss-gpu", "faiss-cpu")  # the first that fits, with all that it needs
 
@@ -63,7 +60,13 @@ def names_in(freeze: str) -> set[str]:
     return {canonicalize_name(re.split(r"[=<>@ \[;]", line)[0]) for line in lines if line}
 
 
-def needed(roots: tuple[str, ...], have: set[str], python: str) -> list[str]:
+def project_roots() -> tuple[str, ...]:
+    """What the project depends on, without what `make gpu` does not import and FAISS, and what its tests need."""
+    named = [canonicalize_name(Requirement(line).name) for line in requires(PROJECT) or [] if "extra ==" not in line]
+    return (*dict.fromkeys(name for name in named if name not in (*LEFT_OUT, *FAISS)), *TEST_TOOLS)
+
+
+def needed(roots: Iterable[str], have: set[str], python: str) -> list[str]:
     """The roots and all that they need, by this environment's metadata, without what the machine has."""
     environment = {**{key: str(value) for key, value in default_environment().items()}, "extra": ""}
     environment |= {"python_version": python, "python_full_version": f"{python}.0"}
@@ -130,7 +133,7 @@ def main() -> None:
     have = names_in(options.have.read_text())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kept = wheels_of(needed(ROOTS, have, options.python), lock, options.python, folder)
+        kept = wheels_of(needed(project_roots(), have, options.python), lock, options.python, folder)
         for faiss in FAISS:
             more = wheels_of(needed((faiss,), have, options.python), lock, options.python, folder)
             if total_bytes({*kept, *more}) <= options.limit_mb * 2**20:

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import gpu
 from benchmarks.giant import write_noise
 from benchmarks.gpu import PARTS, Options, Part, run_part
-from benchmarks.wheelhouse import locked, names_in, needed, version_of
+from benchmarks.wheelhouse import locked, names_in, needed, project_roots, version_of
 from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +76,8 @@ def test_wheels_are_those_of_the_lock_that_the_machine_lacks() -> None:
         version_of("torch", lock, "3.12")
     have = names_in("# there\nTyping_Extensions==4.1\nPyYAML\n")
     assert have == {"typing-extensions", "pyyaml"}
+    assert {"torchcodec", "deepspeed", "torchvision"} <= set(project_roots())
+    assert not {"torch", "mlflow", "faiss-gpu"} & set(project_roots())
     found = needed(("pydantic",), have, "3.12")
     assert "pydantic-core" in found
     assert "typing-extensions" not in found
