@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
@@ -13,6 +14,11 @@ from configs.reading import said_by
 
 T = TypeVar("T")
 USER_ERRORS = (ValueError, OSError, SafetensorError)
+
+
+def barrier() -> None:
+    """Waits until every rank is here. NCCL is told this rank's GPU, which it would guess, with a warning."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def from_rank_0(find: Callable[[], T]) -> T:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import torch
-import torch.distributed as dist
+
+from configs.ranks import barrier
 
 
 class Clock:
@@ -18,7 +19,7 @@ class Clock:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        dist.barrier()
+        barrier()
         return time.perf_counter()
 
     def lap(self) -> float:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch.distributed as dist
 
+from configs.ranks import barrier
 from eval.benchmarks.benchmark import Benchmark
 from eval.features import StoredFeatures, is_extraction
 from eval.scratch import common_temporary_folder
@@ -60,7 +61,7 @@ class FeatureCache:
 
     def release(self, benchmark: Benchmark) -> None:
         """Drops what no later benchmark needs, on every rank once all are done with it."""
-        dist.barrier()
+        barrier()
         self._uses.subtract((tuple(benchmark.database), tuple(benchmark.queries)))
         for wanted in [wanted for wanted in self.held if self._uses[wanted[0]] <= 0]:
             cached = self.held.pop(wanted)

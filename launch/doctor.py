@@ -192,9 +192,11 @@ def _clock_offsets(rank: int, world: int, device: torch.device) -> list[float]:
     import torch
     import torch.distributed as dist
 
+    from configs.ranks import barrier
+
     rounds = []
     for _ in range(5):
-        dist.barrier()
+        barrier()
         clocks = torch.zeros(world, dtype=torch.float64, device=device)
         clocks[rank] = time.time()
         dist.all_reduce(clocks)

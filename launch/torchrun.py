@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
 import os
 import re
@@ -33,6 +35,8 @@ PROG = "rerankvpr launch"
 PORT = 29400
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 CUT_OFF_S = 120
+SHUTDOWN_S = 120
+OLD_SHUTDOWN_S = 30  # where torchrun has no flag for it
 STOPPING = (15, 10)  # SIGTERM, SIGUSR1
 OF_EVERY_RANK = ("torch.distributed", "launch.rank", "launch.doctor")
 STALLED_STATUS = 74  # of trainer.watchdog, which imports torch
@@ -68,8 +72,8 @@ class LaunchCommand:
     """Restarts after a failed process; by default 0 on one node, 3 with a range of nodes. train resumes."""
     rdzv_conf: str = ""
     """torchrun's, KEY=VALUE,...; last_call_timeout is 10 here: seconds to wait for further nodes of a range."""
-    shutdown_timeout: int = 120
-    """Seconds that processes have to save after SIGTERM or SIGUSR1."""
+    shutdown_timeout: int = SHUTDOWN_S
+    """Seconds that processes have to save after SIGTERM or SIGUSR1; in torch 2.11 it is always 30."""
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     """forkserver: one process per node imports PyTorch and the rest once, during the rendezvous; ranks, first and
     restarted, are forks of it. spawn: each rank imports for itself, as under torchrun."""
@@ -148,7 +152,11 @@ def plan_launch(ours: LaunchCommand, others: list[str], verb: list[str]) -> Laun
     processes = _processes(ours.nproc_per_node)
     restarts = ours.max_restarts if ours.max_restarts is not None else 3 if low < high else 0
     arguments = [f"--nnodes={ours.nnodes}", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-    arguments += [f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={ours.shutdown_timeout}"]
+    arguments += [f"--signals-to-handle={SIGNALS}"]
+    if _torchrun_has_shutdown_timeout():
+        arguments += [f"--shutdown-timeout={ours.shutdown_timeout}"]
+    elif ours.shutdown_timeout != SHUTDOWN_S:
+        raise ValueError(f"--shutdown-timeout {ours.shutdown_timeout}: this torch gives processes {OLD_SHUTDOWN_S} s")
     # A store that torchrun keeps over restarts gives ranks the addresses of dead ones.
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **flight_recorder.settings()}
     interface, rendezvous = "", None
@@ -169,6 +177,14 @@ def plan_launch(ours: LaunchCommand, others: list[str], verb: list[str]) -> Laun
         verb = ["rank", *(["--fit"] if low < high else []), "--", *verb]
     torchrun = [*arguments, *others, "-m", "rerankvpr", *verb]
     return Launch(torchrun, verb, environment, ours.start_method, rendezvous=rendezvous)
+
+
+@functools.cache
+def _torchrun_has_shutdown_timeout() -> bool:
+    """Whether the installed torch's torchrun has the flag; found in its source, since importing takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    root = Path(spec.origin).parent if spec and spec.origin else None
+    return root is None or "shutdown_timeout" in (root / "distributed" / "run.py").read_text()
 
 
 def preload(verb: Sequence[str], recipe: Recipe | None = None) -> list[str]:

@@ -13,13 +13,20 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "faiss-gpu", "faiss-cpu")
 
 def version_lines() -> list[str]:
     """One line each for rerankvpr, Python, the installed packages and the CUDA that torch was built for."""
-    lines = [f"rerankvpr {metadata.version('rerankvpr')}", f"python {platform.python_version()}"]
+    lines = [f"rerankvpr {_own_version()}", f"python {platform.python_version()}"]
     for name in PACKAGES:
         try:
             lines.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
     return [*lines, f"cuda {_cuda()}"]
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("rerankvpr")
+    except metadata.PackageNotFoundError:
+        return f"not installed, run from {Path(__file__).resolve().parent.parent}"
 
 
 def _cuda() -> str:

@@ -26,7 +26,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def jpeg(rng: np.random.Generator) -> bytes:
+def jpeg(rng: np.random.Generator, chroma: str = "4:2:0") -> bytes:
     """A JPEG of a random size, sometimes grey, sometimes progressive."""
     width, height = (int(side) for side in rng.integers(9, 70, size=2))
     coarse = Image.fromarray(rng.integers(0, 256, size=(5, 6, 3), dtype=np.uint8))
@@ -34,7 +34,8 @@ def jpeg(rng: np.random.Generator) -> bytes:
     if rng.random() < 0.2:
         image = image.convert("L")
     data = io.BytesIO()
-    image.save(data, "JPEG", quality=int(rng.integers(60, 96)), progressive=bool(rng.random() < 0.3))
+    quality, progressive = int(rng.integers(60, 96)), bool(rng.random() < 0.3)
+    image.save(data, "JPEG", quality=quality, progressive=progressive, subsampling=chroma)
     return data.getvalue()
 
 

@@ -136,7 +136,7 @@ def test_nvjpeg_replaces_the_same_damaged_view(index: ShardIndex) -> None:
     (batch,) = reader.batches(plan, range(1))
     assert batch.images_B3HW.is_cuda
     assert reader.num_bad_images == 1
-    assert (batch.images_B3HW.cpu().float() - on_cpu.images_B3HW.float()).abs().mean() < 2
+    assert (batch.images_B3HW.cpu().float() - on_cpu.images_B3HW.float()).abs().mean() < 6  # chroma is not interpolated
 
 
 def test_augmentation_depends_on_the_image_alone() -> None:

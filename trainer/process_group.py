@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from configs.ranks import barrier
 from configs.reading import reason
 from trainer.devices import rank_device
 from trainer.lifeline import end_with_parent
@@ -65,7 +66,7 @@ def start_process_group(timeout_s: int, *, tf32: bool = False) -> Rank:
         )
     else:
         connect_by_gloo(store, rank, world_size, timeout_s)
-    dist.barrier()  # a rank that finds a mistake and ends should find the others in the group, not on their way
+    barrier()  # a rank that finds a mistake and ends should find the others in the group, not on their way
     return Rank(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -105,5 +106,5 @@ def bound_device(device: torch.device, world_size: int) -> torch.device | None:
 
 def stop_process_group() -> None:
     """Leaves the group once every rank is done."""
-    dist.barrier()
+    barrier()
     dist.destroy_process_group()

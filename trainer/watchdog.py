@@ -25,6 +25,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from configs.ranks import barrier
 from trainer import flight_recorder
 
 # In the order of a step.
@@ -113,7 +114,7 @@ class Watchdog:
         if limit_s:
             self._store = _open_store()
             self._publish()
-            dist.barrier()  # all have published once
+            barrier()  # all have published once
 
     def __enter__(self) -> Watchdog:
         if self.limit_s:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from configs.files import file_sha256, replacing
-from configs.ranks import from_rank_0, on_all_ranks
+from configs.ranks import barrier, from_rank_0, on_all_ranks
 from configs.reading import reading
 from eval.approximate import Trained, check_strings, search_index, set_params, train_index
 from eval.exact_scores import best
@@ -93,7 +93,7 @@ def fill(here: Path, factory: str, trained: Trained, features: StoredFeatures) -
             index = trained.filled(features.descriptors(*bounds[number]))
             with replacing(file, durable=True) as partial:
                 faiss.write_index(index, str(partial))
-    dist.barrier()
+    barrier()
     return from_rank_0(lambda: [file_sha256(block_path(here, factory, number)) for number in range(len(bounds))])
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from configs.files import replacing
 from configs.plugins import keep, plugins_of_network
 from configs.progress import OnProgress, untold
-from configs.ranks import from_rank_0, on_all_ranks
+from configs.ranks import barrier, from_rank_0, on_all_ranks
 from configs.reading import reading
 from configs.schema import EvalConfig
 from configs.tensors import save_tensors
@@ -258,7 +258,7 @@ def _grow(
         if dist.get_rank() == 0:
             write_part(folder, name, part)
     grown = replace(manifest, images=manifest.images + part.images, parts=[*manifest.parts, name])
-    dist.barrier()
+    barrier()
     index = Index(folder, grown, network=model)
     verdict = learn(index.features, index.images.positions, config.rerank, model.device)
     grown = replace(grown, verdict=None if verdict is None else asdict(verdict))
