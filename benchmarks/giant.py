@@ -36,7 +36,6 @@ from trainer.plan import Assumed, plan
 
 POLL_S = 0.02
 STEPS = 3
-PLACES = 12
 ON_GPU = torch.cuda.is_available()
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -92,7 +91,7 @@ class Options:
     """File for the figures."""
 
 
-def write_noise(folder: Path, *, places: int = PLACES, size: tuple[int, int] = (160, 120)) -> None:
+def write_noise(folder: Path, *, places: int, size: tuple[int, int] = (160, 120)) -> None:
     """A shard set in `folder`/shards: places of four JPEGs of noise, width x height."""
     rng = np.random.default_rng(0)
     (folder / "native" / "Dataframes").mkdir(parents=True)
@@ -174,7 +173,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            write_noise(folder, places=max(PLACES, case["data"]["places_per_batch"]))
+            write_noise(folder, places=STEPS * case["data"]["places_per_batch"])
             recipe = write_recipe(folder, case)
             planned = plan(load_recipe(recipe), Assumed(ranks=options.ranks, tflops=1.0)).memory
             predicted = planned.device_peak - (GPU_PROCESS if ON_GPU else 0)

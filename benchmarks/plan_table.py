@@ -23,8 +23,8 @@ class Options:
     """Numbers of GPUs, a rank each."""
     device_gb: float = 80
     """Memory of a GPU."""
-    tflops: float = 396
-    """Sustained by a GPU: by default 40 % of an H100's bf16 peak."""
+    tflops: float = 198
+    """Sustained by a GPU: by default 20 % of an H100's bf16 peak."""
     places: int = 30
     """Places a GPU, of 4 images each."""
     finetune: Literal["all", "last_n_blocks"] = "all"

@@ -6,6 +6,7 @@ cut short keeps what it has. `python -m benchmarks.throughput [--json FILE]`; on
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -113,6 +114,10 @@ def measure(rank: Rank, options: Options) -> dict[str, float]:
         if time.monotonic() - began > options.seconds:
             rows.append([key, "", "not run: out of time", ""])
             continue
+        gc.collect()  # an engine refers to itself
+        if rank.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         try:
             images, seconds = steps_per_setting(rank, backbone, trained, compiled, options)
         except torch.OutOfMemoryError:
@@ -125,7 +130,6 @@ def measure(rank: Rank, options: Options) -> dict[str, float]:
         figures |= {f"{key}/mfu": mfu} if mfu else {}
         if rank.device.type == "cuda":
             figures[f"{key}/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            torch.cuda.reset_peak_memory_stats()
         rows.append([key, str(images), f"{images / seconds:.1f}", f"{mfu:.1%}" if mfu else "peak not known"])
         write_json(options.json, figures)
     title = f"training steps, {options.precision}, {options.image_size} px, images already on {rank.device.type}"

@@ -26,7 +26,7 @@ class PlanCommand(RecipeCommand):
     device_gb: float | None = None
     """Memory of a rank's GPU in GB; by default this machine's."""
     tflops: float | None = None
-    """TFLOP/s that a rank sustains; by default 40 % of the GPU's peak, or what this CPU is measured at."""
+    """TFLOP/s that a rank sustains; by default 20 % of the GPU's peak, or what this CPU is measured at."""
     json: Path | None = None
     """File to write the figures to."""
 

@@ -131,3 +131,15 @@ def test_a_rank_that_is_gone_does_not_count() -> None:
         second = pool.submit(store_of_this_start, store, "ranks", 1, 2, 10)
         first.result().set("word", "of this start")
         assert second.result().get("word") == b"of this start"
+
+
+def test_alone_it_leaves_the_port_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port found free beforehand was another's by the time the store listened, where many programs began at once."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # back to what it was, whatever is set meanwhile
+    assert process_group.rank_and_world_size() == (0, 1)
+    stores = [process_group.rank_store(60) for _ in range(2)]  # one port for both would be a conflict
+    for number, store in enumerate(stores):
+        store.set("number", str(number))
+    assert [store.get("number") for store in stores] == [b"0", b"1"]

@@ -26,7 +26,7 @@ GB = 1e9
 FP32 = 4
 REDUCE_ALL = 500_000_000  # elements that DeepSpeed adds up at a time at stage 0
 CPU_PROCESS = 0.74e9  # a rank on a CPU that trains a network of no size: packages, libraries, process group, threads
-GPU_PROCESS = 2.3e9  # CUDA context, cuBLAS and NCCL of a rank, on its GPU; an estimate, not measured here
+GPU_PROCESS = 2.3e9  # CUDA context, cuBLAS and NCCL's buffers of a rank; an H100 in a group of one has 1.3e9
 GRIDS = 10  # of RandAugment: five operations move pixels, each in two directions (data_pipeline/warp.py)
 FAISS_SCRATCH = 256 << 20  # of a search on a GPU, which goes to the CPU where the index does not fit beside it
 

@@ -15,7 +15,6 @@ from configs.reading import reason
 from trainer.devices import rank_device
 from trainer.lifeline import end_with_parent
 from trainer.one_start import store_of_this_start
-from trainer.ports import free_port
 from trainer.slurm_step import environment_of_step
 
 CONNECT_S = 60
@@ -38,8 +37,9 @@ class Rank:
 def rank_and_world_size() -> tuple[int, int]:
     """As torchrun or srun gives them in the environment; a process that neither started becomes a group of one."""
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= environment_of_step() or {**alone, "MASTER_PORT": str(free_port())}
+        # Port 0: the system chooses when the store listens. A port looked for before could be another's by then.
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ |= environment_of_step() or {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
