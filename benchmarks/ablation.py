@@ -65,6 +65,8 @@ class Options:
     """Folder of finished runs."""
     page: Path = Path("docs/ablation.md")
     """File that the tables are written to, from all that is finished under --out; its section "In short" is kept."""
+    beside: Path | None = None
+    """The --out of runs on another machine: the page says how far the R@1 of those that both have are apart."""
     keep_checkpoints: bool = False
     """Keep networks, which are otherwise removed once their evaluations are done."""
     json: Path | None = None
@@ -100,7 +102,7 @@ def main() -> int:
         if not options.page_only:
             work = Work(options, plan)
             failed = work.drift() if options.drift else work.rows()
-        figures = write_page(options.page, options.out)
+        figures = write_page(options.page, options.out, options.beside)
     except ValueError as error:
         print(f"ablation: {error}", file=sys.stderr)
         return 2
@@ -188,7 +190,7 @@ class Work:
                     continue
                 seconds = self._keep(run, changes[run.training], job)
                 took.setdefault(run.training, []).append(seconds)
-                write_page(self.options.page, self.options.out)
+                write_page(self.options.page, self.options.out, self.options.beside)
                 left = sum(_expected(took, other.training) for other in by_name.values()) / at_once
                 at = datetime.now() + timedelta(seconds=left)
                 said = f"[{ended}/{len(jobs)}] {run}: {seconds:.0f} s"

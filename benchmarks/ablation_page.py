@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,29 +109,31 @@ class Runs:
         return tuple(np.mean(times, axis=0))
 
 
-def write_page(page: Path, out: Path) -> dict[str, float]:
+def write_page(page: Path, out: Path, beside: Path | None = None) -> dict[str, float]:
     """Writes the tables of all that is finished under `out`; returns their figures, flat.
 
-    The section "In short" of the page that is there, which a person writes, is kept.
+    With `beside`, the same of another machine, each table is followed by how far the two are apart. The section
+    "In short" of the page that is there, which a person writes, is kept.
     """
     figures: dict[str, float] = {}
     parts = [HEAD, *_in_short(page)]
     for folder in sorted(out.glob("*-steps-*-threads"), reverse=True):
-        runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-        if not runs:
+        if not (runs := _read(folder)):
             continue
+        others = [run for run in (_read(beside / folder.name) if beside else []) if run["evaluation"] != "drift"]
         name, steps, threads = runs[0]["set"], runs[0]["steps"], runs[0]["threads"]
         plan, prefix = PLANS[name], f"{name}_{steps}"
-        machines = "; ".join(sorted({run["machine"] for run in runs}))
         rows = [run for run in runs if run["evaluation"] != "drift"]
         drift = [run for run in runs if run["evaluation"] == "drift"]
-        how = f"Each training ran with {threads} thread(s) on {machines}."
+        how = f"Each training ran with {threads} thread(s) on {_machines(runs)}."
         parts.append(f"## {name}, {steps} steps\n\n{_sentence(plan.about)} {how}")
         command = f"python -m benchmarks.ablation --set {name} --steps {steps} --at-once {runs[0]['at_once']}"
         if rows:
             parts.append(f"    {command}{_flags(plan, rows)}")
         for judged in plan.judged if rows else ():
             parts.append(_judged(plan, Runs(rows, judged.prefix), judged, prefix, figures))
+            if others:
+                parts.append(_apart(Runs(rows, judged.prefix), others, f"{prefix}_{judged.name}", figures))
         if drift:
             with_seeds = f"{command} --seeds {1 + max(run['seed'] for run in drift)} --drift"
             text = _drift(drift, name, figures)
@@ -141,6 +143,43 @@ def write_page(page: Path, out: Path) -> dict[str, float]:
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, "\n\n".join(parts) + "\n")
     return figures
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+
+
+def _machines(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Where they ran; with the number of trainings if it was more than one machine."""
+    of = {(run["training"], run["seed"]): run["machine"] for run in runs}
+    counts = Counter(of.values()).most_common()
+    return " and ".join(f"{name} ({count})" if len(counts) > 1 else name for name, count in counts)
+
+
+def _apart(here: Runs, others: Sequence[Mapping[str, Any]], prefix: str, figures: dict[str, float]) -> str:
+    """How far the R@1 of each run is from that of the same run on another machine, and how many queries agree."""
+    there = Runs(others, here.prefix)
+    both = [
+        (key, seed)
+        for key, of in there.by_key.items()
+        for seed, run in of.items()
+        if (mine := here.by_key.get(key, {}).get(seed)) and mine["machine"] != run["machine"]
+    ]
+    if not both:
+        return "No run is there from another machine too."
+    said = []
+    for stage in (RETRIEVED, RERANKED):
+        pairs = [(here.hits(key, stage, 1, [seed]), there.hits(key, stage, 1, [seed])) for key, seed in both]
+        apart = [100 * abs(float(one.mean() - other.mean())) for one, other in pairs]
+        alike = 100 * float(np.mean([one == other for one, other in pairs]))
+        figures |= {f"{prefix}_apart_{stage}_most": max(apart), f"{prefix}_apart_{stage}_alike": alike}
+        said.append(f"{SHORT[stage]} {np.mean(apart):.1f} ({max(apart):.1f}), {alike:.1f} % of queries alike")
+    trainings = len({(key[0], seed) for key, seed in both})
+    where = _machines([there.by_key[key][seed] for key, seed in both])
+    return (
+        f"{trainings} of the trainings ran on {where} too, with {len(both)} evaluations. By so many points R@1 of the "
+        f"two machines differs, in the mean and at the most: {'; '.join(said)}."
+    )
 
 
 def _flags(plan: Plan, runs: Sequence[Mapping[str, Any]]) -> str:

@@ -172,6 +172,24 @@ def test_the_page_says_what_is_finished_and_no_more(tmp_path: Path) -> None:
     assert page.read_text() == text
 
 
+def test_the_page_says_how_far_another_machine_is(tmp_path: Path) -> None:
+    for place, machine, share in (("here", "m", 0.5), ("there", "n", 0.9)):
+        folder = tmp_path / place / "town-5-steps-1-threads"
+        folder.mkdir(parents=True)
+        for seed in range(2):
+            run = finished(BASE, BASE, seed, share if seed else 0.5) | {"machine": machine}
+            (folder / f"{seed}.json").write_text(json.dumps(run))
+    page = tmp_path / "page.md"
+    figures = write_page(page, tmp_path / "here", tmp_path / "there")
+    alike = np.random.default_rng(1).random(60)
+    apart = 100 * ((alike < 0.9).mean() - (alike < 0.5).mean())
+    assert figures["town_5_town_apart_retrieved_most"] == pytest.approx(apart)
+    assert "2 of the trainings ran on n too, with 2 evaluations." in page.read_text()
+    assert f"first stage {apart / 2:.1f} ({apart:.1f})" in page.read_text()
+    write_page(page, tmp_path / "here", tmp_path / "here")
+    assert "No run is there from another machine too." in page.read_text()
+
+
 def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Work, "_prepared", lambda *_: load_recipe(Path("demo")))
     monkeypatch.setattr(ablation, "start_server", lambda *_: None)
