@@ -15,6 +15,7 @@ NO_THREAD = "can't start new thread"  # no memory for its stack, or at the syste
 _OUT_OF_MEMORY = (
     *("out of memory", "can't allocate memory", "bad_alloc", "Unable to allocate", "Insufficient memory"),
     *(os.strerror(errno.ENOMEM), NO_THREAD),
+    '"aten::empty"',  # TorchCodec's, where an older torch (2.11) keeps the reason to itself
 )
 LONGEST = 300  # characters of a reason, and of a value that a message shows
 _AROUND = 100  # characters before and after a byte of a name that is wrong
