@@ -73,6 +73,8 @@ class Runs:
         self.by_key: dict[Key, dict[int, Mapping[str, Any]]] = defaultdict(dict)
         for run in runs:
             self.by_key[run["training"], run["evaluation"]][run["seed"]] = run
+        ran = [run["machine"] for of in self.by_key.values() for run in of.values()]
+        self.machine = Counter(ran).most_common(1)[0][0]
         self.queries: list[list[str]] = next(iter(next(iter(self.by_key.values())).values()))["hits"]["queries"]
         self.chosen = [number for number, (name, _) in enumerate(self.queries) if name.startswith(prefix)]
 
@@ -103,8 +105,9 @@ class Runs:
         return interval(self.hits(key, stage, k, seeds) - self.hits(base, stage, k, seeds), self.units)
 
     def processor_seconds(self, row: Row) -> tuple[float, float]:
-        """Mean processor seconds of a row's training and evaluation."""
-        runs = self.by_key[row.training, row.evaluation].values()
+        """Mean processor seconds of a row's training and evaluation, on the machine of most runs if that had any."""
+        runs = list(self.by_key[row.training, row.evaluation].values())
+        runs = [run for run in runs if run["machine"] == self.machine] or runs
         times = [(run["processor_s_training"], run["processor_s_evaluation"]) for run in runs]
         return tuple(np.mean(times, axis=0))
 
@@ -254,7 +257,8 @@ def _table(plan: Plan, runs: Runs, prefix: str, figures: dict[str, float], *, is
         said.append(f"- Candidates matched of a query: {depths}.")
     if is_first and (missing := [row.name for row in plan.rows if row not in there]):
         said.append(f"- Not run: {', '.join(missing)}.")
-    return f"{table}\n\ns: processor seconds of a training and of its evaluation.\n\n" + "\n".join(said)
+    seconds = "s: processor seconds of a training and of its evaluation; where they ran on two machines, on the first."
+    return f"{table}\n\n{seconds}\n\n" + "\n".join(said)
 
 
 def _depths(plan: Plan, runs: Runs) -> str:
