@@ -15,6 +15,7 @@ from rich.table import Table
 from configs.flags import parse_flags
 from configs.load import load_recipe, recipe_text
 from configs.schema import Recipe
+from launch.fork_server import gpu_in_dev
 from launch.torchrun import run as run_torchrun
 from trainer.mlflow_sender import read_state
 from trainer.progress import progress_bar
@@ -80,6 +81,8 @@ def _shard(console: Console, recipe: Recipe) -> None:
 
 def _ranks_here() -> int:
     """Two, to show what several do; one where there is one GPU, which two ranks cannot share."""
+    if not gpu_in_dev():
+        return 2
     import torch
 
     return min(2, torch.cuda.device_count()) or 2

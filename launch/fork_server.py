@@ -69,6 +69,11 @@ def unavailable() -> str:
     return why_no_locks()
 
 
+def gpu_in_dev() -> bool:
+    """Whether this machine shows a GPU: what can be known without importing torch."""
+    return any(any(Path("/dev").glob(pattern)) for pattern in GPUS)
+
+
 def start(modules: Sequence[str]) -> None:
     """Starts this process's fork server and returns at once; the server imports `modules` meanwhile.
 
@@ -90,7 +95,7 @@ def become_server(modules: Sequence[str], agent: int) -> None:
     show_as(["rerankvpr:fork-server", f"of:{agent}"])
     began = time.monotonic()
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch asks NVML for GPUs, which leaves CUDA alone
-    if not any(any(Path("/dev").glob(pattern)) for pattern in GPUS):
+    if not gpu_in_dev():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nobody has to ask
     unsafe = _import_all(modules) or _unsafe_to_fork()
     served_by = Server(os.getpid(), time.monotonic() - began, unsafe)

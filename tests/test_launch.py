@@ -19,6 +19,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch import torchrun
 from launch.rank import fitting_world, release, wait_for_the_end
 from launch.slurm import Resources, torchrun_job
 from launch.stages import split_stages
@@ -43,6 +44,14 @@ def test_one_node_meets_on_loopback() -> None:
     assert launch.environment["GLOO_SOCKET_IFNAME"] == loopback()
     assert interface_environment("eth1", infiniband=False)["NCCL_SOCKET_IFNAME"] == "=eth1"  # and not eth10
     assert interface_environment("eth1", infiniband=True) == {"GLOO_SOCKET_IFNAME": "eth1"}
+
+
+def test_an_older_torchrun_is_not_given_a_flag_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--shutdown-timeout=120" in plan(["--nproc-per-node", "1"], ["eval"]).arguments
+    monkeypatch.setattr(torchrun, "_torchrun_has_shutdown_timeout", lambda: False)  # as of torch 2.11
+    assert not [one for one in plan(["--nproc-per-node", "1"], ["eval"]).arguments if "shutdown" in one]
+    with pytest.raises(ValueError, match="--shutdown-timeout 60: this torch gives processes 30 s"):
+        plan(["--nproc-per-node", "1", "--shutdown-timeout", "60"], ["eval"])
 
 
 def test_several_nodes_meet_on_the_interface_that_leads_there(monkeypatch: pytest.MonkeyPatch) -> None:
