@@ -157,8 +157,8 @@ def plan_launch(ours: LaunchCommand, others: list[str], verb: list[str]) -> Laun
         arguments += [f"--shutdown-timeout={ours.shutdown_timeout}"]
     elif ours.shutdown_timeout != SHUTDOWN_S:
         raise ValueError(
-            f"--shutdown-timeout {ours.shutdown_timeout}: this torch gives processes {OLD_SHUTDOWN_S} s and has no flag "
-            "for it; leave it out, or use torch 2.15"
+            f"--shutdown-timeout {ours.shutdown_timeout}: this torch gives processes {OLD_SHUTDOWN_S} s and has no "
+            "flag for it; leave it out, or use torch 2.15"
         )
     # A store that torchrun keeps over restarts gives ranks the addresses of dead ones.
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **flight_recorder.settings()}
