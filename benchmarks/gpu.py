@@ -52,7 +52,7 @@ class Part:
 
 
 ON_DEVICE = "tests/test_device.py tests/test_nvjpeg.py tests/test_loader.py::test_nvjpeg_replaces_the_same_damaged_view"
-# The most telling first: a lease may end early.
+# The most telling first: time may run out.
 PARTS: dict[str, Part] = {
     "tests": Part("pytest", f"-q -ra {ON_DEVICE}", f"-q -ra {ON_DEVICE}", 200),
     "throughput": Part(
