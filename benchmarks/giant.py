@@ -2,7 +2,7 @@
 
 On CPUs measured is the greatest RssAnon of a rank's process (anonymous memory: what is mapped from files, such as
 libraries, is not in it), read every 20 ms from its start to its end. On GPUs it is the most that tensors took there, as
-torch counts it, beside the plan without what it says of the process.
+torch counts it, beside the plan without what it says of the process and of gaps between tensors.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks.report import print_table, write_json
 from configs.load import load_recipe
 from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
+from trainer.memory_parts import FRAGMENTED
 from trainer.memory_plan import GPU_PROCESS
 from trainer.plan import Assumed, plan
 
@@ -176,7 +177,7 @@ def main() -> None:
             write_noise(folder, places=STEPS * case["data"]["places_per_batch"])
             recipe = write_recipe(folder, case)
             planned = plan(load_recipe(recipe), Assumed(ranks=options.ranks, tflops=1.0)).memory
-            predicted = planned.device_peak - (GPU_PROCESS if ON_GPU else 0)
+            predicted = planned.device_peak / FRAGMENTED - GPU_PROCESS if ON_GPU else planned.device_peak
             if earlier:
                 measured, seconds = earlier[f"{name}/measured_bytes"], earlier[f"{name}/step_s"]
             else:
