@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 HEAP = 32 << 20  # bytes of the largest tensor that glibc takes from its heap (DEFAULT_MMAP_THRESHOLD_MAX)
-# What torch's allocator takes of a GPU for a byte that is asked for: an estimate. A training of ViT-B/14 on an H100 took
-# 1.09, of tensors that the plan put 4 % too high (benchmarks/results/gpu.txt).
+# What torch's allocator takes of a GPU for a byte that is asked for: an estimate. A training of ViT-B/14 on an H100
+# took 1.09, of tensors that the plan put 4 % too high (benchmarks/results/gpu.txt).
 FRAGMENTED = 1.05
 
 # Backward has three moments: "backward", its begin, when all activations are there and no gradient yet; "bucket", when
