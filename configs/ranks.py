@@ -17,7 +17,7 @@ USER_ERRORS = (ValueError, OSError, SafetensorError)
 
 
 def barrier() -> None:
-    """Waits until every rank is here. NCCL is told this rank's GPU; left alone it guesses and warns."""
+    """Waits for every rank. NCCL gets this rank's GPU, since it would guess one and warn."""
     dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 

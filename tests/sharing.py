@@ -23,7 +23,7 @@ import pytest
 
 LONGEST = ("test_eval_gardens", "test_canary", "test_golden", "test_model_training", "test_index_g", "test_export")
 SAID = 4000  # characters that are shown of a fork that died
-ENDS_S = 60.0  # a fork that is told to stop has these seconds to end what its tests started
+ENDS_S = 60.0  # seconds that a stopped fork has to end what its tests started
 PASSED, FAILED = 0, 1  # what a fork may end with: its reports say the rest
 
 Piece = list[pytest.Item]
