@@ -20,7 +20,7 @@ from benchmarks.batches import endless, plans_and_loader
 from benchmarks.loader_peers import images_per_second
 from benchmarks.report import print_table
 from configs.schema import DataConfig
-from trainer.ports import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 LATENCY_MS = 50

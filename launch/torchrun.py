@@ -72,8 +72,8 @@ class LaunchCommand:
     """Restarts after a failed process; by default 0 on one node, 3 with a range of nodes. train resumes."""
     rdzv_conf: str = ""
     """torchrun's, KEY=VALUE,...; last_call_timeout is 10 here: seconds to wait for further nodes of a range."""
-    shutdown_timeout: int = SHUTDOWN_S
-    """Seconds that processes have to save after SIGTERM or SIGUSR1; in torch 2.11 it is always 30."""
+    shutdown_timeout: int | None = None
+    """Seconds that processes have to save after SIGTERM or SIGUSR1; by default 120. torch 2.11 always gives 30."""
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     """forkserver: one process per node imports PyTorch and the rest once, during the rendezvous; ranks, first and
     restarted, are forks of it. spawn: each rank imports for itself, as under torchrun."""
@@ -154,8 +154,9 @@ def plan_launch(ours: LaunchCommand, others: list[str], verb: list[str]) -> Laun
     arguments = [f"--nnodes={ours.nnodes}", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     arguments += [f"--signals-to-handle={SIGNALS}"]
     if _torchrun_has_shutdown_timeout():
-        arguments += [f"--shutdown-timeout={ours.shutdown_timeout}"]
-    elif ours.shutdown_timeout != SHUTDOWN_S:
+        seconds = SHUTDOWN_S if ours.shutdown_timeout is None else ours.shutdown_timeout
+        arguments += [f"--shutdown-timeout={seconds}"]
+    elif ours.shutdown_timeout is not None:
         raise ValueError(
             f"--shutdown-timeout {ours.shutdown_timeout}: this torch gives processes {OLD_SHUTDOWN_S} s and has no "
             "flag for it; leave it out, or use torch 2.15"

@@ -14,7 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from trainer.ports import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from configs.schema import Recipe
+from tests.ports import free_port
 from tests.stores import new_store
-from trainer.ports import free_port
 from trainer.tracking import Tracker
 
 PATIENCE_S = 900.0  # for what a slow machine does at last; a process that has ended is noticed at once

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests import forked
-from trainer.ports import free_port
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 

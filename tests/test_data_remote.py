@@ -26,8 +26,8 @@ from data_pipeline.sources.gsv_cities import read_gsv_cities
 from data_pipeline.storage import RangeReader, StorageError
 from tests.http_ranges import KillableServer, wait_for_port
 from tests.photos import write_gsv_cities
+from tests.ports import free_port
 from tests.s3_server import Bucket, served_bucket
-from trainer.ports import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.ports import free_port
 from tests.training import ForkedRanks, finish
-from trainer.ports import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -50,8 +50,8 @@ def test_an_older_torchrun_is_not_given_a_flag_that_it_lacks(monkeypatch: pytest
     assert "--shutdown-timeout=120" in plan(["--nproc-per-node", "1"], ["eval"]).arguments
     monkeypatch.setattr(torchrun, "_torchrun_has_shutdown_timeout", lambda: False)  # as of torch 2.11
     assert not [one for one in plan(["--nproc-per-node", "1"], ["eval"]).arguments if "shutdown" in one]
-    with pytest.raises(ValueError, match="--shutdown-timeout 60: this torch gives processes 30 s"):
-        plan(["--nproc-per-node", "1", "--shutdown-timeout", "60"], ["eval"])
+    with pytest.raises(ValueError, match="--shutdown-timeout 120: this torch gives processes 30 s"):
+        plan(["--nproc-per-node", "1", "--shutdown-timeout", "120"], ["eval"])
 
 
 def test_several_nodes_meet_on_the_interface_that_leads_there(monkeypatch: pytest.MonkeyPatch) -> None:

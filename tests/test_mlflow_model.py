@@ -26,10 +26,10 @@ from configs.schema import Recipe
 from tests.checkpoints import write_checkpoint
 from tests.mlflow_server import PATIENCE_S, wait_until
 from tests.photos import jpeg
+from tests.ports import free_port
 from trainer.descriptor_model import SERVED_FOLDER, SERVING
 from trainer.export import export_network
 from trainer.logged_model import save_pyfunc
-from trainer.ports import free_port
 
 RECIPE = Recipe.model_validate(
     {"model": {"backbone": "tiny14", "weights": "random"}, "data": {"image_size": 42}, "eval": {"image_size": 42}}

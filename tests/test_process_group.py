@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from tests import forked
+from tests.ports import free_port
 from trainer import process_group
 from trainer.one_start import store_of_this_start
-from trainer.ports import free_port
 
 CONNECT_S = 2
 

@@ -20,8 +20,8 @@ from data_pipeline.shards import write_shards
 from data_pipeline.sources.gsv_cities import read_gsv_cities
 from tests import forked
 from tests.photos import write_gsv_cities, write_noise_benchmark
+from tests.ports import free_port
 from tests.stores import new_store
-from trainer.ports import free_port
 
 ROOT = forked.ROOT
 TIMEOUT_S = 300
